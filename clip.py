@@ -1,0 +1,231 @@
+"""CLIP: an image tower and a text tower that meet in one space (Radford et al. 2021).
+
+Parameters have the names of `transformers.CLIPModel`, so `openai/clip-vit-large-patch14` loads into
+this file as it is, and what is trained here opens there, by test.
+
+Letters for shapes: B batch, P patches, T text positions, C width, E the common space.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
+
+
+@dataclass
+class CLIPConfig:
+    """The defaults are ViT-L/14 at 224 pixels."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    vision_width: int = 1024
+    vision_layers: int = 24
+    vision_heads: int = 16
+    text_width: int = 768
+    text_layers: int = 12
+    text_heads: int = 12
+    context: int = 77  # longest caption in tokens
+    vocab_size: int = 49408
+    end_id: int = 49407  # the text's features are read at the first token with this id
+    embed_dim: int = 768
+    activation: str = "quick_gelu"  # OpenAI's; "gelu" is a little faster to train
+
+    @property
+    def n_patches(self):
+        return (self.image_size // self.patch_size) ** 2
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x, causal):
+        q, k, v = (
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width, activation):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+        self.quick = activation == "quick_gelu"
+
+    def forward(self, x):
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x) if self.quick else F.gelu(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, width, heads, activation):
+        super().__init__()
+        self.self_attn = SelfAttention(width, heads)
+        self.layer_norm1 = nn.LayerNorm(width)
+        self.mlp = FeedForward(width, activation)
+        self.layer_norm2 = nn.LayerNorm(width)
+
+    def forward(self, x, causal=False):
+        x = x + self.self_attn(self.layer_norm1(x), causal)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, width, n_layers, heads, activation):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(width, heads, activation) for _ in range(n_layers))
+
+
+class VisionEmbeddings(nn.Module):
+    """Patches by one strided convolution, a class token in front, learnt positions."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.zeros(c.vision_width))
+        self.patch_embedding = nn.Conv2d(
+            3, c.vision_width, c.patch_size, stride=c.patch_size, bias=False
+        )
+        self.position_embedding = nn.Embedding(c.n_patches + 1, c.vision_width)
+
+    def forward(self, pixels):
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, P, C)
+        first = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        return torch.cat((first, patches), dim=1) + self.position_embedding.weight
+
+
+class VisionTower(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.embeddings = VisionEmbeddings(c)
+        self.pre_layrnorm = nn.LayerNorm(c.vision_width)  # the spelling of the original
+        self.encoder = Encoder(c.vision_width, c.vision_layers, c.vision_heads, c.activation)
+        self.post_layernorm = nn.LayerNorm(c.vision_width)
+
+    def forward(self, pixels):
+        """Normalised pixels (B, 3, S, S) to the class token's features (B, C)."""
+        x = self.encode(pixels, self.encoder.layers)
+        return self.post_layernorm(x[:, 0])
+
+    def patches(self, pixels):
+        """Features (B, P, C) of the patches before the last layer, the ones LLaVA reads."""
+        return self.encode(pixels, self.encoder.layers[:-1])[:, 1:]
+
+    def encode(self, pixels, layers):
+        x = self.pre_layrnorm(self.embeddings(pixels))
+        for layer in layers:
+            x = layer(x)
+        return x
+
+
+class TextEmbeddings(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.token_embedding = nn.Embedding(c.vocab_size, c.text_width)
+        self.position_embedding = nn.Embedding(c.context, c.text_width)
+
+    def forward(self, ids):
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.size(1)]
+
+
+class TextTower(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.end_id = c.end_id
+        self.embeddings = TextEmbeddings(c)
+        self.encoder = Encoder(c.text_width, c.text_layers, c.text_heads, c.activation)
+        self.final_layer_norm = nn.LayerNorm(c.text_width)
+
+    def forward(self, ids):
+        """Ids (B, T), each row with an end id, to the features (B, C) at the first of them."""
+        x = self.embeddings(ids)
+        for layer in self.encoder.layers:
+            x = layer(x, causal=True)
+        ends = (ids == self.end_id).int().argmax(-1)
+        return self.final_layer_norm(x[torch.arange(len(x), device=x.device), ends])
+
+
+class CLIP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision_model = VisionTower(config)
+        self.text_model = TextTower(config)
+        self.visual_projection = nn.Linear(config.vision_width, config.embed_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_width, config.embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.apply(init_weights)
+
+    def image_features(self, pixels):
+        """(B, 3, S, S) -> unit vectors (B, E)."""
+        return F.normalize(self.visual_projection(self.vision_model(pixels)).float(), dim=-1)
+
+    def text_features(self, ids):
+        """(B, T) -> unit vectors (B, E)."""
+        return F.normalize(self.text_projection(self.text_model(ids)).float(), dim=-1)
+
+    def forward(self, pixels, ids, same):
+        """The contrastive loss in nats of this process's pairs among those of all processes.
+
+        same (B, B over all processes) is True where two captions of the whole batch are identical:
+        such pairs are positives too, and share the target evenly.
+        """
+        images, texts = gather(self.image_features(pixels)), gather(self.text_features(ids))
+        logits = images @ texts.T * shared_gradient(self.logit_scale).clamp(max=4.6052).exp()
+        targets = same / same.sum(-1, keepdim=True)
+        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+    def flops_per_pair(self):
+        """Training FLOP an image with its caption: 6 a multiplying weight and position, and 12 C
+        for each pair of positions that attention compares."""
+        c = self.config
+        image = 72 * c.vision_layers * c.vision_width**2 + 12 * c.vision_layers * c.vision_width * (
+            c.n_patches + 1)
+        text = 72 * c.text_layers * c.text_width**2 + 12 * c.text_layers * c.text_width * c.context
+        return (c.n_patches + 1) * image + c.context * text
+
+
+def gather(features):
+    """Features of all processes, in rank order; only this process's own carry a gradient.
+
+    Every process then computes the whole loss, so the sum of their gradients is the gradient.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return features
+    everyone = [torch.empty_like(features) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, features.detach())
+    everyone[dist.get_rank()] = features
+    return torch.cat(everyone)
+
+
+def shared_gradient(parameter):
+    """`parameter`, its gradient divided by the number of processes: each of them computes all of
+    that gradient, and they are summed."""
+    n = dist.get_world_size() if dist.is_initialized() else 1
+    return parameter / n + parameter.detach() * (1 - 1 / n)
+
+
+def init_weights(module):
+    """Normal weights of deviation 0.02, zero biases; norms start as the identity."""
+    if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
+        nn.init.normal_(module.weight, std=0.02)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+
+
+def normalise(pixels):
+    """uint8 pixels (B, S, S, 3) to what CLIP expects: (B, 3, S, S), centred and scaled."""
+    mean = torch.tensor(MEAN, device=pixels.device)
+    std = torch.tensor(STD, device=pixels.device)
+    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()

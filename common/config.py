@@ -1,0 +1,128 @@
+"""Settings: a dataclass, a config file of plain assignments, and flags, all checked in one place.
+
+    python pretrain.py configs/demo/pretrain.py --max_steps=500
+
+A config file is read, never executed: each `name = value` in it becomes the flag one could have
+typed, ahead of the real flags, so that a file and the command line pass the same checks.
+"""
+
+import ast
+import dataclasses
+import difflib
+import json
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+class UserError(Exception):
+    """Something the user can put right. The message says what, where and what to do."""
+
+
+@dataclass
+class TrainSettings:
+    """What every training stage lets you set."""
+
+    out: str = "out/run"  # folder of this run: checkpoints, log.jsonl, loss.png, report.md
+    seed: int = 1337  # of the initial weights and of the data order
+    resume: bool = True  # go on from the newest checkpoint in `out`; False starts the run anew
+
+    max_steps: int = 1000  # optimizer steps in the whole run
+    time_limit: float = 0.0  # minutes after which the run saves and ends early; 0 for no limit
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for the matrices, AdamW for the rest
+    muon_lr: float = 0.02  # peak learning rate of Muon's matrices
+    lr: float = 3e-3  # peak learning rate of everything that AdamW trains
+    weight_decay: float = 0.01  # on matrices only; never on norms, biases or embeddings
+    beta1: float = 0.9  # AdamW's memory of the gradient
+    beta2: float = 0.95  # AdamW's memory of its square
+    grad_clip: float = 1.0  # longest gradient, in its global norm; 0 for no clipping
+    schedule: Literal["linear", "cosine"] = "linear"  # shape of the way down
+    warmup: float = 0.02  # share of the steps spent rising to the peak
+    cooldown: float = 0.5  # share of the steps, at the end, spent coming down
+    final_lr: float = 0.0  # where the way down ends, as a share of the peak
+
+    eval_every: int = 250  # steps between evaluations; 0 for only at the end
+    save_every: int = 1000  # steps between checkpoints; there is always one at the end
+    log_every: int = 10  # steps between printed lines
+    device: str = "auto"  # auto, cpu, cuda, mps
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: what the hardware multiplies
+    compile: bool = False  # torch.compile: slower to start, faster after (needs a C++ compiler)
+    dollars_per_hour: float = 0.0  # price of one device, for the report
+    tracker: Literal["none", "trackio", "wandb"] = "none"  # also send the figures there
+
+
+def parse(config_class, argv=None):
+    """Settings from `[config file] [--name=value ...]`; --help lists them with their comments.
+
+    Raises UserError for a name that does not exist (with the nearest one) or a broken file; a value
+    of the wrong type ends the program with tyro's message and status 2.
+    """
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    file_flags = []
+    if argv and not argv[0].startswith("-"):
+        file_flags = read_config_file(argv.pop(0), config_class)
+    for flag in argv:
+        if flag.startswith("--") and flag not in ("--help",):
+            check_name(flag[2:].split("=")[0], config_class, "on the command line")
+    return tyro.cli(
+        config_class,
+        args=[*file_flags, *argv],
+        config=(tyro.conf.FlagConversionOff,),
+        use_underscores=True,
+    )
+
+
+def read_config_file(path, config_class):
+    """The assignments in the file `path` as a list of flags."""
+    try:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"), filename=path)
+    except FileNotFoundError:
+        raise UserError(f"there is no config file {path}") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"cannot read the config file {path}: {error}") from None
+    flags = []
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        where = f"{path}, line {node.lineno}"
+        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+            raise UserError(f"{where}: a config file holds only lines like `max_steps = 500`")
+        name = node.targets[0].id
+        check_name(name, config_class, f"in {where}")
+        try:
+            flags.append(f"--{name}={ast.literal_eval(node.value)}")
+        except ValueError:
+            raise UserError(f"{where}: the value of {name} must be a plain number, string, True or "
+                            "False") from None
+    return flags
+
+
+def check_name(name, config_class, where):
+    names = [field.name for field in dataclasses.fields(config_class)]
+    if name.replace("-", "_") not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "--help lists the settings"
+        raise UserError(f"there is no setting {name!r} ({where}); {hint}")
+
+
+def read_json(path):
+    """The JSON value in the file `path`, or a UserError that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def run_main(main):
+    """Call main(); a UserError becomes one line and status 1, a second Ctrl-C a quiet end."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -1,0 +1,133 @@
+"""Which device, which precision, how many processes, and how fast the device could be at best.
+
+Started by `torchrun`, a stage finds its rank in the environment; started by `python`, it is alone.
+"""
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from common.config import UserError
+
+# Dense bf16 (fp16 for T4 and V100) peaks in FLOP/s, from NVIDIA's data sheets, without sparsity.
+GPU_PEAKS = {
+    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+    "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "A40": 150e12,
+    "A6000": 155e12, "RTX 6000 Ada": 364e12, "4090": 165e12, "3090": 71e12, "V100": 125e12,
+    "T4": 65e12,
+}  # fmt: skip
+
+
+@dataclass
+class Machine:
+    """Where this process computes and who computes with it."""
+
+    device: torch.device
+    dtype: torch.dtype  # what matrices are multiplied in; weights and optimizer stay fp32
+    rank: int = 0
+    ranks: int = 1
+    name: str = field(default="", repr=False)
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def autocast(self):
+        """Context in which matrix products run in `dtype`."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def sum(self, tensor):
+        """`tensor` summed over all processes (in place)."""
+        if self.ranks > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self):
+        if self.ranks > 1:
+            dist.barrier()
+
+
+def setup(device="auto", precision="auto"):
+    """The Machine of this process; joins the process group if torchrun started it."""
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(device)
+    if ranks > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    torch.set_float32_matmul_precision("high")  # fp32 products may use TF32 where there is any
+    return Machine(device, pick_dtype(device, precision), rank, ranks, device_name(device))
+
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and torch.backends.mps.is_available():
+            name = "mps"
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError(f"--device={name}, but PyTorch sees no CUDA device; try --device=auto")
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device(name if ":" in name else f"cuda:{local}")
+        torch.cuda.set_device(device)
+        return device
+    if name not in ("cpu", "mps"):
+        raise UserError(f"--device={name}: expected auto, cpu, cuda or mps")
+    return torch.device(name)
+
+
+def pick_dtype(device, precision="auto"):
+    """bf16 where the hardware multiplies it natively, fp16 on older GPUs, else fp32."""
+    if precision != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    if device.type == "cuda":
+        newer = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if newer else torch.float16
+    if device.type == "cpu" and (
+        torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    ):
+        return torch.bfloat16
+    return torch.float32
+
+
+def device_name(device):
+    """What the device calls itself, for the report."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            models = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+        if models:
+            return f"{models[0]} ({torch.get_num_threads()} threads)"
+    return device.type
+
+
+def peak_flops(machine):
+    """FLOP/s of one device at best: a table for GPUs, a quick measurement elsewhere."""
+    if machine.device.type == "cuda":
+        for name, peak in GPU_PEAKS.items():
+            if name in machine.name:
+                return peak
+    n, best = 1024, 0.0
+    a = torch.randn(n, n, device=machine.device, dtype=machine.dtype)
+    for _ in range(8):
+        start = time.perf_counter()
+        (a @ a).sum().item()  # .item() waits for the product
+        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def peak_memory_gb(device):
+    """(GPU, host) peak memory of this process in GB (10^9 bytes)."""
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, KiB on Linux
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return gpu / 1e9, host / 1e9

@@ -1,0 +1,144 @@
+"""Muon for matrices, AdamW for the rest, the learning-rate schedule, and which weight goes where.
+
+Muon (Keller Jordan, 2024) replaces a matrix's momentum by the nearest orthogonal matrix, found by a
+few Newton-Schulz steps in bf16. `torch.optim.Muon` walks over matrices one by one; a small model has
+dozens of equal shape, so this one stacks them and multiplies once (docs/log.md has the figures).
+"""
+
+import math
+
+import torch
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised. Parameters are matrices; an update moves every direction alike.
+
+    A weight whose attribute `stacked` is n holds n matrices one above the other (q, k and v, say)
+    and is orthogonalised one by one.
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            alike = {}  # (shape, stacked) -> the parameters of that shape
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike.setdefault((p.shape, getattr(p, "stacked", 1)), []).append(p)
+            for (shape, stacked), params in alike.items():
+                self._step_alike(params, shape, stacked, group)
+
+    def _step_alike(self, params, shape, stacked, group):
+        momenta = [self._momentum(p) for p in params]
+        grads = [p.grad for p in params]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
+        updates = torch.stack(nesterov).view(-1, shape[0] // stacked, math.prod(shape[1:]))
+        updates = orthogonalise(updates)
+        rows, columns = updates.shape[-2:]
+        scale = group["lr"] * max(1, rows / columns) ** 0.5
+        updates = updates.view(len(params), *shape).to(params[0].dtype)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, list(updates.unbind()), alpha=-scale)
+
+    def _momentum(self, p):
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        return state["momentum"]
+
+
+def orthogonalise(matrices, steps=5):
+    """(N, rows, columns) -> the nearest (semi-)orthogonal matrices, roughly: singular values near 1.
+
+    The quintic's coefficients are Keller Jordan's, chosen for the steepest start.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16()
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + torch.baddbmm(b * gram, gram, gram, alpha=c) @ x
+    return x.mT if tall else x
+
+
+class Optimizers:
+    """Muon and AdamW side by side, used like one optimizer."""
+
+    def __init__(self, members):
+        self.members = members
+        self.peaks = [[group["lr"] for group in m.param_groups] for m in members]
+
+    def set_lr(self, factor):
+        """Set every learning rate to `factor` times its peak."""
+        for member, peaks in zip(self.members, self.peaks, strict=True):
+            for group, peak in zip(member.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+
+    def step(self):
+        for member in self.members:
+            member.step()
+
+    def zero_grad(self):
+        for member in self.members:
+            member.zero_grad(set_to_none=True)
+
+    def state_dict(self):
+        return {"members": [member.state_dict() for member in self.members]}
+
+    def load_state_dict(self, state):
+        for member, saved in zip(self.members, state["members"], strict=True):
+            member.load_state_dict(saved)
+
+
+def make_optimizer(model, cfg):
+    """Optimizers for the parameters of `model` that require a gradient.
+
+    Weight decay is for matrices that multiply; embeddings, norms and biases go without.
+    """
+    matrices, embeddings, plain = [], [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            kind = plain if p.ndim < 2 else embeddings if is_embedding(name) else matrices
+            kind.append(p)
+    heads = [p for name, p in model.named_parameters() if p.requires_grad and is_head(name)]
+    adamw = [dict(params=embeddings + plain, weight_decay=0.0)]
+    members = []
+    if cfg.optimizer == "muon":
+        inner = [p for p in matrices if not any(p is head for head in heads)]
+        if inner:
+            members.append(Muon(inner, cfg.muon_lr, weight_decay=cfg.weight_decay))
+        adamw.append(dict(params=heads, weight_decay=cfg.weight_decay))
+    else:
+        adamw.append(dict(params=matrices, weight_decay=cfg.weight_decay))
+    adamw = [group for group in adamw if group["params"]]
+    if adamw:
+        betas = (cfg.beta1, cfg.beta2)
+        members.append(torch.optim.AdamW(adamw, lr=cfg.lr, betas=betas, fused=True))
+    return Optimizers(members)
+
+
+def is_embedding(name):
+    """Tables that are looked up, not multiplied: token and position embeddings, the class token."""
+    return "embedding" in name and "patch_embedding" not in name
+
+
+def is_head(name):
+    """The decoder's output matrix: its rows are words, so it is AdamW's."""
+    return name.endswith("head.weight")
+
+
+def lr_factor(cfg, step):
+    """The learning rate at `step`, as a share of its peak: up, along, and down."""
+    warmup, cooldown = cfg.warmup * cfg.max_steps, cfg.cooldown * cfg.max_steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - (cfg.max_steps - cooldown)) / max(cooldown, 1)
+    if done <= 0:
+        return 1.0
+    shape = (1 - done) if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return cfg.final_lr + (1 - cfg.final_lr) * shape

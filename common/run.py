@@ -1,0 +1,253 @@
+"""One training run: the processes, the folder, the steps, and going on where a run stopped.
+
+    run = Run(cfg, "pretrain")
+    model, optimizer = ...
+    net = run.start(model, optimizer, ...)         # resumes, compiles, joins the processes
+    for step in run.steps():                       # ends early on SIGTERM, Ctrl-C or --time_limit
+        for micro, batch in enumerate(loader.step(step)):
+            with run.forward(micro):
+                loss = net(...) / batch.n_targets
+            run.backward(loss)
+        run.update(step)
+        ...
+    run.finish()
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from common import checkpoint
+from common.config import UserError
+from common.distributed import peak_flops, peak_memory_gb, setup
+from common.log import Log
+from common.optim import lr_factor
+
+STOPPED_EARLY = 75  # exit status of a run that saved and can go on (EX_TEMPFAIL of sysexits.h)
+
+
+class Run:
+    """Plumbing of one stage; the stage file shows what is trained on what."""
+
+    def __init__(self, cfg, stage):
+        self.cfg, self.stage = cfg, stage
+        self.machine = setup(cfg.device, cfg.precision)
+        self.device, self.ranks = self.machine.device, self.machine.ranks
+        self.folder = Path(cfg.out)
+        self.settings = dataclasses.asdict(cfg)
+        if self.machine.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not cfg.resume:
+                for folder in checkpoint.steps_in(self.folder).values():
+                    shutil.rmtree(folder)
+        self.machine.barrier()
+        self.log = Log(self.folder, self.machine.is_main, cfg.tracker, self.settings)
+        self.metrics, self.stop_signal = {}, None
+        self.began = time.time()
+        torch.manual_seed(cfg.seed)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def split(self, rows, micro_rows):
+        """How `rows` a step divide: (micro-batches, rows each) per process, the same job for any
+        number of processes."""
+        if rows % self.ranks:
+            raise UserError(f"a batch of {rows} rows does not divide by {self.ranks} processes")
+        mine = rows // self.ranks
+        self.accumulate = -(-mine // micro_rows)
+        while mine % self.accumulate:
+            self.accumulate += 1
+        return self.accumulate, mine // self.accumulate
+
+    def start(self, model, optimizer, tokenizer, info, unit="tok", per_step=0, flops=0):
+        """Resume if there is something to resume; returns the network to call in the loop.
+
+        info: kind, model configuration and lineage, for config.json. per_step: how many `unit` one
+        step handles in the whole job, flops: floating-point operations for each of them.
+        """
+        self.model, self.optimizer, self.tokenizer, self.info = model, optimizer, tokenizer, info
+        self.unit, self.per_step, self.flops = unit, per_step, flops
+        self.fp16 = torch.amp.GradScaler(
+            self.device.type, enabled=self.machine.dtype == torch.float16
+        )
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.first_step = self._resume()
+        self.peak = peak_flops(self.machine) * self.ranks
+        self.loss = torch.zeros((), device=self.device)
+        count = sum(p.numel() for p in self.trained)
+        self.log.say(f"{self.stage}: {count / 1e6:.2f} M parameters to train on {self.ranks} x "
+                     f"{self.machine.name} in {str(self.machine.dtype)[6:]}, into {self.folder}")
+        net = torch.compile(model) if self.cfg.compile else model
+        if self.ranks > 1 and self.trained:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            net = DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+        self.net = net
+        return net
+
+    def _resume(self):
+        found = checkpoint.steps_in(self.folder)
+        if not found:
+            self.log.resume(-1)
+            return 0
+        folder = list(found.values())[-1]
+        info, weights, state = checkpoint.read(folder, with_state=True)
+        if info["stage"] != self.stage or info["tokenizer"] != self.tokenizer.fingerprint:
+            raise UserError(f"{self.folder} holds a run of {info['stage']}.py or of another "
+                            "tokenizer; choose another --out, or --resume=False to replace it")
+        checkpoint.load_weights(self.model, weights, folder)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.fp16.load_state_dict(state["fp16"])
+        torch.set_rng_state(state["rng"])
+        self.metrics = info["metrics"]
+        self.began -= info["metrics"].get("seconds", 0)
+        self.log.resume(state["step"] - 1)
+        changed = [f"{name} ({info['settings'][name]} -> {value})"
+                   for name, value in self.settings.items() if info["settings"].get(name) != value]
+        self.log.say(f"going on from {folder}" + (f"; changed: {', '.join(changed)}" if changed
+                                                  else ""))
+        return state["step"]
+
+    def steps(self):
+        """The step numbers still to do. Saves and ends the program early if asked to stop."""
+        self.window = (time.perf_counter(), self.first_step)
+        self.stopped_early = False
+        for step in range(self.first_step, self.cfg.max_steps):
+            self.optimizer.set_lr(lr_factor(self.cfg, step))
+            yield step
+            if self._should_stop(step) and step + 1 < self.cfg.max_steps:
+                self.save(step)
+                self.log.say(f"stopped after step {step} and saved; the same command goes on")
+                sys.exit(STOPPED_EARLY)
+
+    def forward(self, micro):
+        """Context of one forward pass: autocast, and gradients shared on the last micro-batch."""
+        stack = contextlib.ExitStack()
+        if self.ranks > 1 and self.trained and micro < self.accumulate - 1:
+            stack.enter_context(self.net.no_sync())
+        stack.enter_context(self.machine.autocast())
+        return stack
+
+    def backward(self, loss):
+        """Gradients of `loss`, this micro-batch's share of the whole job's mean loss.
+
+        DistributedDataParallel averages over processes; times their number it is the sum.
+        """
+        self.loss += loss.detach()
+        self.fp16.scale(loss * self.ranks).backward()
+
+    def update(self, step):
+        """Clip and step. A gradient that is not finite changes nothing (and costs no wait)."""
+        for member in self.optimizer.members:
+            self.fp16.unscale_(member)
+        limit = self.cfg.grad_clip or float("inf")
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.trained, limit)
+        if self.fp16.is_enabled():
+            for member in self.optimizer.members:
+                self.fp16.step(member)
+            self.fp16.update()
+        elif torch.isfinite(self.grad_norm):
+            self.optimizer.step()
+        else:
+            self.log.say(f"step {step}: the gradient is not finite; step skipped")
+        self.optimizer.zero_grad()
+
+    def progress(self, step):
+        """Every `log_every` steps: one printed line and one row of log.jsonl."""
+        every = self.cfg.log_every
+        if (step + 1) % every and step + 1 != self.cfg.max_steps:
+            return
+        loss = self.machine.sum(self.loss).item()
+        now, (then, first) = time.perf_counter(), self.window
+        steps = step + 1 - first
+        seconds = (now - then) / steps
+        rate = self.per_step / seconds
+        left = (self.cfg.max_steps - step - 1) * seconds
+        figures = dict(loss=loss / steps, grad_norm=self.grad_norm.item(),
+                       lr=lr_factor(self.cfg, step), ms=seconds * 1e3,
+                       mfu=rate * self.flops / self.peak, dollars=self.dollars())
+        figures[f"{self.unit}_per_s"] = rate
+        self.log.say(f"step {step:5d} | loss {loss / steps:.4f} | norm {figures['grad_norm']:.2f} | "
+                     f"lr x{figures['lr']:.3f} | {seconds * 1e3:.0f} ms | {rate:,.0f} {self.unit}/s"
+                     f" | mfu {figures['mfu']:.0%} | {left / 60:.1f} min left | "
+                     f"${figures['dollars']:.2f}")
+        self.log.add(step, figures)
+        self.loss.zero_()
+        self.rate = rate
+        self.window = (now, step + 1)
+
+    def dollars(self):
+        return self.cfg.dollars_per_hour * self.ranks * (time.time() - self.began) / 3600
+
+    def record(self, step, **figures):
+        """Print and log figures of an evaluation; they go into the next checkpoint as well."""
+        self.metrics.update(figures)
+        text = " | ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        self.log.say(f"step {step:5d} | {text}")
+        self.log.add(step, figures)
+        self.window = (time.perf_counter(), step + 1)  # evaluation is not training time
+        self.loss.zero_()
+
+    def due(self, step, every):
+        """Whether something done every so many steps is due after this one; the last always is."""
+        return step + 1 == self.cfg.max_steps or (every > 0 and (step + 1) % every == 0)
+
+    def save(self, step):
+        """Write a checkpoint that has done step `step`."""
+        if self.machine.is_main:
+            gpu_gb, host_gb = peak_memory_gb(self.device)
+            self.metrics.update(seconds=time.time() - self.began, dollars=self.dollars(),
+                                peak_gpu_gb=gpu_gb, peak_rss_gb=host_gb)
+            info = dict(stage=self.stage, **self.info, step=step + 1, settings=self.settings,
+                        tokenizer=self.tokenizer.fingerprint, tokenizer_name=self.tokenizer.name,
+                        metrics=self.metrics)
+            state = dict(step=step + 1, optimizer=self.optimizer.state_dict(),
+                         fp16=self.fp16.state_dict(), rng=torch.get_rng_state())
+            checkpoint.save(self.folder, step + 1, self.model.state_dict(), info, self.tokenizer,
+                            state)
+        self.machine.barrier()
+
+    def finish(self, samples=()):
+        """Write loss.png and report.md, and say what comes next."""
+        figures = {name: f"{value:.4g}" for name, value in self.metrics.items()}
+        figures["steps"] = self.cfg.max_steps
+        if hasattr(self, "rate"):
+            figures["speed"] = f"{self.rate:,.0f} {self.unit}/s"
+        self.log.plot()
+        self.log.report(self.stage, self.machine, self.settings, figures, samples)
+        self.log.say(f"done: {self.folder} (report.md, loss.png, log.jsonl, the checkpoint)")
+        if self.ranks > 1:
+            torch.distributed.destroy_process_group()
+
+    def _on_signal(self, number, frame):
+        if self.stop_signal is not None:
+            os._exit(128 + number)
+        self.stop_signal = number
+
+    def _should_stop(self, step):
+        minutes = (time.perf_counter() - self.run_clock()) / 60
+        stop = self.stop_signal is not None or 0 < self.cfg.time_limit < minutes
+        if self.ranks == 1:
+            return stop
+        if (step + 1) % self.cfg.log_every:  # asking the others every step would cost a wait
+            return False
+        return self.machine.sum(torch.tensor(float(stop), device=self.device)).item() > 0
+
+    def run_clock(self):
+        """When this process began its work (seconds of time.perf_counter)."""
+        if not hasattr(self, "_clock"):
+            self._clock = time.perf_counter()
+        return self._clock
+
+
+def lineage(info):
+    """The line of checkpoints behind a new run: those behind `info`, then `info` itself."""
+    keys = ("stage", "folder", "step", "sha256", "metrics")
+    return [*info.get("lineage", []), {key: info[key] for key in keys}]
