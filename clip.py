@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from model import init_weights
+
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
 
 
@@ -175,16 +177,19 @@ class CLIP(nn.Module):
         """(B, T) -> unit vectors (B, E)."""
         return F.normalize(self.text_projection(self.text_model(ids)).float(), dim=-1)
 
-    def forward(self, pixels, ids, same):
-        """The contrastive loss in nats of this process's pairs among those of all processes.
+    def forward(self, pixels, ids, keys):
+        """This process's share of the contrastive loss (nats, mean over the pairs of all processes).
 
-        same (B, B over all processes) is True where two captions of the whole batch are identical:
-        such pairs are positives too, and share the target evenly.
+        pixels (B, 3, S, S), ids (B, T). keys (B,) int64: captions with equal keys are identical,
+        so their pictures are positives for one another and share the target evenly.
         """
-        images, texts = gather(self.image_features(pixels)), gather(self.text_features(ids))
-        logits = images @ texts.T * shared_gradient(self.logit_scale).clamp(max=4.6052).exp()
+        images, texts = self.image_features(pixels), self.text_features(ids)
+        scale = self.logit_scale.clamp(max=4.6052).exp()  # at most 100, as in the paper
+        same = (keys[:, None] == gather(keys)).float()  # (B, B of all processes)
         targets = same / same.sum(-1, keepdim=True)
-        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+        to_texts = F.cross_entropy(scale * images @ gather(texts).T, targets, reduction="sum")
+        to_images = F.cross_entropy(scale * texts @ gather(images).T, targets, reduction="sum")
+        return (to_texts + to_images) / (2 * same.size(1))
 
     def flops_per_pair(self):
         """Training FLOP an image with its caption: 6 a multiplying weight and position, and 12 C
@@ -196,32 +201,25 @@ class CLIP(nn.Module):
         return (c.n_patches + 1) * image + c.context * text
 
 
-def gather(features):
-    """Features of all processes, in rank order; only this process's own carry a gradient.
+class Gather(torch.autograd.Function):
+    """Every process's rows, in rank order; the gradient of one's own rows is summed over all."""
 
-    Every process then computes the whole loss, so the sum of their gradients is the gradient.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return features
-    everyone = [torch.empty_like(features) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, features.detach())
-    everyone[dist.get_rank()] = features
-    return torch.cat(everyone)
+    @staticmethod
+    def forward(ctx, rows):
+        everyone = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, rows.contiguous())
+        return torch.cat(everyone)
 
-
-def shared_gradient(parameter):
-    """`parameter`, its gradient divided by the number of processes: each of them computes all of
-    that gradient, and they are summed."""
-    n = dist.get_world_size() if dist.is_initialized() else 1
-    return parameter / n + parameter.detach() * (1 - 1 / n)
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def init_weights(module):
-    """Normal weights of deviation 0.02, zero biases; norms start as the identity."""
-    if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
-        nn.init.normal_(module.weight, std=0.02)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
+def gather(rows):
+    """(B, ...) of this process to (B of all processes, ...)."""
+    return Gather.apply(rows) if dist.is_initialized() and dist.get_world_size() > 1 else rows
 
 
 def normalise(pixels):
@@ -229,3 +227,27 @@ def normalise(pixels):
     mean = torch.tensor(MEAN, device=pixels.device)
     std = torch.tensor(STD, device=pixels.device)
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+@torch.no_grad()
+def caption_choice(model, pairs, machine, choices=32, batch=256):
+    """(share of pictures whose own caption, of `choices` different ones, is the nearest; the
+    cross-entropy of that choice in nats), over a data.Captions."""
+    images, texts, keys = [], [], []
+    for start in range(0, len(pairs), batch):
+        part = pairs.batch(range(start, min(start + batch, len(pairs)))).to(machine.device)
+        with machine.autocast():
+            images.append(model.image_features(normalise(part.pixels)))
+            texts.append(model.text_features(part.ids))
+        keys += part.keys.tolist()
+    images, texts = torch.cat(images), torch.cat(texts)
+    unlike = list({key: i for i, key in enumerate(keys)}.values())  # one row of each caption
+    groups = [unlike[i : i + choices] for i in range(0, len(unlike) - choices + 1, choices)]
+    right, loss = 0, 0.0
+    for group in groups:
+        logits = model.logit_scale.exp() * images[group] @ texts[group].T
+        targets = torch.arange(choices, device=logits.device)
+        right += (logits.argmax(-1) == targets).sum().item()
+        loss += F.cross_entropy(logits, targets).item()
+    n = max(1, len(groups))
+    return right / (n * choices), loss / n

@@ -138,7 +138,7 @@ class GPT(nn.Module):
 
 def init_weights(module):
     """Normal weights of deviation 0.02 (GPT-2's), zero biases; norms start as the identity."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
+    if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
         nn.init.normal_(module.weight, std=0.02)
     if getattr(module, "bias", None) is not None and not isinstance(module, nn.LayerNorm):
         nn.init.zeros_(module.bias)

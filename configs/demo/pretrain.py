@@ -1,0 +1,17 @@
+"""Text for the demo: 3.2 M tokens of the picture world's stories, twice or so."""
+
+out = "out/demo/pretrain"
+data = "data/demo/text"
+
+n_layer = 4
+n_head = 4
+n_embd = 256
+max_positions = 512
+
+context = 256
+batch_tokens = 16384
+micro_rows = 64
+max_steps = 150
+cooldown = 0.6
+
+eval_every = 75

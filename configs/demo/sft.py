@@ -1,0 +1,14 @@
+"""Chat for the demo: counting, comparing and recalling, in text alone."""
+
+out = "out/demo/sft"
+init_from = "out/demo/pretrain"
+data = "data/demo/chats"
+
+context = 256
+batch_tokens = 8192
+micro_rows = 32
+max_steps = 120
+muon_lr = 0.01
+lr = 2e-3
+cooldown = 0.7
+eval_every = 60

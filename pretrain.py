@@ -1,0 +1,83 @@
+"""Stage 1: teach the decoder English, from nothing, on text.
+
+    python pretrain.py configs/demo/pretrain.py                                  # a laptop, 2 minutes
+    torchrun --standalone --nproc_per_node=8 pretrain.py configs/full/pretrain.py
+    python sample.py out/demo/pretrain --prompt='Mia has'                        # look at the result
+
+Reads token shards (prepare.py text, or the public FineWeb-Edu ones); writes a decoder checkpoint
+that sft.py starts from.
+"""
+
+from dataclasses import dataclass
+
+from chat import Conversation
+from common.config import TrainSettings, UserError, parse, run_main
+from common.optim import make_optimizer
+from common.run import Run
+from data import Loader, Text, check_tokenizer, validation_loss
+from model import GPT, GPTConfig
+from vision import describe, open_model
+
+
+@dataclass
+class Config(TrainSettings):
+    data: str = "data/text"  # folder of *train*.npy and *val*.npy token shards
+    init_from: str = ""  # a decoder checkpoint to go on from with new data; empty: from nothing
+
+    n_layer: int = 20  # blocks
+    n_head: int = 10  # attention heads
+    n_embd: int = 1280  # width
+    max_positions: int = 2048  # longest sequence the decoder will ever see
+
+    context: int = 1024  # tokens of a training row
+    batch_tokens: int = 524_288  # tokens of a step in the whole job, whatever the number of GPUs
+    micro_rows: int = 32  # rows a GPU takes at once: what fits its memory
+    val_rows: int = 512  # validation windows, always the same ones
+
+
+def main():
+    cfg = parse(Config)
+    run = Run(cfg, "pretrain")
+
+    # Data: windows over all shards in a seeded order
+    tokenizer = check_tokenizer(cfg.data)
+    train = Text(cfg.data, "train", cfg.context, tokenizer.n_vocab)
+    val = Text(cfg.data, "val", cfg.context, tokenizer.n_vocab)
+    loader = Loader(train, cfg.batch_tokens // cfg.context, cfg.micro_rows, run, cfg.seed)
+
+    # Model: everything is new and everything is trained
+    if cfg.init_from:
+        model, its_tokenizer, _ = open_model(cfg.init_from, run.device, kinds=("decoder",))
+        check_tokenizer(cfg.data, its_tokenizer)
+    else:
+        model = GPT(GPTConfig(tokenizer.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd,
+                              cfg.max_positions))
+    if cfg.context > model.config.max_positions:
+        raise UserError(f"--context={cfg.context} is more than --max_positions="
+                        f"{model.config.max_positions}")
+    model.to(run.device).train()
+    optimizer = make_optimizer(model, cfg)
+    net = run.start(model, optimizer, tokenizer, describe(model), "tok", cfg.batch_tokens,
+                    model.flops_per_token(cfg.context))
+
+    for step in run.steps():
+        for micro, batch in enumerate(loader.step(step)):
+            with run.forward(micro):
+                loss = net(batch.ids, batch.targets) / batch.n_targets
+            run.backward(loss)
+        run.update(step)
+        run.progress(step)
+        if run.due(step, cfg.eval_every):
+            run.record(step, val_loss=validation_loss(
+                run, val, cfg.micro_rows, lambda b: model(b.ids, b.targets), cfg.val_rows))
+        if run.due(step, cfg.save_every):
+            run.save(step)
+
+    model.eval()
+    starts = [tokenizer.decode(val.window(i)[:16]) for i in range(3)]
+    run.finish([text + "".join(Conversation(model, tokenizer).continue_text(text, 60))
+                for text in starts])
+
+
+if __name__ == "__main__":
+    run_main(main)

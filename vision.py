@@ -1,0 +1,163 @@
+"""Eyes: picture -> pixels -> CLIP features -> projector -> image tokens among the text's.
+
+The projector is LLaVA's (Linear, GELU, Linear), and so are the features: every patch of the last
+layer but one, without the class token. With the decoder and CLIP this is
+`LlavaForConditionalGeneration` of `transformers` under other names.
+
+Letters for shapes: B rows, T positions, C the decoder's width, M images, P patches of one, S pixels.
+"""
+
+import dataclasses
+import io
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import nn
+
+import tokenizer as tokenizers
+from clip import CLIP, MEAN, CLIPConfig, VisionTower, normalise
+from common import checkpoint
+from common.config import UserError
+from model import GPT, GPTConfig
+
+MAX_PIXELS = 50_000_000  # a larger picture is refused before it is decoded
+PADDING = tuple(round(255 * channel) for channel in MEAN)  # grey that CLIP sees as zero
+
+
+def read_image(source, name=None):
+    """A PIL image (RGB, upright) from a path or bytes; UserError if it is not a readable picture."""
+    name = name or source
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow only warns at a bomb; the check below refuses
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise UserError(f"{name}: {width} x {height} is more than "
+                                    f"{MAX_PIXELS // 10**6} megapixels")
+                image = ImageOps.exif_transpose(image)
+                if image.mode in ("P", "LA", "PA", "RGBA"):  # transparent means white
+                    image = image.convert("RGBA")
+                    white = Image.new("RGBA", image.size, "white")
+                    image = Image.alpha_composite(white, image)
+                return image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"there is no picture {name}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name} is not a readable picture: {error}") from None
+
+
+def fit(image, size):
+    """The picture inside a square of `size` pixels, its proportions kept, the rest padded."""
+    if image.size == (size, size):
+        return image
+    return ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=PADDING)
+
+
+def to_pixels(images, size):
+    """PIL images to one uint8 tensor (M, S, S, 3)."""
+    return torch.from_numpy(np.stack([np.asarray(fit(image, size)) for image in images]))
+
+
+class Projector(nn.Module):
+    """CLIP's width to the decoder's, patch by patch."""
+
+    def __init__(self, clip_width, width):
+        super().__init__()
+        self.linear_1 = nn.Linear(clip_width, width)
+        self.linear_2 = nn.Linear(width, width)
+        for linear in (self.linear_1, self.linear_2):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x):
+        return self.linear_2(F.gelu(self.linear_1(x)))
+
+
+class VisionLanguageModel(nn.Module):
+    """A decoder that reads pictures as P embeddings each. The CLIP tower is always frozen."""
+
+    def __init__(self, decoder_config, clip_config):
+        super().__init__()
+        self.config, self.clip_config = decoder_config, clip_config
+        self.decoder = GPT(decoder_config)
+        self.vision_tower = VisionTower(clip_config).requires_grad_(False)
+        self.projector = Projector(clip_config.vision_width, decoder_config.n_embd)
+
+    def forward(self, batch):
+        """Cross-entropy of a data.Batch, in nats, summed over its supervised positions."""
+        embeddings = self.embed(batch.ids, batch.pixels, batch.image_positions)
+        return self.decoder(None, batch.targets, batch.where, batch.positions, batch.segments,
+                            embeddings=embeddings)
+
+    def embed(self, ids, pixels=None, image_positions=None):
+        """Ids (B, T) to embeddings (B, T, C), image tokens replaced by the pictures' features.
+
+        pixels: uint8 (M, S, S, 3) or None; image_positions: the (M * P) flat positions, into
+        B * T, of the <|image|> ids, picture by picture.
+        """
+        x = self.decoder.token_embedding(ids)
+        if pixels is None:  # keep the projector in the graph, or other processes wait for it
+            return x + 0 * sum(p.sum() for p in self.projector.parameters()).to(x.dtype)
+        features = self.image_tokens(pixels).flatten(0, 1).to(x.dtype)
+        return x.flatten(0, 1).index_copy(0, image_positions, features).view_as(x)
+
+    def image_tokens(self, pixels):
+        """uint8 pixels (M, S, S, 3) to the decoder's embeddings (M, P, C) of the pictures."""
+        with torch.no_grad():
+            features = self.vision_tower.patches(normalise(pixels))
+        return self.projector(features)
+
+
+def open_model(name, device="cpu", kinds=("decoder", "vision", "clip"), dtype=None):
+    """(model, tokenizer, info) of any checkpoint, in evaluation mode; info as checkpoint.read."""
+    info, weights, _ = checkpoint.read(name, kinds)
+    model = build(info)
+    checkpoint.load_weights(model, weights, info["folder"])
+    model = model.to(device=device, dtype=dtype).eval()
+    return model, tokenizer_of(info), info
+
+
+def build(info):
+    """The model that a checkpoint's config.json describes, with initial weights."""
+    decoder = GPTConfig(**info["decoder"]) if "decoder" in info else None
+    clip = CLIPConfig(**info["clip"]) if "clip" in info else None
+    if info["kind"] == "vision":
+        return VisionLanguageModel(decoder, clip)
+    return GPT(decoder) if info["kind"] == "decoder" else CLIP(clip)
+
+
+def tokenizer_of(info):
+    """The tokenizer that a checkpoint was trained with."""
+    name = info["tokenizer_name"]
+    found = tokenizers.load("gpt2" if name == "gpt2" else info["folder"])
+    if found.fingerprint != info["tokenizer"]:
+        raise UserError(f"{info['folder']} was trained with another tokenizer than it holds")
+    return found
+
+
+def describe(model):
+    """What config.json says of a model, enough to build it again."""
+    if isinstance(model, VisionLanguageModel):
+        return dict(kind="vision", decoder=dataclasses.asdict(model.config),
+                    clip=dataclasses.asdict(model.clip_config))
+    kind = "clip" if isinstance(model, CLIP) else "decoder"
+    return {"kind": kind, kind: dataclasses.asdict(model.config)}
+
+
+def join(decoder_name, clip_name):
+    """A new VisionLanguageModel from two checkpoints, its projector untrained.
+
+    Returns (model, tokenizer, [info of the decoder, info of the CLIP]).
+    """
+    decoder_info, decoder_weights, _ = checkpoint.read(decoder_name, ("decoder",))
+    clip_info, clip_weights, _ = checkpoint.read(clip_name, ("clip",))
+    model = VisionLanguageModel(GPTConfig(**decoder_info["decoder"]), CLIPConfig(**clip_info["clip"]))
+    prefix = "vision_model."
+    tower = {n.removeprefix(prefix): w for n, w in clip_weights.items() if n.startswith(prefix)}
+    checkpoint.load_weights(model.decoder, decoder_weights, decoder_info["folder"])
+    checkpoint.load_weights(model.vision_tower, tower, clip_info["folder"])
+    return model, tokenizer_of(decoder_info), [decoder_info, clip_info]

@@ -1,0 +1,72 @@
+"""Stage 3: give the decoder eyes. Only the projector learns, on captions.
+
+    python vision_pretrain.py configs/demo/vision_pretrain.py
+    python vision_pretrain.py configs/full/vision_pretrain.py
+    python sample.py out/demo/vision_pretrain --image=FILE --prompt='Write a caption.'
+
+CLIP and the decoder are frozen: the projector learns to say in the decoder's language what CLIP
+sees. Starts from an sft.py and a clip_pretrain.py checkpoint; vision_sft.py goes on from here.
+"""
+
+from dataclasses import dataclass
+
+from chat import sample_answers
+from common.config import TrainSettings, parse, run_main
+from common.optim import make_optimizer
+from common.run import Run, lineage
+from data import Chats, Loader, Packed, check_tokenizer, validation_loss
+from vision import describe, join
+
+
+@dataclass
+class Config(TrainSettings):
+    init_from: str = "out/sft"  # the decoder checkpoint: a language model that can chat
+    clip: str = "out/clip_pretrain"  # the CLIP checkpoint
+    data: str = "data/captions"  # folder made by prepare.py images
+
+    context: int = 1024  # positions of a training row, image tokens included
+    batch_tokens: int = 65_536  # positions of a step in the whole job
+    micro_rows: int = 16  # rows a GPU takes at once: what fits its memory
+    val_rows: int = 64  # validation rows, always the same ones
+
+
+def main():
+    cfg = parse(Config)
+    run = Run(cfg, "vision_pretrain")
+
+    # Model: the projector is new and learns; CLIP and decoder stand still
+    model, tokenizer, parents = join(cfg.init_from, cfg.clip)
+    model.to(run.device).train()
+    model.decoder.requires_grad_(False)
+
+    # Data: captions, packed into rows
+    check_tokenizer(cfg.data, tokenizer)
+    pictures = (model.clip_config.n_patches, model.clip_config.image_size)
+    train = Packed([Chats(cfg.data, "train")], cfg.context, tokenizer, *pictures)
+    val = Packed([Chats(cfg.data, "val")], cfg.context, tokenizer, *pictures)
+    loader = Loader(train, cfg.batch_tokens // cfg.context, cfg.micro_rows, run, cfg.seed)
+    run.log.say(train.summary())
+
+    optimizer = make_optimizer(model, cfg)
+    info = {**describe(model), "lineage": [line for p in parents for line in lineage(p)]}
+    net = run.start(model, optimizer, tokenizer, info, "tok", cfg.batch_tokens,
+                    model.decoder.flops_per_token(cfg.context) * 2 / 3)  # no weight gradients
+
+    for step in run.steps():
+        for micro, batch in enumerate(loader.step(step)):
+            with run.forward(micro):
+                loss = net(batch) / batch.n_targets
+            run.backward(loss)
+        run.update(step)
+        run.progress(step)
+        if run.due(step, cfg.eval_every):
+            run.record(step, val_loss=validation_loss(run, val, cfg.micro_rows, model,
+                                                      cfg.val_rows))
+        if run.due(step, cfg.save_every):
+            run.save(step)
+
+    run.finish(sample_answers(model, tokenizer, val.sources[0], 3))
+
+
+if __name__ == "__main__":
+    run_main(main)

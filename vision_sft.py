@@ -1,0 +1,76 @@
+"""Stage 4: teach the model to talk about pictures. Projector and decoder learn, CLIP does not.
+
+    python vision_sft.py configs/demo/vision_sft.py
+    torchrun --standalone --nproc_per_node=8 vision_sft.py configs/full/vision_sft.py
+    python sample.py out/demo/vision_sft --image=FILE                            # talk about a picture
+
+Reads conversations about pictures, with some chats about text mixed in so that the model does not
+forget how to talk without one. Starts from vision_pretrain.py's checkpoint.
+"""
+
+from dataclasses import dataclass
+
+from chat import sample_answers
+from common.config import TrainSettings, parse, run_main
+from common.optim import make_optimizer
+from common.run import Run, lineage
+from data import Chats, Loader, Packed, Share, check_tokenizer, validation_loss
+from vision import describe, open_model
+
+
+@dataclass
+class Config(TrainSettings):
+    init_from: str = "out/vision_pretrain"  # the vision checkpoint to start from
+    data: str = "data/images"  # folder made by prepare.py images: conversations about pictures
+    text_data: str = ""  # folder made by prepare.py chat: chats about text; empty for none
+    text_share: float = 0.1  # chats about text for every conversation about a picture
+
+    context: int = 1024  # positions of a training row, image tokens included
+    batch_tokens: int = 65_536  # positions of a step in the whole job
+    micro_rows: int = 16  # rows a GPU takes at once: what fits its memory
+    val_rows: int = 64  # validation rows, always the same ones
+
+
+def main():
+    cfg = parse(Config)
+    run = Run(cfg, "vision_sft")
+
+    # Model: all but CLIP learns
+    model, tokenizer, info = open_model(cfg.init_from, run.device, kinds=("vision",))
+    model.train()
+
+    # Data: chats about pictures, and some without
+    check_tokenizer(cfg.data, tokenizer)
+    pictures = (model.clip_config.n_patches, model.clip_config.image_size)
+    sources = [Chats(cfg.data, "train")]
+    if cfg.text_data:
+        check_tokenizer(cfg.text_data, tokenizer)
+        texts = Chats(cfg.text_data, "train")
+        sources.append(Share(texts, round(len(sources[0]) * cfg.text_share), cfg.seed))
+    train = Packed(sources, cfg.context, tokenizer, *pictures)
+    val = Packed([Chats(cfg.data, "val")], cfg.context, tokenizer, *pictures)
+    loader = Loader(train, cfg.batch_tokens // cfg.context, cfg.micro_rows, run, cfg.seed)
+    run.log.say(train.summary())
+
+    optimizer = make_optimizer(model, cfg)
+    net = run.start(model, optimizer, tokenizer, {**describe(model), "lineage": lineage(info)},
+                    "tok", cfg.batch_tokens, model.decoder.flops_per_token(cfg.context))
+
+    for step in run.steps():
+        for micro, batch in enumerate(loader.step(step)):
+            with run.forward(micro):
+                loss = net(batch) / batch.n_targets
+            run.backward(loss)
+        run.update(step)
+        run.progress(step)
+        if run.due(step, cfg.eval_every):
+            run.record(step, val_loss=validation_loss(run, val, cfg.micro_rows, model,
+                                                      cfg.val_rows))
+        if run.due(step, cfg.save_every):
+            run.save(step)
+
+    run.finish(sample_answers(model, tokenizer, val.sources[0], 3))
+
+
+if __name__ == "__main__":
+    run_main(main)
