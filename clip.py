@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from model import init_weights
+from model import attend, compute_dtype, init_weights
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
 
@@ -51,11 +51,11 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x, causal):
-        q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        projections = (self.q_proj, self.k_proj, self.v_proj)  # apart by name, multiplied as one
+        weight, bias = (torch.cat([getattr(p, name) for p in projections])
+                        for name in ("weight", "bias"))
+        qkv = F.linear(x, weight, bias).unflatten(-1, (3, self.heads, -1))
+        y = attend(*qkv.permute(2, 0, 3, 1, 4), causal=causal)  # each (B, H, T, D)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -125,7 +125,7 @@ class VisionTower(nn.Module):
         return self.encode(pixels, self.encoder.layers[:-1])[:, 1:]
 
     def encode(self, pixels, layers):
-        x = self.pre_layrnorm(self.embeddings(pixels))
+        x = self.pre_layrnorm(self.embeddings(pixels)).to(compute_dtype(pixels))
         for layer in layers:
             x = layer(x)
         return x
@@ -152,6 +152,7 @@ class TextTower(nn.Module):
     def forward(self, ids):
         """Ids (B, T), each row with an end id, to the features (B, C) at the first of them."""
         x = self.embeddings(ids)
+        x = x.to(compute_dtype(x))
         for layer in self.encoder.layers:
             x = layer(x, causal=True)
         ends = (ids == self.end_id).int().argmax(-1)

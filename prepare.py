@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+import tales
 import tokenizer as tokenizers
 import world
 from common.checkpoint import sums, write_json
@@ -175,8 +176,8 @@ def demo(cfg):
     began = time.time()
     with NewFolder(cfg.out) as out:
         rng = random.Random(cfg.seed)
-        stories = distinct(lambda: world.story(rng), cfg.stories + cfg.held_out)
-        chats = distinct(lambda: json.dumps(world.text_chat(rng)), cfg.chats + cfg.held_out)
+        stories = distinct(lambda: tales.story(rng), cfg.stories + cfg.held_out)
+        chats = distinct(lambda: json.dumps(tales.text_chat(rng)), cfg.chats + cfg.held_out)
         chats = [json.loads(chat) for chat in chats]
         tokenizer = tokenizers.train(words_of(rng, stories[:8000], chats[:4000]), cfg.vocabulary)
 
@@ -192,8 +193,10 @@ def demo(cfg):
         for kind, (n_train, draw) in kinds.items():
             for split, n, pairs in (("train", n_train, "train"), ("val", cfg.held_out, "train"),
                                     ("val_pairs", cfg.held_out, "held_out")):
-                items = (draw(rng, pairs, cfg, split) for _ in range(n))
-                write_chats(out / kind / split, tokenizer, items)
+                items = [draw(rng, pairs, cfg, split) for _ in range(n)]
+                write_chats(out / kind / split, tokenizer, (item[:2] for item in items))
+                if len(items[0]) > 2:
+                    write_json(out / kind / split / "groups.json", [item[2] for item in items])
             write_manifest(out / kind, tokenizer)
         (out / "pictures").mkdir()
         for i in range(8):
@@ -247,9 +250,10 @@ def questioned(rng, pairs, cfg, split):
     scene = world.draw_scene(rng, pairs)
     if split == "train":
         return world.conversation(rng, scene, cfg.questions), [png(scene, cfg.image_size)]
-    question, answer = world.question(rng, scene, rng.choice(world.QUESTION_KINDS))
+    kind = rng.choice(world.QUESTION_KINDS)
+    question, answer = world.question(rng, scene, kind)
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return messages, [png(scene, cfg.image_size)]
+    return messages, [png(scene, cfg.image_size)], kind
 
 
 def png(scene, size):

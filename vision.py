@@ -15,12 +15,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 import tokenizer as tokenizers
 from clip import CLIP, MEAN, CLIPConfig, VisionTower, normalise
 from common import checkpoint
-from common.config import UserError
+from common.config import UserError, read_json
 from model import GPT, GPTConfig
 
 MAX_PIXELS = 50_000_000  # a larger picture is refused before it is decoded
@@ -151,13 +153,46 @@ def describe(model):
 def join(decoder_name, clip_name):
     """A new VisionLanguageModel from two checkpoints, its projector untrained.
 
+    clip_name: one of clip_pretrain.py's, or a CLIP of `transformers` by folder or hub name.
     Returns (model, tokenizer, [info of the decoder, info of the CLIP]).
     """
     decoder_info, decoder_weights, _ = checkpoint.read(decoder_name, ("decoder",))
-    clip_info, clip_weights, _ = checkpoint.read(clip_name, ("clip",))
-    model = VisionLanguageModel(GPTConfig(**decoder_info["decoder"]), CLIPConfig(**clip_info["clip"]))
+    folder = checkpoint.locate(clip_name)
+    if (folder / "manifest.json").is_file():
+        clip_info, clip_weights, _ = checkpoint.read(folder, ("clip",))
+    else:
+        clip_info, clip_weights = read_transformers_clip(folder)
+    clip_config = CLIPConfig(**clip_info["clip"])
+    model = VisionLanguageModel(GPTConfig(**decoder_info["decoder"]), clip_config)
     prefix = "vision_model."
     tower = {n.removeprefix(prefix): w for n, w in clip_weights.items() if n.startswith(prefix)}
     checkpoint.load_weights(model.decoder, decoder_weights, decoder_info["folder"])
     checkpoint.load_weights(model.vision_tower, tower, clip_info["folder"])
     return model, tokenizer_of(decoder_info), [decoder_info, clip_info]
+
+
+def read_transformers_clip(folder):
+    """(info, weights) of a CLIP in the files of `transformers`, such as OpenAI's on the hub."""
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "clip":
+        raise UserError(f"{folder} holds a {config.get('model_type')} model, not a CLIP")
+    vision = {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12,
+              "num_attention_heads": 12, "hidden_act": "quick_gelu"} | config["vision_config"]
+    text = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8,
+            "max_position_embeddings": 77, "vocab_size": 49408, "eos_token_id": 49407
+            } | config["text_config"]  # transformers leaves out what equals its defaults
+    end_id = 49407 if text["eos_token_id"] == 2 else text["eos_token_id"]  # 2: an old export's slip
+    clip = CLIPConfig(
+        vision["image_size"], vision["patch_size"], vision["hidden_size"],
+        vision["num_hidden_layers"], vision["num_attention_heads"], text["hidden_size"],
+        text["num_hidden_layers"], text["num_attention_heads"], text["max_position_embeddings"],
+        text["vocab_size"], end_id, config.get("projection_dim", 512), vision["hidden_act"])
+    file = folder / "model.safetensors"
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {file}: {error}") from None
+    weights = {n: w.float() for n, w in weights.items() if not n.endswith("position_ids")}
+    info = {"stage": "transformers", "kind": "clip", "clip": dataclasses.asdict(clip),
+            "folder": str(folder), "step": 0, "sha256": checkpoint.file_sum(file), "metrics": {}}
+    return info, weights

@@ -96,10 +96,10 @@ def prune(run_folder):
         shutil.rmtree(found[step])
 
 
-def find(name):
-    """The checkpoint folder that `name` means: itself, the newest of a run, or one from the hub."""
+def locate(name):
+    """The folder that `name` means: a checkpoint, the newest of a run, or a model of the hub."""
     path = Path(name)
-    if (path / "manifest.json").is_file() and (path / "config.json").is_file():
+    if (path / "config.json").is_file():
         return path
     if path.is_dir():
         found = steps_in(path)
@@ -111,17 +111,25 @@ def find(name):
     raise UserError(f"there is no checkpoint {name}: train it first, or check the path")
 
 
+def find(name):
+    """The folder of the checkpoint that `name` means; UserError if it is not one of ours."""
+    folder = locate(name)
+    if not (folder / "manifest.json").is_file():
+        raise UserError(f"{folder} is no checkpoint of this project: it has no manifest.json")
+    return folder
+
+
 def download(repository):
-    """A checkpoint from the Hugging Face hub, by its name."""
+    """The folder of a model from the Hugging Face hub, fetched once."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    wanted = ["*.json", "*.safetensors"]
     try:
-        folder = Path(snapshot_download(repository, ignore_patterns=["state/*"]))
+        return Path(snapshot_download(repository, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"there is no folder {repository}, and the Hugging Face hub does not give "
                         f"it either: {str(error).splitlines()[0]}") from None
-    return find(folder)
 
 
 def read(name, kinds=None, with_state=False):

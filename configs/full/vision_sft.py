@@ -1,0 +1,18 @@
+"""LLaVA-Instruct-150K, one epoch, projector and decoder, one GPU."""
+
+out = "out/full/vision_sft"
+init_from = "out/full/vision_pretrain"
+data = "data/llava_instruct"
+text_data = "data/magpie"
+
+context = 1024
+batch_tokens = 65_536
+micro_rows = 16
+max_steps = 1600
+muon_lr = 0.002
+lr = 2e-4
+schedule = "cosine"
+warmup = 0.03
+cooldown = 0.97
+eval_every = 100
+save_every = 250

@@ -1,0 +1,15 @@
+"""Chats for the 30 M decoder."""
+
+out = "out/small/sft"
+init_from = "out/small/pretrain"
+data = "data/small/chats"
+
+context = 512
+batch_tokens = 16384
+micro_rows = 16
+max_steps = 600
+muon_lr = 0.01
+lr = 1e-3
+cooldown = 0.7
+eval_every = 100
+save_every = 200

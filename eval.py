@@ -1,0 +1,188 @@
+"""Score a checkpoint on validation data, and sum up a whole pipeline.
+
+    python eval.py out/demo/pretrain --data=data/demo
+    python eval.py out/demo/vision_sft --data=data/demo --report=out/demo
+
+What is scored follows from the checkpoint: text by loss and bits per byte, chats by exact answers,
+CLIP by picking the right caption of 32, pictures by exact answers, also with the pictures shuffled
+among the questions (what remains then was guessed). All answers are greedy. With --report the
+checkpoints it came from are scored as well, and report.md and report.json sum up the pipeline.
+"""
+
+import math
+import shutil
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from chat import Conversation, answer_all, turns_of
+from clip import caption_choice
+from common import checkpoint
+from common.checkpoint import write_json
+from common.config import UserError, parse, read_json, run_main
+from common.distributed import peak_memory_gb, setup
+from data import Captions, Chats, Text, check_tokenizer
+from vision import open_model, read_image
+
+
+@dataclass
+class Config:
+    data: str = "data/demo"  # folder with text/, chats/, captions/, scenes/, as far as needed
+    items: int = 1000  # most items a task scores
+    report: str = ""  # folder for report.md and report.json of the whole pipeline; empty for none
+    started: float = 0.0  # when the pipeline started (seconds since 1970), for its total time
+    device: str = "auto"  # auto, cpu, cuda, mps
+
+
+def main():
+    argv = sys.argv[1:]
+    if not argv or argv[0].startswith("-"):
+        parse(Config, argv)
+        raise UserError("say which checkpoint to score: python eval.py out/demo/vision_sft")
+    cfg = parse(Config, argv[1:])
+    machine = setup(cfg.device)
+    names = [argv[0]]
+    if cfg.report:
+        lineage = checkpoint.read(argv[0])[0].get("lineage", [])
+        names = [p["folder"] for p in lineage if p["stage"] in ("pretrain", "clip_pretrain")] + names
+    scores = {}
+    for name in names:
+        began = time.time()
+        scores.update(score(name, Path(cfg.data), cfg.items, machine))
+        print(f"({name}: {time.time() - began:.0f} s)", file=sys.stderr)
+    if cfg.report:
+        report(argv[0], cfg, scores)
+
+
+def score(name, data, items, machine):
+    """All scores that a checkpoint and the data allow, as {name: figure}; prints them."""
+    model, tokenizer, info = open_model(name, machine.device)
+    scores = {}
+    if info["kind"] == "clip":
+        check_tokenizer(data / "captions", tokenizer)
+        pairs = Captions(Chats(data / "captions", "val"), tokenizer, model.config.image_size,
+                         model.config.context)
+        scores["clip_choice32"], _ = caption_choice(model, pairs, machine)
+    if info["stage"] == "pretrain":
+        check_tokenizer(data / "text", tokenizer)
+        scores |= text_loss(model, tokenizer, data / "text", items, machine)
+    if info["stage"] in ("sft", "vision_sft"):
+        check_tokenizer(data / "chats", tokenizer)
+        right, _ = exact(model, tokenizer, Chats(data / "chats", "val"), items, machine)
+        scores["chat_exact"] = right
+    if info["stage"] == "vision_sft":
+        check_tokenizer(data / "scenes", tokenizer)
+        for label, split, shuffled in (("vqa_exact", "val", False), ("vqa_shuffled", "val", True),
+                                       ("vqa_heldout_pairs", "val_pairs", False)):
+            chats = Chats(data / "scenes", split)
+            right, kinds = exact(model, tokenizer, chats, items, machine, shuffled)
+            scores[label] = right
+            scores |= {f"{label}/{kind}": share for kind, share in sorted(kinds.items())}
+    for label, figure in scores.items():
+        print(f"{label:32s} {figure:.4f}")
+    return scores
+
+
+def text_loss(model, tokenizer, folder, items, machine, T=None, batch=32):
+    """Loss in nats a token, and bits per byte of the text, over the first validation windows."""
+    import torch
+
+    val = Text(folder, "val", T or min(256, model.config.max_positions), tokenizer.n_vocab)
+    n = min(items, len(val))
+    loss, tokens, n_bytes = 0.0, 0, 0
+    for start in range(0, n, batch):
+        rows = val.batch(range(start, min(start + batch, n))).to(machine.device)
+        with torch.inference_mode(), machine.autocast():
+            loss += model(rows.ids, rows.targets).item()
+        tokens += rows.targets.numel()
+        for row in rows.targets.tolist():
+            text = tokenizer.decode([i for i in row if i != tokenizer.end_of_text])
+            n_bytes += len(text.encode())
+    return {"text_val_loss": loss / tokens, "text_bits_per_byte": loss / n_bytes / math.log(2)}
+
+
+def exact(model, tokenizer, chats, items, machine, shuffled=False):
+    """Share of answers that are right to the letter, and that share by group.
+
+    Every turn of the assistant in the first `items` chats is asked for, with the right history.
+    shuffled: every chat gets the pictures of the next one.
+    """
+    prompts, wanted, images, groups = [], [], [], []
+    file = chats.folder / "groups.json"
+    names = read_json(file) if file.is_file() else [""] * len(chats)
+    n = min(items, len(chats))
+    for i in range(n):
+        pictures = chats.images((i + 1) % n if shuffled else i)
+        for prompt, answer in turns_of(chats, i):
+            prompts.append(prompt)
+            wanted.append(tokenizer.decode(answer))
+            images.append(pictures)
+            groups.append(names[i])
+    found = answer_all(model, tokenizer, prompts, images, autocast=machine.autocast)
+    by_group = defaultdict(list)
+    for answer, right, group in zip(found, wanted, groups, strict=True):
+        by_group[group].append(answer == right)
+    shares = {group: sum(marks) / len(marks) for group, marks in by_group.items() if group}
+    return sum(a == b for a, b in zip(found, wanted, strict=True)) / len(found), shares
+
+
+# ----------------------------------------------------------------------------------------- report
+
+
+def report(name, cfg, scores):
+    """report.md and report.json: scores, time, memory, loss curves and a talk about pictures."""
+    folder = Path(cfg.report)
+    info = checkpoint.read(name)[0]
+    stages = [*info["lineage"], {key: info[key] for key in ("stage", "folder", "metrics")}]
+    figures = dict(scores)
+    manifest = Path(cfg.data) / "manifest.json"
+    prepared = read_json(manifest) if manifest.is_file() else {}
+    seconds = sum(stage["metrics"]["seconds"] for stage in stages) + prepared.get("seconds", 0)
+    figures["seconds"] = time.time() - cfg.started if cfg.started else seconds
+    figures["peak_rss_gb"] = max([prepared.get("peak_rss_gb", 0),
+                                  *(stage["metrics"]["peak_rss_gb"] for stage in stages)])
+    lines = [f"# {folder}", "", "| score | |", "|---|---|"]
+    lines += [f"| {label} | {figure:.4g} |" for label, figure in figures.items()]
+    lines += ["", "| stage | validation loss | minutes | peak memory (GB) |", "|---|---|---|---|"]
+    for stage in stages:
+        m = stage["metrics"]
+        lines.append(f"| {stage['stage']} | {m['val_loss']:.4f} | {m['seconds'] / 60:.1f} | "
+                     f"{m['peak_rss_gb']:.2f} |")
+    lines += ["", "## Talking about pictures it never saw", ""]
+    lines += conversations(name, Path(cfg.data) / "pictures", folder)
+    lines += ["## Loss curves", ""]
+    for stage in stages:
+        run = Path(stage["folder"]).parent
+        if (run / "loss.png").is_file() and run.parent == folder:
+            lines.append(f"![{stage['stage']}]({run.name}/loss.png)")
+    figures["peak_rss_gb"] = max(figures["peak_rss_gb"], peak_memory_gb_of_this())
+    (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_json(folder / "report.json", figures)
+    print(f"{folder / 'report.md'} and report.json sum it up")
+
+
+def peak_memory_gb_of_this():
+    return peak_memory_gb(setup("cpu").device)[1]
+
+
+def conversations(name, pictures, folder, n=4):
+    """Markdown: the first pictures of a folder, copied beside the report, with a talk about each."""
+    model, tokenizer, _ = open_model(name, kinds=("vision",))
+    lines = []
+    for path in sorted(pictures.glob("*.png"))[:n]:
+        (folder / "pictures").mkdir(exist_ok=True)
+        shutil.copy(path, folder / "pictures" / path.name)
+        lines += [f"![{path.name}](pictures/{path.name})", ""]
+        conversation, images = Conversation(model, tokenizer), [read_image(path)]
+        for question in ("What do you see?", "How many things are there?", "Is there a red thing?"):
+            answer = "".join(conversation.ask(question, images))
+            images = []
+            lines.append(f"- **{question}** {answer}")
+        lines.append("")
+    return lines
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,132 @@
+"""What the tests share: scripts run as by a command line, a tiny world, a run of every stage."""
+
+import contextlib
+import io
+import json
+import runpy
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("clip_pretrain", "pretrain", "sft", "vision_pretrain", "vision_sft")  # in working order
+STEPS = 6
+
+DEMO = ("--stories=400", "--chats=150", "--captions=120", "--conversations=120", "--questions=3",
+        "--held_out=64", "--vocabulary=512", "--image_size=32")
+COMMON = (f"--max_steps={STEPS}", "--save_every=2", "--eval_every=3", "--log_every=1",
+          "--device=cpu", "--precision=fp32")
+ROWS = ("--micro_rows=4", "--val_rows=8")
+TINY = {
+    "clip_pretrain": ("--image_size=32", "--patch_size=8", "--vision_width=32",
+                      "--vision_layers=2", "--vision_heads=2", "--text_width=32",
+                      "--text_layers=2", "--text_heads=2", "--embed_dim=32", "--context=64",
+                      "--batch_pairs=16"),
+    "pretrain": ("--n_layer=2", "--n_head=2", "--n_embd=32", "--max_positions=256",
+                 "--context=64", "--batch_tokens=512", *ROWS),
+    "sft": ("--context=128", "--batch_tokens=1024", *ROWS),
+    "vision_pretrain": ("--context=128", "--batch_tokens=1024", *ROWS),
+    "vision_sft": ("--context=128", "--batch_tokens=1024", "--text_share=0.5", *ROWS),
+}
+
+
+@dataclass
+class Result:
+    """What a script leaves on the terminal."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def refusal(self):
+        """The one line of a script that ended with a sentence for the user."""
+        assert self.status == 1, f"status {self.status}\n{self.out}\n{self.err}"
+        lines = self.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
+        return lines[0]
+
+
+def run(script, *argv, stdin=""):
+    """Run a script of this project in this process, as its command line would; returns its Result.
+
+    Importing PyTorch takes seconds, so only a few tests start a process of their own.
+    """
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    argv_before, stdin_before = sys.argv, sys.stdin
+    sys.argv, sys.stdin = [script, *map(str, argv)], io.StringIO(stdin)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        status = end.code or 0
+    finally:
+        sys.argv, sys.stdin = argv_before, stdin_before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return Result(status, out.getvalue(), err.getvalue())
+
+
+def run_stage(stage, *flags):
+    """Run a stage to its end; returns what it printed."""
+    result = run(f"{stage}.py", *flags)
+    assert result.status == 0, result.err
+    return result.out
+
+
+def log_rows(folder):
+    """The rows of a run's log.jsonl."""
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def logged(folder, *names):
+    """{(step, name): figure} of some figures in a run's log.jsonl."""
+    return {(row["step"], name): row[name]
+            for row in log_rows(folder) for name in names if name in row}
+
+
+def newest(folder):
+    """The newest checkpoint in a run's folder."""
+    return sorted(Path(folder).glob("step_*"))[-1]
+
+
+@dataclass
+class Pipeline:
+    """A finished run of every stage. Tests read it, and copy what they want to change."""
+
+    data: Path  # what prepare.py demo made
+    folder: Path  # with a run in each <stage>/
+
+    def flags(self, stage):
+        """All flags of a stage's command but --out."""
+        kind = {"pretrain": "text", "sft": "chats", "vision_sft": "scenes"}.get(stage, "captions")
+        parents = {"sft": ("--init_from=pretrain",),
+                   "vision_pretrain": ("--init_from=sft", "--clip=clip_pretrain"),
+                   "vision_sft": ("--init_from=vision_pretrain",)}.get(stage, ())
+        parents = [flag.replace("=", f"={self.folder}/") for flag in parents]
+        texts = [f"--text_data={self.data}/chats"] if stage == "vision_sft" else []
+        return [*COMMON, *TINY[stage], f"--data={self.data}/{kind}", *texts, *parents]
+
+    def run_stage(self, stage, out, *more):
+        return run_stage(stage, *self.flags(stage), f"--out={out}", *more)
+
+
+@pytest.fixture(scope="session")
+def world_data(tmp_path_factory):
+    """The folder of a tiny `prepare.py demo`."""
+    folder = tmp_path_factory.mktemp("data") / "demo"
+    assert run("prepare.py", "demo", f"--out={folder}", *DEMO).status == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline(world_data, tmp_path_factory):
+    """All five stages, tiny, each from the one before."""
+    pipeline = Pipeline(world_data, tmp_path_factory.mktemp("out"))
+    for stage in STAGES:
+        pipeline.run_stage(stage, pipeline.folder / stage)
+    return pipeline

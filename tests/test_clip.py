@@ -1,0 +1,213 @@
+"""The claims of clip.py: OpenAI's CLIP under its own names, and the loss that trains one."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+
+from clip import CLIP, CLIPConfig, caption_choice, normalise
+from common.distributed import Machine
+from data import Pairs
+from vision import to_pixels
+
+MACHINE = Machine(torch.device("cpu"), torch.float32)
+TINY = CLIPConfig(image_size=8, patch_size=4, vision_width=16, vision_layers=2, vision_heads=2,
+                  text_width=16, text_layers=2, text_heads=2, context=8, vocab_size=50, end_id=49,
+                  embed_dim=16)
+
+
+def new_clip(config, seed=0):
+    """A CLIP without a single weight at its initial value, and its twin of `transformers`."""
+    torch.manual_seed(seed)
+    ours, c = CLIP(config).eval(), config
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            p.normal_(mean=float("norm" in name and "weight" in name), std=0.05)
+        ours.logit_scale.fill_(2.0)
+    shared = {"hidden_act": c.activation, "projection_dim": c.embed_dim}
+    theirs = transformers.CLIPModel(transformers.CLIPConfig(
+        projection_dim=c.embed_dim,
+        vision_config=dict(hidden_size=c.vision_width, intermediate_size=4 * c.vision_width,
+                           num_hidden_layers=c.vision_layers, num_attention_heads=c.vision_heads,
+                           image_size=c.image_size, patch_size=c.patch_size, **shared),
+        text_config=dict(hidden_size=c.text_width, intermediate_size=4 * c.text_width,
+                         num_hidden_layers=c.text_layers, num_attention_heads=c.text_heads,
+                         max_position_embeddings=c.context, vocab_size=c.vocab_size,
+                         eos_token_id=c.end_id, **shared))).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return ours, theirs
+
+
+@pytest.fixture(scope="module")
+def large():
+    """ViT-L/14's shape, cut to two layers a tower."""
+    return new_clip(CLIPConfig(vision_layers=2, text_layers=2))
+
+
+def same(found, expected, scale):
+    """Equal to 1e-4, and of a size at which that says something."""
+    assert expected.std() > scale
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def random_images(n, size, seed=0):
+    """uint8 pixels (n, S, S, 3)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (n, size, size, 3), generator=generator, dtype=torch.uint8)
+
+
+# ----------------------------------------------------------------------------------------- openai's
+
+
+def test_parameters_have_the_names_and_shapes_of_transformers(large):
+    ours, theirs = ({name: w.shape for name, w in m.state_dict().items()} for m in large)
+    assert ours == theirs
+
+
+@torch.no_grad()
+def test_image_features_are_those_of_transformers(large):
+    ours, theirs = large
+    pixels = normalise(random_images(1, 224))
+    expected = theirs.get_image_features(pixels).pooler_output
+    same(ours.visual_projection(ours.vision_model(pixels)), expected, scale=0.5)
+    same(ours.image_features(pixels), F.normalize(expected, dim=-1), scale=0.02)
+
+
+@torch.no_grad()
+def test_patch_features_are_those_of_the_last_layer_but_one(large):
+    ours, theirs = large
+    pixels = normalise(random_images(1, 224))
+    hidden = theirs.vision_model(pixels, output_hidden_states=True).hidden_states
+    assert len(hidden) == 3
+    same(ours.vision_model.patches(pixels), hidden[-2][:, 1:], scale=0.5)
+
+
+@torch.no_grad()
+def test_text_features_are_those_of_transformers_whatever_follows_the_first_end(large):
+    ours, theirs = large
+    start, end = 49406, 49407
+    ids = torch.tensor([[start, 320, 1125, 539, 550, end, end, end],  # padded, as OpenAI does
+                        [start, 518, end, 9, 99, 999, 9999, 1],
+                        [start, 1, 2, 3, 4, 5, 6, end]])
+    expected = theirs.get_text_features(ids).pooler_output
+    same(ours.text_projection(ours.text_model(ids)), expected, scale=0.5)
+    same(ours.text_features(ids), F.normalize(expected, dim=-1), scale=0.02)
+    same(ours.text_features(ids[1:2, :3]), ours.text_features(ids)[1:2], scale=0.02)
+
+
+@torch.no_grad()
+def test_a_clip_trained_with_gelu_opens_there_too():
+    ours, theirs = new_clip(CLIPConfig(**{**vars(TINY), "activation": "gelu"}))
+    pixels, ids = normalise(random_images(2, 8)), torch.tensor([[1, 2, 3, 49], [4, 49, 49, 49]])
+    found = theirs(input_ids=ids, pixel_values=pixels)
+    same(ours.image_features(pixels), found.image_embeds, scale=0.1)
+    same(ours.text_features(ids), found.text_embeds, scale=0.1)
+
+
+def test_pixels_are_centred_and_scaled_as_clip_expects():
+    """By CLIP's mean and deviation of each channel, written out here once more."""
+    images = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
+    images[0, 0, 1] = torch.tensor([255, 51, 102])  # row 0, column 1
+    found = normalise(images)
+    assert found.shape == (1, 3, 2, 2) and found.dtype == torch.float32
+    black = [-0.48145466 / 0.26862954, -0.4578275 / 0.26130258, -0.40821073 / 0.27577711]
+    coloured = [(1 - 0.48145466) / 0.26862954, (0.2 - 0.4578275) / 0.26130258,
+                (0.4 - 0.40821073) / 0.27577711]
+    assert found[0, :, 1, 0].tolist() == pytest.approx(black, abs=1e-5)
+    assert found[0, :, 0, 1].tolist() == pytest.approx(coloured, abs=1e-5)
+
+
+def test_padding_is_what_clip_sees_as_zero():
+    """A wide black picture is fitted between bars that are as good as not there."""
+    pixels = normalise(to_pixels([Image.new("RGB", (40, 10))], 40))
+    assert pixels[0, :, 20].max() < -1.4 and pixels[0, :, 0].abs().max() < 0.01
+
+
+# --------------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize(("keys", "logit_scale"), [
+    ([7, 8, 9], 2.0), ([5, 9, 5], 2.0), ([4, 4, 4], 2.0), ([5, 9, 5], 9.0),
+])
+@torch.no_grad()
+def test_contrastive_loss_by_hand(keys, logit_scale):
+    """All pictures of one caption are its positives, in equal parts; the scale ends at 100."""
+    model, _ = new_clip(TINY)
+    model.logit_scale.fill_(logit_scale)
+    pixels = normalise(random_images(3, 8))
+    captions = {key: [key, 3, 49] for key in keys}
+    ids = torch.tensor([captions[key] for key in keys])
+    images, texts = model.image_features(pixels), model.text_features(ids)
+    scale = min(math.exp(logit_scale), 100)
+
+    def cost(one, others, positives):
+        """Cross-entropy of `one` against `others`, its target shared among `positives`."""
+        logits = [scale * sum(a * b for a, b in zip(one, other, strict=True)) for other in others]
+        total = max(logits) + math.log(sum(math.exp(x - max(logits)) for x in logits))
+        return sum(total - logits[p] for p in positives) / len(positives)
+
+    images, texts = images.tolist(), texts.tolist()
+    by_hand = 0
+    for i, key in enumerate(keys):
+        positives = [j for j in range(3) if keys[j] == key]
+        by_hand += cost(images[i], texts, positives) + cost(texts[i], images, positives)
+    assert model(pixels, ids, torch.tensor(keys)).item() == pytest.approx(by_hand / 6, abs=1e-3)
+
+
+def test_the_loss_trains_both_towers_and_their_scale():
+    model, _ = new_clip(TINY)
+    ids = torch.tensor([[1, 2, 49], [3, 4, 49], [5, 49, 49], [6, 7, 49]])
+    model(normalise(random_images(4, 8)), ids, torch.arange(4)).backward()
+    idle = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert not idle
+
+
+# -------------------------------------------------------------------------------- choosing captions
+
+
+class Listed:
+    """n pictures whose red says which caption is theirs; the last `repeats` repeat the first."""
+
+    def __init__(self, n, repeats=0):
+        numbers = torch.tensor([*range(n - repeats), *range(repeats)])
+        self.pixels = random_images(n, 8)
+        self.pixels[..., 0] = numbers[:, None, None].to(torch.uint8)
+        self.ids = torch.stack((numbers % 48, numbers // 48, torch.full((n,), 49)), dim=1)
+        self.keys = numbers
+
+    def __len__(self):
+        return len(self.keys)
+
+    def batch(self, rows):
+        rows = list(rows)
+        return Pairs(self.pixels[rows], self.ids[rows], self.keys[rows])
+
+
+class Knowing(torch.nn.Module):
+    """A model that is always right about Listed pictures, and very sure."""
+
+    def __init__(self):
+        super().__init__()
+        self.logit_scale = torch.nn.Parameter(torch.tensor(4.0))
+
+    def image_features(self, pixels):
+        red = (pixels[:, 0, 0, 0] * 0.26862954 + 0.48145466) * 255
+        return F.one_hot(red.round().long(), 256).float()
+
+    def text_features(self, ids):
+        return F.one_hot(ids[:, 0] + 48 * ids[:, 1], 256).float()
+
+
+def test_a_model_that_knows_nothing_chooses_one_caption_in_32():
+    right, loss = caption_choice(new_clip(TINY)[0], Listed(256), MACHINE)
+    assert right == pytest.approx(1 / 32, abs=3 * (1 / 32 / 256) ** 0.5)  # three deviations
+    assert loss > math.log(32) - 0.1
+
+
+def test_a_model_that_knows_everything_is_always_right():
+    """Of pictures with one caption only one is asked about: a group holds 32 different captions."""
+    right, loss = caption_choice(Knowing(), Listed(80, repeats=10), MACHINE, batch=33)
+    assert right == 1 and loss < 1e-3

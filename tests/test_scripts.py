@@ -1,0 +1,419 @@
+"""The claims of the scripts as programs: help, talking, scoring, and one clear line for a mistake."""
+
+import dataclasses
+import importlib
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, STAGES, Result, newest, run
+from PIL import Image
+
+import prepare
+from common.config import UserError
+from common.run import Run
+from pretrain import Config
+
+SCRIPTS = [(f"{name}.py",) for name in ("prepare", *STAGES, "sample", "eval")]
+COMMANDS = [("prepare.py", name) for name in ("demo", "text", "chat", "images")]
+
+
+def run_alone(*argv, stdin=""):
+    """Run a script in a process of its own, from another folder."""
+    command = [sys.executable, ROOT / argv[0], *map(str, argv[1:])]
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120,
+                          cwd=ROOT.parent, env={**os.environ, "COLUMNS": "80"})
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+# -------------------------------------------------------------------------------------------- help
+
+
+def settings_of(script, *command):
+    """{name: first line of its comment} of all settings of a script, from the source."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    config = module.COMMANDS[command[0]][0] if command else module.Config
+    source = "".join(map(inspect.getsource, config.__mro__[-2::-1]))
+    comments = dict(re.findall(r"^    (\w+): [^#\n]* = [^#\n]*  # (.*)$", source, re.MULTILINE))
+    names = [field.name for field in dataclasses.fields(config)]
+    return {name: comments.get(name, "") for name in names}
+
+
+@pytest.mark.parametrize("command", [*SCRIPTS[1:], *COMMANDS], ids=" ".join)
+def test_help_lists_every_setting_with_its_comment(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    result = run(*command, "--help")
+    assert (result.status, result.err) == (0, "")
+    said = " ".join(result.out.split())
+    for name, comment in settings_of(*command).items():
+        assert f"--{name} " in said
+        assert comment in said, name
+
+
+def test_prepare_help_lists_its_commands():
+    for argv in (), ("--help",):
+        result = run("prepare.py", *argv)
+        assert result.status == 0
+        for _, name in COMMANDS:
+            assert f"prepare.py {name}" in result.out
+
+
+def test_every_script_starts_on_its_own_from_any_folder():
+    with ThreadPoolExecutor(2) as pool:
+        for script, result in zip(SCRIPTS, pool.map(lambda s: run_alone(*s, "--help"), SCRIPTS),
+                                  strict=True):
+            assert (result.status, result.err) == (0, ""), script
+            assert script[0] in result.out
+
+
+def test_a_config_file_and_flags_give_the_same_settings(pipeline, tmp_path):
+    name, *flags = pipeline.flags("pretrain")[0], *pipeline.flags("pretrain")[1:]
+    lines = [flag.removeprefix("--").split("=") for flag in (name, *flags)]
+    numbers = [f"{key} = {value if value[0].isdigit() else repr(value)}" for key, value in lines]
+    (tmp_path / "tiny.py").write_text('"""A tiny run."""\n\n' + "\n".join(numbers) + "\n")
+    flags = (f"--out={tmp_path}/run", "--max_steps=1")
+    assert run("pretrain.py", tmp_path / "tiny.py", *flags).status == 0
+    settings = json.loads((newest(tmp_path / "run") / "config.json").read_text())["settings"]
+    usual = json.loads((newest(pipeline.folder / "pretrain") / "config.json").read_text())["settings"]
+    assert settings == {**usual, "out": f"{tmp_path}/run", "max_steps": 1}
+
+
+# ---------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory):
+    """A folder of things that do not fit: another vocabulary, broken files, texts as pictures."""
+    folder = tmp_path_factory.mktemp("things")
+    (folder / "story.txt").write_text("Once upon a time there was a fox. " * 50)
+    (folder / "chats.jsonl").write_text(
+        json.dumps({"instruction": "hello", "response": "hello"}) + "\n")
+    for argv in (("text", "--files={0}/*.txt", "--val_files={0}/*.txt", "--vocabulary=300"),
+                 ("chat", "--files={0}/chats.jsonl", "--val_files={0}/chats.jsonl",
+                  "--tokenizer={0}/text")):
+        argv = [part.format(folder) for part in argv]
+        assert run("prepare.py", *argv, f"--out={folder}/{argv[0]}").status == 0
+    (folder / "broken.parquet").write_bytes(b"PAR1, or so it says" * 9)
+    (folder / "broken.npy").write_bytes(b"\x93NUMPY and no more")
+    (folder / "broken.zip").write_bytes(b"PK and no more")
+    (folder / "broken.json").write_text('[{"messages": ')
+    (folder / "object.json").write_text('{"messages": []}')
+    (folder / "useless.jsonl").write_text('{"messages": [{"role": "user", "content": "hello?"}]}\n')
+    (folder / "blank.jsonl").write_text('{"text": " "}\n{"title": "no text"}\n')
+    (folder / "typo.py").write_text('max_steps = 5\nmax_stepz = 5\n')
+    (folder / "code.py").write_text("import os\n")
+    (folder / "text.png").write_text("not a picture")
+    (folder / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0\x00\x10JFIF")
+    Image.new("RGB", (16, 16), "red").save(folder / "red.png")
+    (folder / "half").mkdir()
+    for split in "train", "val":
+        np.save(folder / f"half/{split}.npy", np.arange(20, dtype=np.uint16))
+    return folder
+
+
+MISTAKES = {
+    # settings
+    "a missing config file": "pretrain.py {tmp}/no.py | there is no config file {tmp}/no.py",
+    "a typo in a config file": "pretrain.py {things}/typo.py | {things}/typo.py, line 2; max_steps?",
+    "code in a config file": "pretrain.py {things}/code.py | {things}/code.py, line 1",
+    "a typo in a flag": "sft.py --max_stepz=5 | max_stepz; max_steps?",
+    "a flag of another stage": "sft.py --n_layer=5 | n_layer; --help",
+    "a device that does not exist": "pretrain.py --device=tpu | --device=tpu; cpu, cuda or mps",
+    "a batch smaller than a row": "pretrain.py --data={data}/text --context=64 --n_head=2 "
+                                  "--n_embd=32 --batch_tokens=63 | batch_tokens; 64",
+    "rows longer than the model": "pretrain.py --data={data}/text --context=64 --max_positions=32 "
+                                  "--batch_tokens=64 | --context=64; 32",
+    # data
+    "a missing data folder": "pretrain.py --data={tmp}/no | no data folder {tmp}/no; prepare.py",
+    "a data folder of another kind": "pretrain.py --data={data}/chats | {data}/chats; prepare.py",
+    "text for chats": "sft.py --init_from={runs}/pretrain --data={data}/text | {data}/text",
+    "chats for captions": "clip_pretrain.py --data={data}/chats | {data}/chats; no pictures",
+    "text of another tokenizer": "pretrain.py --init_from={runs}/pretrain --data={things}/text "
+                                 "--context=8 --batch_tokens=8 | {things}/text; another tokenizer",
+    "chats of another tokenizer": "sft.py --init_from={runs}/pretrain --data={things}/chat "
+                                  "| {things}/chat; another tokenizer",
+    "more chats of another tokenizer": "vision_sft.py --init_from={runs}/vision_pretrain "
+                                       "--data={data}/scenes --text_data={things}/chat "
+                                       "| {things}/chat; another tokenizer",
+    "scores on another tokenizer": "eval.py {runs}/sft --data={things} | another tokenizer",
+    "text shorter than a row": "pretrain.py --data={things}/half --context=64 --batch_tokens=64 "
+                               "| {things}/half; empty",
+    "chats longer than a row": "sft.py --init_from={runs}/pretrain --data={data}/chats --context=4 "
+                               "--batch_tokens=4 | {data}/chats; empty",
+    # checkpoints
+    "a missing checkpoint": "sft.py --init_from={tmp}/no | there is no checkpoint {tmp}/no",
+    "a folder without a checkpoint": "sft.py --init_from={data} | {data} holds no checkpoint",
+    "clip for a decoder": "sft.py --init_from={runs}/clip_pretrain | clip_pretrain.py; a decoder",
+    "a decoder for clip": "vision_pretrain.py --init_from={runs}/sft --clip={runs}/sft "
+                          "| sft.py; a clip checkpoint",
+    "vision for a decoder": "vision_pretrain.py --init_from={runs}/vision_sft "
+                            "--clip={runs}/clip_pretrain | vision_sft.py; a decoder checkpoint",
+    "a decoder for vision": "vision_sft.py --init_from={runs}/sft | sft.py; a vision checkpoint",
+    # sample.py and eval.py
+    "talking to nothing": "sample.py | which checkpoint",
+    "talking to nobody": "sample.py {tmp}/no --prompt=hi | there is no checkpoint {tmp}/no",
+    "talking to clip": "sample.py {runs}/clip_pretrain --prompt=hi | clip_pretrain.py",
+    "a chat with a model of text": "sample.py {runs}/pretrain | --prompt",
+    "a missing picture": "sample.py {runs}/vision_sft --image={tmp}/no.png --prompt=hi "
+                         "| there is no picture {tmp}/no.png",
+    "a text as a picture": "sample.py {runs}/vision_sft --image={things}/text.png --prompt=hi "
+                           "| {things}/text.png is not a readable picture",
+    "a cut picture": "sample.py {runs}/vision_sft --image={things}/cut.jpg --prompt=hi "
+                     "| {things}/cut.jpg is not a readable picture",
+    "a folder as a picture": "sample.py {runs}/vision_sft --image={things} --prompt=hi | {things}",
+    "a picture for a text model": "sample.py {runs}/sft --image={things}/red.png --prompt=hi "
+                                  "| cannot see; vision_sft",
+    "a picture for a pretrained model": "sample.py {runs}/pretrain --image={things}/red.png "
+                                        "--prompt=hi | cannot see; vision_sft",
+    "a prompt longer than the context": "sample.py {runs}/sft --prompt={long} | context is 256",
+    "scoring nothing": "eval.py | which checkpoint",
+    "scores on no data": "eval.py {runs}/sft --data={tmp}/no | no data folder {tmp}/no/chats",
+    # prepare.py
+    "an unknown kind of data": "prepare.py txt --files=x | txt; demo, text, chat, images",
+    "no files": "prepare.py text --out={tmp}/x | --files",
+    "a pattern that matches nothing": "prepare.py text --files={tmp}/*.txt | {tmp}/*.txt",
+    "a broken parquet file": "prepare.py text --files={things}/broken.parquet --vocabulary=300 "
+                             "--out={tmp}/x | {things}/broken.parquet",
+    "a broken JSON file": "prepare.py chat --files={things}/broken.json --tokenizer={things}/text "
+                          "--out={tmp}/x | {things}/broken.json",
+    "a JSON file without rows": "prepare.py chat --files={things}/object.json "
+                                "--tokenizer={things}/text --out={tmp}/x | {things}/object.json",
+    "a folder among the files": "prepare.py chat --files={things}/text --tokenizer={things}/text "
+                                "--out={tmp}/x | {things}/text",
+    "no text": "prepare.py text --files={things}/blank.jsonl --vocabulary=300 --out={tmp}/x "
+               "| {things}/blank.jsonl; no text",
+    "no usable chat": "prepare.py chat --files={things}/useless.jsonl --tokenizer={things}/text "
+                      "--out={tmp}/x | {things}/useless.jsonl; no chat",
+    "a missing tokenizer": "prepare.py chat --files={things}/chats.jsonl --tokenizer={tmp}/no "
+                           "--out={tmp}/x | {tmp}/no",
+    "a missing folder of pictures": "prepare.py images --files={things}/chats.jsonl "
+                                    "--image_root={tmp}/no --out={tmp}/x | {tmp}/no; image_root",
+    "a broken zip of pictures": "prepare.py images --files={things}/chats.jsonl "
+                                "--image_root={things}/broken.zip --out={tmp}/x "
+                                "| {things}/broken.zip",
+    "a vocabulary too large for 16 bits": "prepare.py text --files={things}/story.txt "
+                                          "--vocabulary=70000 --out={tmp}/x | vocabulary; 65536",
+}  # command | words of the message; they are separated by semicolons
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_line_that_names_it(mistake, pipeline, things, tmp_path):
+    command, words = MISTAKES[mistake].split(" | ")
+    names = dict(tmp=tmp_path, things=things, data=pipeline.data, runs=pipeline.folder,
+                 long="word," * 300)
+    script, *argv = [part.format(**names) for part in command.split()]
+    if script.removesuffix(".py") in STAGES:
+        argv += [f"--out={tmp_path}/run", "--device=cpu"] if "--device" not in command else []
+    refusal = run(script, *argv).refusal
+    for word in words.split("; "):
+        assert word.format(**names) in refusal
+    assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".writing*"))
+
+
+def test_a_value_of_the_wrong_type_is_named():
+    result = run_alone("sft.py", "--max_steps=many")
+    assert result.status == 2 and "Traceback" not in result.out + result.err
+    assert "max_steps" in result.out + result.err and "many" in result.out + result.err
+
+
+def test_a_mistake_is_one_line_of_a_real_terminal_too(tmp_path):
+    refusal = run_alone("vision_sft.py", f"--init_from={tmp_path}/no", f"--out={tmp_path}/x").refusal
+    assert f"there is no checkpoint {tmp_path}/no" in refusal
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_asking_for_a_gpu_that_is_not_there(pipeline, tmp_path):
+    for argv in (["pretrain.py", *pipeline.flags("pretrain"), f"--out={tmp_path}/run"],
+                 ["sample.py", pipeline.folder / "sft", "--prompt=hi"]):
+        assert "--device=cuda, but PyTorch sees no" in run(*argv, "--device=cuda").refusal
+
+
+def test_a_batch_that_processes_cannot_share_evenly(tmp_path):
+    training = Run(Config(out=str(tmp_path), device="cpu"), "pretrain")
+    training.ranks = 2
+    assert training.split(4, 8) == (1, 2)
+    with pytest.raises(UserError, match="3 rows does not divide by 2 processes"):
+        training.split(3, 8)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json",
+                                  "state/training.pt"])
+def test_a_flipped_byte_is_found_before_it_does_harm(pipeline, tmp_path, file):
+    shutil.copytree(pipeline.folder / "sft", tmp_path / "sft")
+    path = newest(tmp_path / "sft") / file
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    commands = [("sft.py", *pipeline.flags("sft"), f"--out={tmp_path}/sft")]
+    if not file.startswith("state"):  # sampling and the next stage do not need it
+        commands += [("sample.py", tmp_path / "sft", "--prompt=hi"),
+                     ("vision_pretrain.py", *pipeline.flags("vision_pretrain"),
+                      f"--init_from={tmp_path}/sft", f"--out={tmp_path}/next")]
+    for command in commands:
+        refusal = run(*command).refusal
+        assert f"{path} is damaged" in refusal
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "manifest.json"])
+def test_a_lost_file_is_named(pipeline, tmp_path, file):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(newest(pipeline.folder / "sft"), folder)
+    (folder / file).unlink()
+    assert str(folder) in run("sample.py", folder, "--prompt=hi").refusal
+
+
+# ----------------------------------------------------------------- prepare.py and what is there
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("command", ["text --files={things}/blank.jsonl --vocabulary=300",
+                                     "text --files={things}/broken.parquet --vocabulary=300",
+                                     "chat --files={things}/useless.jsonl --tokenizer={things}/text",
+                                     "images --files={things}/chats.jsonl --image_root={things}/no"])
+def test_what_fails_leaves_the_folder_that_is_there(command, things, tmp_path):
+    shutil.copytree(things / "chat", tmp_path / "good")
+    before = contents(tmp_path)
+    argv = [part.format(things=things) for part in command.split()]
+    assert run("prepare.py", *argv, f"--out={tmp_path}/good").refusal
+    assert contents(tmp_path) == before
+
+
+def test_prepare_replaces_a_data_set_but_nothing_else(things, tmp_path):
+    argv = ("text", f"--files={things}/story.txt", "--vocabulary=300")
+    shutil.copytree(things / "chat", tmp_path / "data")
+    assert run("prepare.py", *argv, f"--out={tmp_path}/data").status == 0
+    assert not (tmp_path / "data/train").exists()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/letters.txt").write_text("Dear all,")
+    for folder in (tmp_path / "home", tmp_path):
+        before = contents(tmp_path)
+        assert str(folder) in run("prepare.py", *argv, f"--out={folder}").refusal
+        assert contents(tmp_path) == before
+
+
+def test_a_crash_leaves_the_folder_that_is_there(tmp_path):
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good/manifest.json").write_text("{}")
+    with pytest.raises(KeyboardInterrupt), prepare.NewFolder(tmp_path / "good") as out:
+        (out / "half").write_text("half")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.rglob("*")] == ["good", "manifest.json"]
+
+
+# ----------------------------------------------------------------------------------------- talking
+
+SHORT = ("--max_tokens=12", "--device=cpu")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "vision_pretrain", "vision_sft"])
+def test_one_question_gets_one_answer_from_every_stage(pipeline, stage):
+    picture = [f"--image={pipeline.data}/pictures/0.png"] if "vision" in stage else []
+    said = set()
+    for seed in range(3):
+        argv = (pipeline.folder / stage, "--prompt=Once upon", f"--seed={seed}", "--temperature=1")
+        first, again = (run("sample.py", *argv, *picture, *SHORT) for _ in range(2))
+        assert first == again and (first.status, first.err) == (0, "")
+        said.add(first.out)
+    assert len(said) == 3 and max(map(len, said)) > len("Once upon\n")
+    if stage == "pretrain":
+        assert all(text.startswith("Once upon") for text in said)
+
+
+def test_a_checkpoint_can_be_named_by_its_run_or_its_own_folder(pipeline):
+    argv = ("--prompt=hello", *SHORT)
+    assert run("sample.py", pipeline.folder / "sft", *argv) == run(
+        "sample.py", newest(pipeline.folder / "sft"), *argv)
+
+
+def answers(result):
+    assert (result.status, result.err) == (0, "")
+    return [line.removeprefix("model: ") for line in result.out.splitlines()
+            if line.startswith("model: ")]
+
+
+def test_a_conversation_can_be_piped(pipeline):
+    pictures = pipeline.data / "pictures"
+    lines = ["What do you see?", "Is it red?", f"/image {pictures}/1.png", "What do you see?",
+             "/reset", "Is it red?", "/reset", "What do you see?", "/help", "/image no.png", "",
+             "/quit", "Is anyone there?"]
+    argv = ("sample.py", pipeline.folder / "vision_sft", f"--image={pictures}/0.png", *SHORT)
+    result = run_alone(*argv, stdin="\n".join(lines))
+    said = answers(result)
+    assert len(said) == 5 and "Is anyone there?" not in result.out
+    one = run(*argv, "--prompt=What do you see?")
+    assert said[0] == one.out.removesuffix("\n")
+    assert said[1:4] == [answers(run(*argv[:2], *SHORT, *more, stdin=text))[-1] for more, text in (
+        ([argv[2]], "What do you see?\nIs it red?"),
+        ([f"--image={pictures}/1.png"], "What do you see?"),
+        ([], "Is it red?"))]
+    for words in "(starting over)", "there is no /help", "there is no picture no.png":
+        assert words in result.out
+
+
+def test_a_mistake_in_a_conversation_does_not_end_it(pipeline):
+    questions = f"/image {pipeline.data}/pictures/0.png\nhello\nhello\n{'word,' * 300}\nhello"
+    result = run("sample.py", pipeline.folder / "sft", *SHORT, stdin=questions)
+    assert "cannot see" in result.out and "context is 256" in result.out
+    lines = [line for line in result.out.splitlines() if not line.startswith("(")]
+    assert sum(line.startswith("model: ") and line != "model: (" for line in lines) >= 3
+
+
+def test_a_conversation_longer_than_the_context_says_so_and_can_start_over(pipeline):
+    questions = ["Tell me a story."] * 40 + ["/reset", "hello"]
+    result = run("sample.py", pipeline.folder / "sft", *SHORT, stdin="\n".join(questions))
+    assert "/reset starts over" in result.out
+    alone = run("sample.py", pipeline.folder / "sft", "--prompt=hello", *SHORT)
+    assert answers(result)[-1] == alone.out.removesuffix("\n")
+
+
+# ----------------------------------------------------------------------------------------- scoring
+
+
+@pytest.mark.parametrize("stage", ["clip_pretrain", "pretrain", "sft", "vision_sft"])
+def test_eval_scores_a_checkpoint_by_what_it_is(pipeline, stage):
+    result = run("eval.py", pipeline.folder / stage, f"--data={pipeline.data}", "--items=16")
+    assert result.status == 0
+    scores = dict(line.split() for line in result.out.splitlines())
+    assert {label for label in scores if "/" not in label} == {
+        "clip_pretrain": {"clip_choice32"}, "pretrain": {"text_val_loss", "text_bits_per_byte"},
+        "sft": {"chat_exact"},
+        "vision_sft": {"chat_exact", "vqa_exact", "vqa_shuffled", "vqa_heldout_pairs"}}[stage]
+    if stage == "pretrain":  # six steps: better than guessing one of 512 tokens, worse than trained
+        assert 3 < float(scores["text_val_loss"]) < np.log(512)
+
+
+def test_the_report_sums_up_the_pipeline(pipeline):
+    folder = pipeline.folder
+    argv = (folder / "vision_sft", f"--data={pipeline.data}", "--items=16", f"--report={folder}")
+    assert run("eval.py", *argv).status == 0
+    figures = json.loads((folder / "report.json").read_text())
+    for name in ("vqa_exact", "vqa_heldout_pairs", "vqa_shuffled", "chat_exact", "clip_choice32"):
+        assert 0 <= figures[name] <= 1
+    for name in "text_val_loss", "text_bits_per_byte", "seconds", "peak_rss_gb":
+        assert figures[name] > 0
+    report = (folder / "report.md").read_text()
+    images = re.findall(r"!\[.*?\]\((.*?)\)", report)
+    assert {f"{stage}/loss.png" for stage in STAGES} <= set(images)
+    assert len(images) == len(STAGES) + 4 and all((folder / path).is_file() for path in images)
+    for stage in STAGES:
+        assert f"| {stage} |" in report
+    for question in "What do you see?", "How many things are there?":
+        assert report.count(f"**{question}**") == 4
+
+
+def test_a_report_goes_into_a_new_folder_too(pipeline, tmp_path):
+    argv = (pipeline.folder / "sft", f"--data={pipeline.data}", "--items=4")
+    assert run("eval.py", *argv, f"--report={tmp_path}/new/report").status == 0
+    assert "chat_exact" in json.loads((tmp_path / "new/report/report.json").read_text())
