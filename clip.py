@@ -169,6 +169,9 @@ class CLIP(nn.Module):
         self.text_projection = nn.Linear(config.text_width, config.embed_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
         self.apply(init_weights)
+        grid = self.vision_model.embeddings.position_embedding.weight
+        with torch.no_grad():
+            grid[1:] = sine_grid(config.image_size // config.patch_size, config.vision_width)
 
     def image_features(self, pixels):
         """(B, 3, S, S) -> unit vectors (B, E)."""
@@ -200,6 +203,16 @@ class CLIP(nn.Module):
             c.n_patches + 1)
         text = 72 * c.text_layers * c.text_width**2 + 12 * c.text_layers * c.text_width * c.context
         return (c.n_patches + 1) * image + c.context * text
+
+
+def sine_grid(n, width):
+    """(n * n, width) sines and cosines of a patch's row and column, to start the learnt positions
+    from (Beyer et al. 2022, "Better plain ViT baselines"): docs/log.md has what it brings."""
+    frequencies = 100.0 ** -torch.linspace(0, 1, width // 4)
+    angles = torch.arange(n)[:, None] * frequencies  # (n, width / 4)
+    waves = torch.cat((angles.sin(), angles.cos()), dim=1)  # (n, width / 2)
+    rows, columns = waves[:, None].expand(n, n, -1), waves[None].expand(n, n, -1)
+    return 0.3 * torch.cat((rows, columns), dim=-1).flatten(0, 1)
 
 
 class Gather(torch.autograd.Function):
@@ -243,6 +256,7 @@ def caption_choice(model, pairs, machine, choices=32, batch=256):
         keys += part.keys.tolist()
     images, texts = torch.cat(images), torch.cat(texts)
     unlike = list({key: i for i, key in enumerate(keys)}.values())  # one row of each caption
+    choices = min(choices, len(unlike))
     groups = [unlike[i : i + choices] for i in range(0, len(unlike) - choices + 1, choices)]
     right, loss = 0, 0.0
     for group in groups:
@@ -250,5 +264,4 @@ def caption_choice(model, pairs, machine, choices=32, batch=256):
         targets = torch.arange(choices, device=logits.device)
         right += (logits.argmax(-1) == targets).sum().item()
         loss += F.cross_entropy(logits, targets).item()
-    n = max(1, len(groups))
-    return right / (n * choices), loss / n
+    return right / (len(groups) * choices), loss / len(groups)

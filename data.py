@@ -103,14 +103,14 @@ def validation_loss(run, dataset, micro_rows, loss_of, max_rows=512):
     loss_of(batch) gives the loss summed over the batch's supervised positions.
     """
     n = min(len(dataset), max_rows)
-    total = torch.zeros(2, device=run.device, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64)
     starts = range(run.machine.rank * micro_rows, n, run.ranks * micro_rows)
     for start in starts:
         batch = dataset.batch(list(range(start, min(start + micro_rows, n)))).to(run.device)
         with torch.no_grad(), run.machine.autocast():
-            total[0] += loss_of(batch)
+            total[0] += loss_of(batch).item()
         total[1] += batch.targets.numel()
-    total = run.machine.sum(total.to("cpu" if run.device.type != "cuda" else run.device))
+    total = run.machine.sum(total.to(run.device) if run.device.type == "cuda" else total)
     return (total[0] / total[1]).item()
 
 
@@ -155,6 +155,8 @@ def read_array(path, dtype):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is not a whole .npy file: {error}") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path} is an archive, not a .npy file")
     if array.ndim != 1 or array.dtype != dtype:
         raise UserError(f"{path} holds {array.ndim}-D {array.dtype}, expected 1-D {np.dtype(dtype)}")
     return array
@@ -169,8 +171,13 @@ def check_tokenizer(folder, tokenizer=None):
     if not Path(folder).is_dir():
         raise UserError(f"there is no data folder {folder}; prepare.py makes it")
     if not manifest.is_file():
+        if tokenizer is not None and tokenizer.name != "gpt2":
+            raise UserError(f"{folder} has no manifest.json, so its tokens are taken to be GPT-2's, "
+                            "but the model has another tokenizer")
         return tokenizer or tokenizers.load("gpt2")
     info = read_json(manifest)
+    if "tokenizer" not in info:
+        raise UserError(f"{folder} is no data set; name one of the folders in it")
     if tokenizer is None:
         return tokenizers.load("gpt2" if info["tokenizer_name"] == "gpt2" else folder)
     if info["tokenizer"] != tokenizer.fingerprint:

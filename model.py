@@ -109,6 +109,8 @@ class GPT(nn.Module):
         cache the position is also the slot in it, so a batch may hold rows of different lengths.
         """
         T = x.size(1)
+        if T > len(self.rotary_cos):
+            raise ValueError(f"{T} positions, but the model was made for {len(self.rotary_cos)}")
         if cache is not None:
             mask = cache.start(T, positions)
             if positions is None:
@@ -241,8 +243,8 @@ def pick(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability ahead of each
-        logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p),
-                                    float("-inf"))
+        drop = (before >= top_p) & (before > 0)  # never the likeliest
+        logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
@@ -263,8 +265,11 @@ def generate(model, embeddings, cache, max_tokens, stop, **sampling):
         yield token
         if cache.length == cache.keys.size(3):
             return
+    else:  # the limit came first: the last token was yielded, but is not in the cache yet
+        model.hidden(embeddings, cache=cache)
     if cache.length < cache.keys.size(3):
-        model.hidden(model.token_embedding(torch.tensor([[stop]], device=x.device)), cache=cache)
+        stop = torch.tensor([[stop]], device=embeddings.device)
+        model.hidden(model.token_embedding(stop), cache=cache)
 
 
 @torch.inference_mode()

@@ -93,6 +93,8 @@ def from_json(source):
     size = bpe.get_vocab_size()
 
     def encode(text):
+        # Half a surrogate pair, which JSON can spell, becomes a replacement mark, as in tiktoken.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return bpe.encode(text, add_special_tokens=False).ids
 
     digest = hashlib.sha256(source.encode()).hexdigest()

@@ -320,12 +320,18 @@ def turns(*pairs):
 
 
 def conversation(rng, scene, n_questions) -> list:
-    """The messages of a chat about the picture: n_questions different ones, of all kinds."""
-    asked = {}
+    """The messages of a chat about the picture: n_questions different ones, of all kinds.
+
+    A description comes first or at the end: what follows it can be answered without looking.
+    """
+    asked = {}  # question -> (answer, kind)
     while len(asked) < n_questions:
-        text, answer = question(rng, scene, rng.choice(QUESTION_KINDS))
-        asked.setdefault(text, answer)
-    return turns(*asked.items())
+        kind = rng.choice(QUESTION_KINDS)
+        text, answer = question(rng, scene, kind)
+        asked.setdefault(text, (answer, kind))
+    pairs = [(text, *found) for text, found in asked.items()]
+    pairs[1:] = sorted(pairs[1:], key=lambda pair: pair[2] == "describe")
+    return turns(*(pair[:2] for pair in pairs))
 
 
 def main():

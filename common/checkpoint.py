@@ -11,9 +11,12 @@ A checkpoint is written into a temporary folder, flushed to disk and renamed, so
 name is complete. Readers check the sums: safetensors and torch.load both take a flipped byte.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -89,8 +92,11 @@ def steps_in(run_folder):
 def prune(run_folder):
     """Keep the newest two checkpoints and the one with the lowest validation loss."""
     found = steps_in(run_folder)
-    losses = {s: read_json(f / "config.json")["metrics"].get("val_loss") for s, f in found.items()}
-    losses = {step: loss for step, loss in losses.items() if loss is not None}
+    losses = {}
+    for step, folder in found.items():
+        with contextlib.suppress(UserError, KeyError):  # a damaged one must not stop the run
+            losses[step] = read_json(folder / "config.json")["metrics"]["val_loss"]
+    losses = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
     keep = {*list(found)[-2:], *([min(losses, key=losses.get)] if losses else [])}
     for step in found.keys() - keep:
         shutil.rmtree(found[step])
@@ -140,6 +146,8 @@ def read(name, kinds=None, with_state=False):
     """
     folder = find(name)
     manifest = read_json(folder / "manifest.json")
+    if "sha256" not in manifest:
+        raise UserError(f"{folder / 'manifest.json'} is damaged: it lists no sums of the files")
     for file, wanted in manifest["sha256"].items():
         if file.startswith("state/") and not with_state:
             continue
@@ -159,7 +167,11 @@ def read(name, kinds=None, with_state=False):
         raise UserError(f"cannot read {folder / 'model.safetensors'}: {error}") from None
     state = None
     if with_state:
-        state = torch.load(folder / "state" / "training.pt", weights_only=True, map_location="cpu")
+        path = folder / "state" / "training.pt"
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
     return info, weights, state
 
 

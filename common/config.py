@@ -89,13 +89,14 @@ def read_config_file(path, config_class):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
         where = f"{path}, line {node.lineno}"
-        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+        if not (isinstance(node, ast.Assign) and len(node.targets) == 1
+                and isinstance(node.targets[0], ast.Name)):
             raise UserError(f"{where}: a config file holds only lines like `max_steps = 500`")
         name = node.targets[0].id
         check_name(name, config_class, f"in {where}")
         try:
             flags.append(f"--{name}={ast.literal_eval(node.value)}")
-        except ValueError:
+        except (ValueError, TypeError):
             raise UserError(f"{where}: the value of {name} must be a plain number, string, True or "
                             "False") from None
     return flags

@@ -51,7 +51,8 @@ class Run:
         self.machine.barrier()
         self.log = Log(self.folder, self.machine.is_main, cfg.tracker, self.settings)
         self.metrics, self.stop_signal = {}, None
-        self.began = time.time()
+        self.began = time.time()  # of the whole run; moved back on resuming, for the cost
+        self.clock = time.perf_counter()  # of this process, for --time_limit
         torch.manual_seed(cfg.seed)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -83,6 +84,8 @@ class Run:
         self.peak = peak_flops(self.machine) * self.ranks
         self.loss = torch.zeros((), device=self.device)
         count = sum(p.numel() for p in self.trained)
+        if self.first_step >= self.cfg.max_steps:
+            self.log.say(f"all {self.cfg.max_steps} steps are done already")
         self.log.say(f"{self.stage}: {count / 1e6:.2f} M parameters to train on {self.ranks} x "
                      f"{self.machine.name} in {str(self.machine.dtype)[6:]}, into {self.folder}")
         net = torch.compile(model) if self.cfg.compile else model
@@ -118,7 +121,6 @@ class Run:
     def steps(self):
         """The step numbers still to do. Saves and ends the program early if asked to stop."""
         self.window = (time.perf_counter(), self.first_step)
-        self.stopped_early = False
         for step in range(self.first_step, self.cfg.max_steps):
             self.optimizer.set_lr(lr_factor(self.cfg, step))
             yield step
@@ -144,7 +146,7 @@ class Run:
         self.fp16.scale(loss * self.ranks).backward()
 
     def update(self, step):
-        """Clip and step. A gradient that is not finite changes nothing (and costs no wait)."""
+        """Clip and step; a gradient that is not finite changes nothing and is named."""
         for member in self.optimizer.members:
             self.fp16.unscale_(member)
         limit = self.cfg.grad_clip or float("inf")
@@ -232,19 +234,13 @@ class Run:
         self.stop_signal = number
 
     def _should_stop(self, step):
-        minutes = (time.perf_counter() - self.run_clock()) / 60
+        minutes = (time.perf_counter() - self.clock) / 60
         stop = self.stop_signal is not None or 0 < self.cfg.time_limit < minutes
         if self.ranks == 1:
             return stop
         if (step + 1) % self.cfg.log_every:  # asking the others every step would cost a wait
             return False
         return self.machine.sum(torch.tensor(float(stop), device=self.device)).item() > 0
-
-    def run_clock(self):
-        """When this process began its work (seconds of time.perf_counter)."""
-        if not hasattr(self, "_clock"):
-            self._clock = time.perf_counter()
-        return self._clock
 
 
 def lineage(info):

@@ -36,7 +36,7 @@ def new_clip(config, seed=0):
         text_config=dict(hidden_size=c.text_width, intermediate_size=4 * c.text_width,
                          num_hidden_layers=c.text_layers, num_attention_heads=c.text_heads,
                          max_position_embeddings=c.context, vocab_size=c.vocab_size,
-                         eos_token_id=c.end_id, **shared))).eval()
+                         bos_token_id=c.end_id - 1, eos_token_id=c.end_id, **shared))).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     return ours, theirs
 
@@ -169,10 +169,10 @@ def test_the_loss_trains_both_towers_and_their_scale():
 
 
 class Listed:
-    """n pictures whose red says which caption is theirs; the last `repeats` repeat the first."""
+    """n pictures whose red says which caption is theirs; the first `repeats` come twice."""
 
     def __init__(self, n, repeats=0):
-        numbers = torch.tensor([*range(n - repeats), *range(repeats)])
+        numbers = torch.tensor([*range(repeats), *range(n - repeats)])
         self.pixels = random_images(n, 8)
         self.pixels[..., 0] = numbers[:, None, None].to(torch.uint8)
         self.ids = torch.stack((numbers % 48, numbers // 48, torch.full((n,), 49)), dim=1)
@@ -208,6 +208,6 @@ def test_a_model_that_knows_nothing_chooses_one_caption_in_32():
 
 
 def test_a_model_that_knows_everything_is_always_right():
-    """Of pictures with one caption only one is asked about: a group holds 32 different captions."""
+    """Of pictures with the same caption one is asked about: 32 captions are 32 different ones."""
     right, loss = caption_choice(Knowing(), Listed(80, repeats=10), MACHINE, batch=33)
     assert right == 1 and loss < 1e-3

@@ -1,4 +1,4 @@
-"""The claims of the scripts as programs: help, talking, scoring, and one clear line for a mistake."""
+"""The claims of the scripts as programs: help, one line for a mistake, talking, scoring."""
 
 import dataclasses
 import importlib
@@ -17,6 +17,8 @@ import pytest
 import torch
 from conftest import ROOT, STAGES, Result, newest, run
 from PIL import Image
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import WordLevel
 
 import prepare
 from common.config import UserError
@@ -76,15 +78,14 @@ def test_every_script_starts_on_its_own_from_any_folder():
 
 
 def test_a_config_file_and_flags_give_the_same_settings(pipeline, tmp_path):
-    name, *flags = pipeline.flags("pretrain")[0], *pipeline.flags("pretrain")[1:]
-    lines = [flag.removeprefix("--").split("=") for flag in (name, *flags)]
-    numbers = [f"{key} = {value if value[0].isdigit() else repr(value)}" for key, value in lines]
-    (tmp_path / "tiny.py").write_text('"""A tiny run."""\n\n' + "\n".join(numbers) + "\n")
+    pairs = [flag.removeprefix("--").split("=") for flag in pipeline.flags("pretrain")]
+    lines = [f"{name} = {value if value.isdigit() else repr(value)}\n" for name, value in pairs]
+    (tmp_path / "tiny.py").write_text('"""A tiny run."""\n\n' + "".join(lines))
     flags = (f"--out={tmp_path}/run", "--max_steps=1")
     assert run("pretrain.py", tmp_path / "tiny.py", *flags).status == 0
-    settings = json.loads((newest(tmp_path / "run") / "config.json").read_text())["settings"]
-    usual = json.loads((newest(pipeline.folder / "pretrain") / "config.json").read_text())["settings"]
-    assert settings == {**usual, "out": f"{tmp_path}/run", "max_steps": 1}
+    found, usual = (json.loads((newest(folder) / "config.json").read_text())["settings"]
+                    for folder in (tmp_path / "run", pipeline.folder / "pretrain"))
+    assert found == {**usual, "out": f"{tmp_path}/run", "max_steps": 1}
 
 
 # ---------------------------------------------------------------------------------------- mistakes
@@ -97,11 +98,11 @@ def things(tmp_path_factory):
     (folder / "story.txt").write_text("Once upon a time there was a fox. " * 50)
     (folder / "chats.jsonl").write_text(
         json.dumps({"instruction": "hello", "response": "hello"}) + "\n")
-    for argv in (("text", "--files={0}/*.txt", "--val_files={0}/*.txt", "--vocabulary=300"),
+    for argv in (("text", "--files={0}/*.txt", "--val_files={0}/*.txt", "--vocabulary=300",
+                  "--out={0}/text"),
                  ("chat", "--files={0}/chats.jsonl", "--val_files={0}/chats.jsonl",
-                  "--tokenizer={0}/text")):
-        argv = [part.format(folder) for part in argv]
-        assert run("prepare.py", *argv, f"--out={folder}/{argv[0]}").status == 0
+                  "--tokenizer={0}/text", "--out={0}/chats")):
+        assert run("prepare.py", *(part.format(folder) for part in argv)).status == 0
     (folder / "broken.parquet").write_bytes(b"PAR1, or so it says" * 9)
     (folder / "broken.npy").write_bytes(b"\x93NUMPY and no more")
     (folder / "broken.zip").write_bytes(b"PK and no more")
@@ -113,6 +114,10 @@ def things(tmp_path_factory):
     (folder / "code.py").write_text("import os\n")
     (folder / "text.png").write_text("not a picture")
     (folder / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0\x00\x10JFIF")
+    (folder / "large").mkdir()
+    words = {f"w{i}": i for i in range(70000)}
+    FastTokenizer(WordLevel(words)).save(f"{folder}/large/tokenizer.json")
+    (folder / "large.txt").write_text("w69999")
     Image.new("RGB", (16, 16), "red").save(folder / "red.png")
     (folder / "half").mkdir()
     for split in "train", "val":
@@ -123,15 +128,16 @@ def things(tmp_path_factory):
 MISTAKES = {
     # settings
     "a missing config file": "pretrain.py {tmp}/no.py | there is no config file {tmp}/no.py",
-    "a typo in a config file": "pretrain.py {things}/typo.py | {things}/typo.py, line 2; max_steps?",
+    "a typo in a config file": "pretrain.py {things}/typo.py | {things}/typo.py, line 2; max_steps",
     "code in a config file": "pretrain.py {things}/code.py | {things}/code.py, line 1",
-    "a typo in a flag": "sft.py --max_stepz=5 | max_stepz; max_steps?",
-    "a flag of another stage": "sft.py --n_layer=5 | n_layer; --help",
+    "a typo in a flag": "sft.py --max_stepz=5 | max_stepz; max_steps",
+    "a flag of another stage": "sft.py --n_layer=5 | no setting 'n_layer'",
     "a device that does not exist": "pretrain.py --device=tpu | --device=tpu; cpu, cuda or mps",
     "a batch smaller than a row": "pretrain.py --data={data}/text --context=64 --n_head=2 "
-                                  "--n_embd=32 --batch_tokens=63 | batch_tokens; 64",
+                                  "--n_embd=32 --batch_tokens=63 | --batch_tokens",
     "rows longer than the model": "pretrain.py --data={data}/text --context=64 --max_positions=32 "
-                                  "--batch_tokens=64 | --context=64; 32",
+                                  "--batch_tokens=64 --n_layer=1 --n_head=2 --n_embd=32 "
+                                  "| --context=64; 32",
     # data
     "a missing data folder": "pretrain.py --data={tmp}/no | no data folder {tmp}/no; prepare.py",
     "a data folder of another kind": "pretrain.py --data={data}/chats | {data}/chats; prepare.py",
@@ -139,11 +145,11 @@ MISTAKES = {
     "chats for captions": "clip_pretrain.py --data={data}/chats | {data}/chats; no pictures",
     "text of another tokenizer": "pretrain.py --init_from={runs}/pretrain --data={things}/text "
                                  "--context=8 --batch_tokens=8 | {things}/text; another tokenizer",
-    "chats of another tokenizer": "sft.py --init_from={runs}/pretrain --data={things}/chat "
-                                  "| {things}/chat; another tokenizer",
+    "chats of another tokenizer": "sft.py --init_from={runs}/pretrain --data={things}/chats "
+                                  "| {things}/chats; another tokenizer",
     "more chats of another tokenizer": "vision_sft.py --init_from={runs}/vision_pretrain "
-                                       "--data={data}/scenes --text_data={things}/chat "
-                                       "| {things}/chat; another tokenizer",
+                                       "--data={data}/scenes --text_data={things}/chats "
+                                       "| {things}/chats; another tokenizer",
     "scores on another tokenizer": "eval.py {runs}/sft --data={things} | another tokenizer",
     "text shorter than a row": "pretrain.py --data={things}/half --context=64 --batch_tokens=64 "
                                "| {things}/half; empty",
@@ -200,16 +206,17 @@ MISTAKES = {
     "a broken zip of pictures": "prepare.py images --files={things}/chats.jsonl "
                                 "--image_root={things}/broken.zip --out={tmp}/x "
                                 "| {things}/broken.zip",
-    "a vocabulary too large for 16 bits": "prepare.py text --files={things}/story.txt "
-                                          "--vocabulary=70000 --out={tmp}/x | vocabulary; 65536",
+    "a vocabulary too large for 16 bits": "prepare.py text --files={things}/large.txt "
+                                          "--tokenizer={things}/large --out={tmp}/x "
+                                          "| {things}/large; 65536",
 }  # command | words of the message; they are separated by semicolons
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_gets_one_line_that_names_it(mistake, pipeline, things, tmp_path):
     command, words = MISTAKES[mistake].split(" | ")
-    names = dict(tmp=tmp_path, things=things, data=pipeline.data, runs=pipeline.folder,
-                 long="word," * 300)
+    names = {"tmp": tmp_path, "things": things, "data": pipeline.data, "runs": pipeline.folder,
+             "long": "word," * 300}
     script, *argv = [part.format(**names) for part in command.split()]
     if script.removesuffix(".py") in STAGES:
         argv += [f"--out={tmp_path}/run", "--device=cpu"] if "--device" not in command else []
@@ -226,8 +233,8 @@ def test_a_value_of_the_wrong_type_is_named():
 
 
 def test_a_mistake_is_one_line_of_a_real_terminal_too(tmp_path):
-    refusal = run_alone("vision_sft.py", f"--init_from={tmp_path}/no", f"--out={tmp_path}/x").refusal
-    assert f"there is no checkpoint {tmp_path}/no" in refusal
+    result = run_alone("vision_sft.py", f"--init_from={tmp_path}/no", f"--out={tmp_path}/x")
+    assert f"there is no checkpoint {tmp_path}/no" in result.refusal
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -278,12 +285,13 @@ def contents(folder):
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("command", ["text --files={things}/blank.jsonl --vocabulary=300",
-                                     "text --files={things}/broken.parquet --vocabulary=300",
-                                     "chat --files={things}/useless.jsonl --tokenizer={things}/text",
-                                     "images --files={things}/chats.jsonl --image_root={things}/no"])
+@pytest.mark.parametrize("command", [
+    "text --files={things}/blank.jsonl --vocabulary=300",
+    "text --files={things}/broken.parquet --vocabulary=300",
+    "chat --files={things}/useless.jsonl --tokenizer={things}/text",
+    "images --files={things}/chats.jsonl --image_root={things}/no"])
 def test_what_fails_leaves_the_folder_that_is_there(command, things, tmp_path):
-    shutil.copytree(things / "chat", tmp_path / "good")
+    shutil.copytree(things / "chats", tmp_path / "good")
     before = contents(tmp_path)
     argv = [part.format(things=things) for part in command.split()]
     assert run("prepare.py", *argv, f"--out={tmp_path}/good").refusal
@@ -292,7 +300,7 @@ def test_what_fails_leaves_the_folder_that_is_there(command, things, tmp_path):
 
 def test_prepare_replaces_a_data_set_but_nothing_else(things, tmp_path):
     argv = ("text", f"--files={things}/story.txt", "--vocabulary=300")
-    shutil.copytree(things / "chat", tmp_path / "data")
+    shutil.copytree(things / "chats", tmp_path / "data")
     assert run("prepare.py", *argv, f"--out={tmp_path}/data").status == 0
     assert not (tmp_path / "data/train").exists()
     (tmp_path / "home").mkdir()
