@@ -89,14 +89,15 @@ def embed(model, tokenizer, chats, images):
 
 
 def answer_all(model, tokenizer, chats, images, max_tokens=64, batch=64, autocast=None):
-    """Greedy answers (str) to many prompts, each a chat as ids that ends where the answer begins."""
+    """Greedy answers (str) to many prompts: chats as ids that end where the answer begins."""
     decoder = model.decoder if isinstance(model, VisionLanguageModel) else model
     order = sorted(range(len(chats)), key=lambda i: len(chats[i]))  # alike lengths, little padding
     found = [""] * len(chats)
     for start in range(0, len(order), batch):
         some = order[start : start + batch]
         with autocast() if autocast else torch.inference_mode():
-            x, lengths = embed(model, tokenizer, [chats[i] for i in some], [images[i] for i in some])
+            part = [chats[i] for i in some], [images[i] for i in some]
+            x, lengths = embed(model, tokenizer, *part)
             rows = generate_batch(decoder, x, lengths, max_tokens, tokenizer.end)
         for i, row in zip(some, rows, strict=True):
             found[i] = tokenizer.decode(row)

@@ -182,7 +182,7 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(self.text_model(ids)).float(), dim=-1)
 
     def forward(self, pixels, ids, keys):
-        """This process's share of the contrastive loss (nats, mean over the pairs of all processes).
+        """This process's share of the contrastive loss: nats, mean over the pairs of all.
 
         pixels (B, 3, S, S), ids (B, T). keys (B,) int64: captions with equal keys are identical,
         so their pictures are positives for one another and share the target evenly.
@@ -212,7 +212,7 @@ def sine_grid(n, width):
     angles = torch.arange(n)[:, None] * frequencies  # (n, width / 4)
     waves = torch.cat((angles.sin(), angles.cos()), dim=1)  # (n, width / 2)
     rows, columns = waves[:, None].expand(n, n, -1), waves[None].expand(n, n, -1)
-    return 0.3 * torch.cat((rows, columns), dim=-1).flatten(0, 1)
+    return 0.7 * torch.cat((rows, columns), dim=-1).flatten(0, 1)
 
 
 class Gather(torch.autograd.Function):

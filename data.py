@@ -83,7 +83,7 @@ class Loader:
         return batch.to(self.run.device)
 
     def rows_of(self, step):
-        """The rows (numpy) that the whole job reads in `step`: every epoch in an order of its own."""
+        """The rows (numpy) that the whole job reads in `step`; every epoch has its own order."""
         n = len(self.dataset)
         numbers = np.arange(step * self.rows, (step + 1) * self.rows)
         found = np.empty_like(numbers)
@@ -158,7 +158,8 @@ def read_array(path, dtype):
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path} is an archive, not a .npy file")
     if array.ndim != 1 or array.dtype != dtype:
-        raise UserError(f"{path} holds {array.ndim}-D {array.dtype}, expected 1-D {np.dtype(dtype)}")
+        raise UserError(f"{path} holds {array.ndim}-D {array.dtype}, "
+                        f"expected 1-D {np.dtype(dtype)}")
     return array
 
 
@@ -172,8 +173,8 @@ def check_tokenizer(folder, tokenizer=None):
         raise UserError(f"there is no data folder {folder}; prepare.py makes it")
     if not manifest.is_file():
         if tokenizer is not None and tokenizer.name != "gpt2":
-            raise UserError(f"{folder} has no manifest.json, so its tokens are taken to be GPT-2's, "
-                            "but the model has another tokenizer")
+            raise UserError(f"{folder} has no manifest.json, so its tokens are taken to be "
+                            "GPT-2's, but the model has another tokenizer")
         return tokenizer or tokenizers.load("gpt2")
     info = read_json(manifest)
     if "tokenizer" not in info:
@@ -224,7 +225,7 @@ class Chats:
 
 
 class Share:
-    """`count` of the chats of a Chats, drawn by a seed, some more than once if there are too few."""
+    """`count` chats of a Chats, drawn by a seed, some more than once if there are too few."""
 
     def __init__(self, chats, count, seed):
         self.folder, self._chats = chats.folder, chats
@@ -282,7 +283,7 @@ class Packed:
                 f"{self.filled:.1%} filled{left if self.left_out else ''}")
 
     def _measure(self, s, chats, i):
-        """Where chat i must be cut to fit: the last end of an answer among its first T positions."""
+        """Where chat i must be cut to fit: the last end of an answer in its first T positions."""
         ids, supervised = chats.chat(i)
         widths = np.where(ids == self.tokenizer.image, self.n_patches, 1)
         ends = np.flatnonzero(supervised & (ids == self.tokenizer.end)) + 1  # ids kept, if cut here
@@ -326,7 +327,7 @@ class Packed:
 
 def pack(lengths, T, seed, window=4096):
     """Lists of numbers into `lengths`, each list at most T long in sum: best fit, longest first,
-    among a few thousand at a time, in a seeded order (so a row mixes what the data set does not)."""
+    among a few thousand at a time, in a seeded order (so rows mix what the data set does not)."""
     order = np.random.default_rng(seed).permutation(len(lengths)).tolist()
     rows = []
     for begin in range(0, len(order), window):

@@ -46,7 +46,8 @@ def main():
     names = [argv[0]]
     if cfg.report:
         lineage = checkpoint.read(argv[0])[0].get("lineage", [])
-        names = [p["folder"] for p in lineage if p["stage"] in ("pretrain", "clip_pretrain")] + names
+        parents = [p for p in lineage if p["stage"] in ("pretrain", "clip_pretrain")]
+        names = [p["folder"] for p in parents] + names
     scores = {}
     for name in names:
         began = time.time()
@@ -168,7 +169,7 @@ def peak_memory_gb_of_this():
 
 
 def conversations(name, pictures, folder, n=4):
-    """Markdown: the first pictures of a folder, copied beside the report, with a talk about each."""
+    """Markdown: the first pictures of a folder, copied beside the report, and a talk about each."""
     model, tokenizer, _ = open_model(name, kinds=("vision",))
     lines = []
     for path in sorted(pictures.glob("*.png"))[:n]:

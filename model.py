@@ -5,7 +5,8 @@ Pre-LayerNorm, rotary positions, ReLU, no dropout, untied head. One attention pa
 prefill and decoding. As ordinary as can be on purpose: with the same weights it is a GPT-NeoX of
 `transformers`, by test.
 
-Letters for shapes: B batch, T positions, C width, H heads, D head size, V vocabulary, S cache slots.
+Letters for shapes: B batch, T positions, C width, H heads, D head size, V vocabulary, S slots of
+the cache.
 """
 
 from dataclasses import dataclass
@@ -77,7 +78,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        table = rotary_table(config.n_embd // config.n_head, config.max_positions, config.rope_theta)
+        D = config.n_embd // config.n_head
+        table = rotary_table(D, config.max_positions, config.rope_theta)
         self.register_buffer("rotary_cos", table.cos(), persistent=False)  # (max_positions, D/2)
         self.register_buffer("rotary_sin", table.sin(), persistent=False)
         self.apply(init_weights)
@@ -109,7 +111,7 @@ class GPT(nn.Module):
         cache the position is also the slot in it, so a batch may hold rows of different lengths.
         """
         T = x.size(1)
-        if T > len(self.rotary_cos):
+        if len(self.rotary_cos) < T:
             raise ValueError(f"{T} positions, but the model was made for {len(self.rotary_cos)}")
         if cache is not None:
             mask = cache.start(T, positions)

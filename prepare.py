@@ -46,7 +46,7 @@ class Demo:
     questions: int = 7  # questions about each picture
     held_out: int = 1000  # validation items of each kind
     vocabulary: int = 1024  # tokens of the small BPE, specials included
-    image_size: int = 64  # pixels
+    image_size: int = 96  # pixels
 
 
 @dataclass
@@ -119,7 +119,7 @@ def write_manifest(folder, tokenizer, **counts):
 
 
 class ChatWriter:
-    """Collects chats, with their pictures' encoded bytes, and writes the arrays data.Chats reads."""
+    """Collects chats and their pictures' encoded bytes, and writes the arrays data.Chats reads."""
 
     def __init__(self, folder, tokenizer):
         self.folder, self.tokenizer = folder, tokenizer
@@ -352,7 +352,7 @@ def documents_of(paths, field, refused):
 
 
 def messages_of(row):
-    """The turns of a chat row as role and content, whatever its form; ValueError says what ails it."""
+    """The turns of a chat row as role and content, whatever its form, or a ValueError."""
     if not isinstance(row, dict):
         raise ValueError("a row that is no object")
     turns = row.get("conversations") or row.get("messages")
@@ -408,8 +408,8 @@ def text(cfg):
             raise UserError(f"{cfg.files} holds no text")
         write_manifest(out, tokenizer, train_tokens=n_train, val_tokens=n_val)
     refused.show()
-    print(f"{cfg.out}: {len(train)} documents, {n_train:,} tokens to train on; {len(val)} documents,"
-          f" {n_val:,} tokens for validation")
+    print(f"{cfg.out}: {len(train)} documents, {n_train:,} tokens to train on; "
+          f"{len(val)} documents, {n_val:,} tokens for validation")
 
 
 def chat(cfg, images_of=lambda row: []):

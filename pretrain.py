@@ -1,8 +1,8 @@
 """Stage 1: teach the decoder English, from nothing, on text.
 
-    python pretrain.py configs/demo/pretrain.py                                  # a laptop, 2 minutes
+    python pretrain.py configs/demo/pretrain.py                        # a laptop, 2 minutes
     torchrun --standalone --nproc_per_node=8 pretrain.py configs/full/pretrain.py
-    python sample.py out/demo/pretrain --prompt='Mia has'                        # look at the result
+    python sample.py out/demo/pretrain --prompt='Mia has'              # look at the result
 
 Reads token shards (prepare.py text, or the public FineWeb-Edu ones); writes a decoder checkpoint
 that sft.py starts from.

@@ -2,10 +2,10 @@
 
     python sft.py configs/demo/sft.py
     torchrun --standalone --nproc_per_node=8 sft.py configs/full/sft.py
-    python sample.py out/demo/sft                                                # chat with it
+    python sample.py out/demo/sft                                      # chat with it
 
 Chats are packed whole into rows and see only themselves; the loss is on what the assistant says.
-Starts from pretrain.py's checkpoint; writes a decoder checkpoint that vision_pretrain.py starts from.
+Starts from pretrain.py's checkpoint; vision_pretrain.py goes on from here.
 """
 
 from dataclasses import dataclass

@@ -129,7 +129,7 @@ def load(where):
     try:
         return from_json(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception for whatever it cannot parse
-        raise UserError(f"{path} is not a tokenizer file of the `tokenizers` library: {error}") from None
+        raise UserError(f"{path} is not a tokenizer file: {error}") from None
 
 
 @dataclass
@@ -164,7 +164,7 @@ def render(tokenizer, messages, n_images=0):
 
 
 def user_turn(tokenizer, pieces, role="user"):
-    """The ids of one turn that is not the assistant's; a piece is a string, or None for an image."""
+    """The ids of a turn that is not the assistant's; a piece is a string, or None for an image."""
     ids = [tokenizer.role_ids[role]]
     for piece in pieces:
         ids += [tokenizer.image] if piece is None else tokenizer.encode(piece)
@@ -175,7 +175,7 @@ def image_slots(messages, n_images):
     """For each message its pieces: strings, and None where an image belongs."""
     for message in messages:
         if message["role"] not in ROLES:
-            raise ValueError(f"unknown role {message['role']!r}, expected one of {', '.join(ROLES)}")
+            raise ValueError(f"unknown role {message['role']!r}, not one of {', '.join(ROLES)}")
     if n_images == 0:
         return [[message["content"]] for message in messages]
     slots = [

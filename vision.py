@@ -4,7 +4,7 @@ The projector is LLaVA's (Linear, GELU, Linear), and so are the features: every 
 layer but one, without the class token. With the decoder and CLIP this is
 `LlavaForConditionalGeneration` of `transformers` under other names.
 
-Letters for shapes: B rows, T positions, C the decoder's width, M images, P patches of one, S pixels.
+Letters for shapes: B rows, T positions, C the decoder's width, M images, P patches, S pixels.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ PADDING = tuple(round(255 * channel) for channel in MEAN)  # grey that CLIP sees
 
 
 def read_image(source, name=None):
-    """A PIL image (RGB, upright) from a path or bytes; UserError if it is not a readable picture."""
+    """A PIL image (RGB, upright) from a path or bytes; UserError if it cannot be read."""
     name = name or source
     try:
         with warnings.catch_warnings():

@@ -2,7 +2,7 @@
 
     python vision_sft.py configs/demo/vision_sft.py
     torchrun --standalone --nproc_per_node=8 vision_sft.py configs/full/vision_sft.py
-    python sample.py out/demo/vision_sft --image=FILE                            # talk about a picture
+    python sample.py out/demo/vision_sft --image=FILE                  # talk about a picture
 
 Reads conversations about pictures, with some chats about text mixed in so that the model does not
 forget how to talk without one. Starts from vision_pretrain.py's checkpoint.

@@ -1,1 +1,1 @@
-"""The plumbing that is nobody's lesson: settings, devices and processes, checkpoints, optimizers, logs."""
+"""The plumbing that is nobody's lesson: settings, processes, checkpoints, optimizers, logs."""

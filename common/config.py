@@ -47,7 +47,7 @@ class TrainSettings:
     save_every: int = 1000  # steps between checkpoints; there is always one at the end
     log_every: int = 10  # steps between printed lines
     device: str = "auto"  # auto, cpu, cuda, mps
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: what the hardware multiplies
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: what the device is for
     compile: bool = False  # torch.compile: slower to start, faster after (needs a C++ compiler)
     dollars_per_hour: float = 0.0  # price of one device, for the report
     tracker: Literal["none", "trackio", "wandb"] = "none"  # also send the figures there

@@ -1,8 +1,8 @@
 """Muon for matrices, AdamW for the rest, the learning-rate schedule, and which weight goes where.
 
 Muon (Keller Jordan, 2024) replaces a matrix's momentum by the nearest orthogonal matrix, found by a
-few Newton-Schulz steps in bf16. `torch.optim.Muon` walks over matrices one by one; a small model has
-dozens of equal shape, so this one stacks them and multiplies once (docs/log.md has the figures).
+few Newton-Schulz steps in bf16. `torch.optim.Muon` walks over matrices one by one; a small model
+has dozens of equal shape, so this one stacks them and multiplies once.
 """
 
 import math
@@ -51,7 +51,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices, steps=5):
-    """(N, rows, columns) -> the nearest (semi-)orthogonal matrices, roughly: singular values near 1.
+    """(N, rows, columns) -> roughly the nearest orthogonal matrices: singular values near 1.
 
     The quintic's coefficients are Keller Jordan's, chosen for the steepest start.
     """

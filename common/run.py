@@ -176,9 +176,10 @@ class Run:
                        lr=lr_factor(self.cfg, step), ms=seconds * 1e3,
                        mfu=rate * self.flops / self.peak, dollars=self.dollars())
         figures[f"{self.unit}_per_s"] = rate
-        self.log.say(f"step {step:5d} | loss {loss / steps:.4f} | norm {figures['grad_norm']:.2f} | "
-                     f"lr x{figures['lr']:.3f} | {seconds * 1e3:.0f} ms | {rate:,.0f} {self.unit}/s"
-                     f" | mfu {figures['mfu']:.0%} | {left / 60:.1f} min left | "
+        self.log.say(f"step {step:5d} | loss {loss / steps:.4f} | "
+                     f"norm {figures['grad_norm']:.2f} | lr x{figures['lr']:.3f} | "
+                     f"{seconds * 1e3:.0f} ms | {rate:,.0f} {self.unit}/s | "
+                     f"mfu {figures['mfu']:.0%} | {left / 60:.1f} min left | "
                      f"${figures['dollars']:.2f}")
         self.log.add(step, figures)
         self.loss.zero_()

@@ -135,12 +135,14 @@ def test_captions_are_true_and_name_every_thing():
     full = 0
     for rng, scene in scenes(2000, "any"):
         text = world.caption(rng, scene)
+        shapes = sorted(re.findall(rf"\b({S})\b", text))
+        assert shapes == sorted(t.shape for t in scene.things), text
         told = sorted(re.findall(rf"({C}) ({S})\b", text))
-        assert told == sorted(t.pair for t in scene.things), text
+        assert told in ([], sorted(t.pair for t in scene.things)), text
         places = Counter(re.findall(rf"({P})\b", text, flags=re.I))
         assert {p.lower() for p in places} <= {t.place for t in scene.things}, text
         full += sum(places.values()) == len(re.findall(rf"\b({Z}) ", text)) == len(scene.things)
-    assert 0.65 < full / 2000 < 0.95
+    assert 0.5 < full / 2000 < 0.7
 
 
 @pytest.mark.parametrize("pairs", PAIRS)

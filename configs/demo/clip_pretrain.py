@@ -3,8 +3,8 @@
 out = "out/demo/clip_pretrain"
 data = "data/demo/captions"
 
-image_size = 64
-patch_size = 8
+image_size = 96
+patch_size = 16  # a place of the picture's 3 x 3 grid is 2 x 2 patches
 vision_width = 128
 vision_layers = 5
 vision_heads = 2
@@ -15,8 +15,8 @@ embed_dim = 128
 context = 64
 
 batch_pairs = 256
-max_steps = 400
+max_steps = 280
 warmup = 0.05
 cooldown = 0.6
-eval_every = 100
+eval_every = 140
 log_every = 20

@@ -8,10 +8,10 @@ n_head = 4
 n_embd = 256
 max_positions = 512
 
-context = 256
-batch_tokens = 16384
+context = 192
+batch_tokens = 12288
 micro_rows = 64
-max_steps = 150
+max_steps = 180
 cooldown = 0.6
 
-eval_every = 75
+eval_every = 90

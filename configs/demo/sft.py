@@ -4,11 +4,11 @@ out = "out/demo/sft"
 init_from = "out/demo/pretrain"
 data = "data/demo/chats"
 
-context = 256
-batch_tokens = 8192
-micro_rows = 32
-max_steps = 120
+context = 192
+batch_tokens = 9216
+micro_rows = 48
+max_steps = 150
 muon_lr = 0.01
 lr = 2e-3
 cooldown = 0.7
-eval_every = 60
+eval_every = 75

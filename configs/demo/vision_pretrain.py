@@ -5,9 +5,11 @@ init_from = "out/demo/sft"
 clip = "out/demo/clip_pretrain"
 data = "data/demo/captions"
 
-context = 400
-batch_tokens = 12800
-micro_rows = 32
-max_steps = 60
+context = 192
+batch_tokens = 12288
+micro_rows = 64
+max_steps = 80
 cooldown = 0.7
-eval_every = 60
+eval_every = 40
+muon_lr = 0.06
+lr = 0.01
