@@ -17,6 +17,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from chat import Conversation, answer_all, turns_of
 from clip import caption_choice
 from common import checkpoint
@@ -88,8 +90,6 @@ def score(name, data, items, machine):
 
 def text_loss(model, tokenizer, folder, items, machine, T=None, batch=32):
     """Loss in nats a token, and bits per byte of the text, over the first validation windows."""
-    import torch
-
     val = Text(folder, "val", T or min(256, model.config.max_positions), tokenizer.n_vocab)
     n = min(items, len(val))
     loss, tokens, n_bytes = 0.0, 0, 0
@@ -158,14 +158,10 @@ def report(name, cfg, scores):
         run = Path(stage["folder"]).parent
         if (run / "loss.png").is_file() and run.parent == folder:
             lines.append(f"![{stage['stage']}]({run.name}/loss.png)")
-    figures["peak_rss_gb"] = max(figures["peak_rss_gb"], peak_memory_gb_of_this())
+    figures["peak_rss_gb"] = max(figures["peak_rss_gb"], peak_memory_gb()[1])
     (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_json(folder / "report.json", figures)
     print(f"{folder / 'report.md'} and report.json sum it up")
-
-
-def peak_memory_gb_of_this():
-    return peak_memory_gb(setup("cpu").device)[1]
 
 
 def conversations(name, pictures, folder, n=4):

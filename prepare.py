@@ -190,8 +190,8 @@ def demo(cfg):
         write_manifest(out / "chats", tokenizer)
 
         kinds = {"captions": (cfg.captions, captioned), "scenes": (cfg.conversations, questioned)}
-        for kind, (n_train, draw) in kinds.items():
-            for split, n, pairs in (("train", n_train, "train"), ("val", cfg.held_out, "train"),
+        for kind, (count, draw) in kinds.items():
+            for split, n, pairs in (("train", count, "train"), ("val", cfg.held_out, "train"),
                                     ("val_pairs", cfg.held_out, "held_out")):
                 items = [draw(rng, pairs, cfg, split) for _ in range(n)]
                 write_chats(out / kind / split, tokenizer, (item[:2] for item in items))
@@ -202,21 +202,10 @@ def demo(cfg):
         for i in range(8):
             world.paint(world.draw_scene(rng, "held_out"), 256).save(out / f"pictures/{i}.png")
         write_json(out / "manifest.json", {
-            "seconds": time.time() - began, "peak_rss_gb": peak_memory_gb_host()})
-    print(f"{cfg.out}: {cfg.stories} stories ({n_train_text(cfg.out)} tokens), {cfg.chats} chats, "
+            "seconds": time.time() - began, "peak_rss_gb": peak_memory_gb()[1]})
+    print(f"{cfg.out}: {cfg.stories} stories ({n_train:,} tokens), {cfg.chats} chats, "
           f"{cfg.captions} captions, {cfg.conversations} picture chats, in "
           f"{time.time() - began:.0f} s")
-
-
-def n_train_text(folder):
-    manifest = json.loads((Path(folder) / "text" / "manifest.json").read_text(encoding="utf-8"))
-    return f"{manifest['train_tokens']:,}"
-
-
-def peak_memory_gb_host():
-    import torch
-
-    return peak_memory_gb(torch.device("cpu"))[1]
 
 
 def distinct(draw, n):
@@ -432,9 +421,8 @@ def chat(cfg, images_of=lambda row: []):
                     writer.add(messages_of(row), images_of(row))
                 except (ValueError, AttributeError, TypeError) as error:
                     refused.add(str(error) or "a row of another form", where)
-                except UserError as error:
-                    refused.add(str(error).split(":")[0] if "readable" not in str(error)
-                                else "an unreadable picture", where)
+                except UserError:
+                    refused.add("an unreadable picture", where)
             counts[split] = writer.close()
         if counts["train"]["chats"] == 0:
             refused.show()

@@ -5,6 +5,8 @@ Started by `torchrun`, a stage finds its rank in the environment; started by `py
 
 import contextlib
 import os
+import resource
+import sys
 import time
 from dataclasses import dataclass, field
 
@@ -122,12 +124,10 @@ def peak_flops(machine):
     return best
 
 
-def peak_memory_gb(device):
+def peak_memory_gb(device=None):
     """(GPU, host) peak memory of this process in GB (10^9 bytes)."""
-    import resource
-    import sys
-
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, KiB on Linux
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    on_gpu = device is not None and device.type == "cuda"
+    gpu = torch.cuda.max_memory_allocated(device) if on_gpu else 0
     return gpu / 1e9, host / 1e9

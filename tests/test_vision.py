@@ -1,0 +1,79 @@
+"""vision.py: pictures into pixels, features among the text's embeddings, CLIPs from elsewhere."""
+
+import pytest
+import torch
+from PIL import Image
+
+import tokenizer as tokenizers
+from clip import MEAN, CLIPConfig, normalise
+from common import checkpoint
+from common.config import UserError
+from data import Batch
+from model import GPT, GPTConfig
+from vision import PADDING, VisionLanguageModel, describe, fit, join, read_image, to_pixels
+
+TEXT = GPTConfig(vocab_size=64, n_layer=2, n_head=2, n_embd=32, max_positions=64)
+SIGHT = CLIPConfig(image_size=32, patch_size=16, vision_width=32, vision_layers=3, vision_heads=2,
+                   text_width=32, text_layers=1, text_heads=2, vocab_size=64, embed_dim=32)
+IMAGE = 60  # the id of an image token here
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return VisionLanguageModel(TEXT, SIGHT)
+
+
+def test_a_wide_picture_is_padded_with_the_grey_that_clip_sees_as_zero():
+    square = fit(Image.new("RGB", (40, 20), "red"), 20)
+    assert square.size == (20, 20)
+    assert square.getpixel((10, 10)) == (255, 0, 0)
+    assert square.getpixel((10, 0)) == PADDING
+    assert normalise(to_pixels([square], 20))[0, :, 0, 10].abs().max() < 0.02
+    assert len(MEAN) == 3
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(UserError, match="megapixels"):
+        read_image(tmp_path / "bomb.png")
+
+
+def test_features_stand_where_the_image_tokens_are_and_nowhere_else(model):
+    pixels = torch.randint(0, 256, (1, 32, 32, 3), dtype=torch.uint8)
+    ids = torch.tensor([[1, IMAGE, IMAGE, IMAGE, IMAGE, 2, 3]])
+    slots = (ids.flatten() == IMAGE).nonzero()[:, 0]
+    x = model.embed(ids, pixels, slots)
+    assert torch.equal(x[0, 1:5], model.image_tokens(pixels)[0])
+    assert torch.equal(x[0, [0, 5, 6]], model.decoder.token_embedding(ids)[0, [0, 5, 6]])
+
+
+def test_a_batch_without_pictures_still_gives_the_projector_a_gradient(model):
+    """Of zeros: without one, other processes would wait for it."""
+    ids = torch.randint(0, 60, (2, 8))
+    model(Batch(ids, ids.flatten(), torch.arange(16))).backward()
+    gradients = [p.grad for p in model.projector.parameters()]
+    assert all(g is not None and not g.any() for g in gradients)
+
+
+def test_a_clip_of_transformers_opens_by_its_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = transformers.CLIPModel(transformers.CLIPConfig(
+        vision_config=dict(hidden_size=32, intermediate_size=128, num_hidden_layers=3,
+                           num_attention_heads=2, image_size=32, patch_size=16),
+        text_config=dict(hidden_size=32, intermediate_size=128, num_hidden_layers=1,
+                         num_attention_heads=2), projection_dim=16)).eval()
+    theirs.save_pretrained(tmp_path / "clip")
+    tokenizer = tokenizers.train(["a few words"], 300)
+    decoder = GPT(GPTConfig(tokenizer.n_vocab, 2, 2, 32, 64))
+    info = dict(stage="sft", **describe(decoder), tokenizer=tokenizer.fingerprint,
+                tokenizer_name=tokenizer.name, step=1, settings={}, metrics={})
+    checkpoint.save(tmp_path / "sft", 1, decoder.state_dict(), info, tokenizer, {"step": 1})
+
+    model, _, parents = join(tmp_path / "sft", tmp_path / "clip")
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted = theirs.vision_model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        assert torch.allclose(model.vision_tower.patches(pixels), wanted, atol=1e-5)
+    assert parents[1]["stage"] == "transformers"
