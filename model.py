@@ -39,8 +39,8 @@ class Attention(nn.Module):
     def forward(self, x, rotary, mask, cache):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        (q, k), v = rotate(qkv[:2], *rotary), qkv[2]
         if cache is not None:
             k, v = cache(k, v)  # (B, H, S, D): these and all earlier positions
         y = attend(q, k, v, mask, causal=mask is None and T > 1)
@@ -162,7 +162,7 @@ def rotary_table(D, n_positions, theta):
 
 
 def rotate(x, cos, sin):
-    """Turn x (B, H, T, D) by its positions; cos and sin (T, D / 2)."""
+    """Turn x (..., T, D) by its positions; cos and sin (T, D / 2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -176,7 +176,7 @@ def attend(q, k, v, mask=None, causal=False):
     """
     if q.device.type != "cpu" or not q.requires_grad or q.size(-2) > 200:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    scores = q @ k.mT * q.size(-1) ** -0.5
+    scores = (q * q.size(-1) ** -0.5) @ k.mT
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     if mask is not None:
