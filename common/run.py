@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint
 from common.config import UserError
-from common.distributed import peak_flops, peak_memory_gb, setup
+from common.distributed import peak_flops, peak_memory_gb, release_free_memory, setup
 from common.log import Log
 from common.optim import lr_factor
 
@@ -183,6 +183,7 @@ class Run:
                      f"${figures['dollars']:.2f}")
         self.log.add(step, figures)
         self.loss.zero_()
+        release_free_memory()
         self.rate = rate
         self.window = (now, step + 1)
 
