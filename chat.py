@@ -12,6 +12,9 @@ from model import KVCache, generate, generate_batch
 from tokenizer import user_turn
 from vision import VisionLanguageModel, to_pixels
 
+BLIND = ("this checkpoint cannot see: it is a text model; "
+         "a vision_pretrain or vision_sft checkpoint takes pictures")
+
 
 class Conversation:
     """Turns of one user with a decoder or vision model."""
@@ -31,8 +34,7 @@ class Conversation:
     def ask(self, text, images=(), max_tokens=256, **sampling):
         """Yield the answer to `text` and PIL `images` in pieces of text, as they are made."""
         if images and not self.sees:
-            raise UserError("this checkpoint cannot see: it is a text model; "
-                            "a vision_pretrain or vision_sft checkpoint takes pictures")
+            raise UserError(BLIND)
         ids = [] if self.begun else [self.tokenizer.end_of_text]
         ids += user_turn(self.tokenizer, [None] * len(images) + [text])
         yield from self._go_on([*ids, self.tokenizer.assistant], images, max_tokens,

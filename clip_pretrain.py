@@ -10,9 +10,10 @@ from a trained one.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from clip import CLIP, CLIPConfig, caption_choice, normalise
-from common.config import TrainSettings, parse, run_main
+from common.config import TrainSettings, UserError, parse, run_main
 from common.optim import make_optimizer
 from common.run import Run
 from data import Captions, Chats, Loader, check_tokenizer
@@ -33,13 +34,16 @@ class Config(TrainSettings):
     text_heads: int = 12
     embed_dim: int = 768  # of the space they share
     context: int = 77  # longest caption in tokens
-    activation: str = "gelu"  # quick_gelu is OpenAI's
+    activation: Literal["gelu", "quick_gelu"] = "gelu"  # quick_gelu is OpenAI's
 
     batch_pairs: int = 4096  # pairs of a step in the whole job; each is the others' negative
 
 
 def main():
     cfg = parse(Config)
+    if cfg.image_size % cfg.patch_size:
+        raise UserError(f"--patch_size={cfg.patch_size} does not divide --image_size="
+                        f"{cfg.image_size}")
     run = Run(cfg, "clip_pretrain")
 
     # Data: pictures with the first answer about each as its caption

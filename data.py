@@ -128,6 +128,8 @@ class Text:
         self.shards = [read_array(path, np.uint16) for path in paths]
         self.first = np.cumsum([0, *((len(shard) - 1) // T for shard in self.shards)])
         self.n_vocab = n_vocab
+        if len(self) == 0:
+            raise UserError(f"the data set {self.name} is empty: no shard has {T + 1} tokens")
 
     def __len__(self):
         return int(self.first[-1])

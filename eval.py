@@ -136,7 +136,8 @@ def report(name, cfg, scores):
     """report.md and report.json: scores, time, memory, loss curves and a talk about pictures."""
     folder = Path(cfg.report)
     info = checkpoint.read(name)[0]
-    stages = [*info["lineage"], {key: info[key] for key in ("stage", "folder", "metrics")}]
+    folder.mkdir(parents=True, exist_ok=True)
+    stages = [*info.get("lineage", []), {key: info[key] for key in ("stage", "folder", "metrics")}]
     figures = dict(scores)
     manifest = Path(cfg.data) / "manifest.json"
     prepared = read_json(manifest) if manifest.is_file() else {}
@@ -151,9 +152,10 @@ def report(name, cfg, scores):
         m = stage["metrics"]
         lines.append(f"| {stage['stage']} | {m['val_loss']:.4f} | {m['seconds'] / 60:.1f} | "
                      f"{m['peak_rss_gb']:.2f} |")
-    lines += ["", "## Talking about pictures it never saw", ""]
-    lines += conversations(name, Path(cfg.data) / "pictures", folder)
-    lines += ["## Loss curves", ""]
+    if info["kind"] == "vision":
+        lines += ["", "## Talking about pictures it never saw", ""]
+        lines += conversations(name, Path(cfg.data) / "pictures", folder)
+    lines += ["", "## Loss curves", ""]
     for stage in stages:
         run = Path(stage["folder"]).parent
         if (run / "loss.png").is_file() and run.parent == folder:

@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 import zipfile
+import zlib
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -93,8 +94,11 @@ class NewFolder:
     """A folder that appears under its name when it is whole, replacing an older one."""
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.path = Path(path).absolute()
         self.writing = self.path.with_name(f".writing-{self.path.name}")
+        if self.path.exists() and not (self.path / "manifest.json").is_file():
+            raise UserError(f"{path} is there already and is no data set of prepare.py's, so it is "
+                            "not replaced; choose another --out")
 
     def __enter__(self):
         shutil.rmtree(self.writing, ignore_errors=True)
@@ -271,6 +275,9 @@ def paths_of(patterns):
         found = sorted(glob.glob(pattern.strip()))
         if not found:
             raise UserError(f"no file matches {pattern.strip()}")
+        folders = [path for path in found if Path(path).is_dir()]
+        if folders:
+            raise UserError(f"{folders[0]} is a folder; name files, like {folders[0]}/*.jsonl")
         paths += map(Path, found)
     return paths
 
@@ -346,6 +353,8 @@ def messages_of(row):
         raise ValueError("a row that is no object")
     turns = row.get("conversations") or row.get("messages")
     if turns:
+        if not (isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)):
+            raise ValueError("turns of another form")
         names = {"human": "user", "gpt": "assistant"}
         roles = [turn.get("from") or turn.get("role") for turn in turns]
         texts = [turn.get("value") or turn.get("content") for turn in turns]
@@ -372,8 +381,15 @@ def split_rows(cfg, rows):
     """(train, val) of a list of rows, val_share of them drawn by the seed."""
     order = list(range(len(rows)))
     random.Random(cfg.seed).shuffle(order)
-    held = set(order[: round(len(rows) * cfg.val_share)])
+    n_held = round(len(rows) * cfg.val_share) or min(len(rows) - 1, cfg.val_share > 0)
+    held = set(order[: max(0, n_held)])
     return [rows[i] for i in order if i not in held], [rows[i] for i in sorted(held)]
+
+
+def check_size(tokenizer, cfg):
+    if tokenizer.n_vocab > 65536:
+        raise UserError(f"the tokenizer {cfg.tokenizer} has {tokenizer.n_vocab} ids, and data sets "
+                        "hold 16-bit ids: at most 65536")
 
 
 def text(cfg):
@@ -385,15 +401,23 @@ def text(cfg):
         train = documents
         random.Random(cfg.seed).shuffle(train)
     else:
-        train, val = split_rows(cfg, documents)
+        if len(documents) == 1:  # one long text: its end is held out
+            (whole,) = documents
+            cut = round(len(whole) * (1 - cfg.val_share))
+            documents = [whole[:cut], whole[cut:]]
+            train, val = documents[:1], documents[1:]
+        else:
+            train, val = split_rows(cfg, documents)
     if cfg.vocabulary:
         tokenizer = tokenizers.train(train, cfg.vocabulary)
     else:
         tokenizer = tokenizers.load(cfg.tokenizer)
+    check_size(tokenizer, cfg)
     with NewFolder(cfg.out) as out:
         n_train = write_text(out, "train", train, tokenizer, cfg.shard_tokens)
         n_val = write_text(out, "val", val, tokenizer, cfg.shard_tokens)
         if n_train == 0:
+            refused.show()
             raise UserError(f"{cfg.files} holds no text")
         write_manifest(out, tokenizer, train_tokens=n_train, val_tokens=n_val)
     refused.show()
@@ -404,6 +428,7 @@ def text(cfg):
 def chat(cfg, images_of=lambda row: []):
     """Tokenise chats, with the pictures that images_of(row) finds as encoded bytes."""
     refused, tokenizer = Refused(), tokenizers.load(cfg.tokenizer)
+    check_size(tokenizer, cfg)
 
     def rows_in(patterns):
         return [row for path in paths_of(patterns) for row in read_rows(path, refused)]
@@ -419,14 +444,18 @@ def chat(cfg, images_of=lambda row: []):
             for where, row in rows:
                 try:
                     writer.add(messages_of(row), images_of(row))
-                except (ValueError, AttributeError, TypeError) as error:
-                    refused.add(str(error) or "a row of another form", where)
+                except ValueError as error:
+                    refused.add(str(error), where)
+                except TypeError:
+                    refused.add("a row of another form", where)
                 except UserError:
                     refused.add("an unreadable picture", where)
             counts[split] = writer.close()
         if counts["train"]["chats"] == 0:
             refused.show()
             raise UserError(f"{cfg.files} holds no chat that can be used")
+        if counts["val"]["chats"] == 0:
+            raise UserError("no chat is left for validation; say --val_files or a --val_share")
         write_manifest(out, tokenizer, **counts)
     refused.show()
     for split, count in counts.items():
@@ -442,6 +471,8 @@ def images(cfg):
         name = row.get("image") or row.get("image_path")
         if not name:
             return []
+        if not isinstance(name, str):
+            raise ValueError("not one picture's name")
         file = io.BytesIO()
         fit(read_image(find(name), name), cfg.image_size).save(file, "JPEG", quality=90)
         return [file.getvalue()]
@@ -465,7 +496,8 @@ def picture_finder(root):
                 raise ValueError("a missing picture")
             try:
                 return archive.read(found)
-            except (zipfile.BadZipFile, OSError, EOFError):
+            except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError,
+                    NotImplementedError):
                 raise ValueError("an unreadable picture") from None
 
         return from_zip
@@ -474,8 +506,12 @@ def picture_finder(root):
 
     def from_folder(name):
         for path in (Path(root or ".") / name, Path(root or ".") / Path(name).name):
-            if path.is_file():
+            try:
                 return path.read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError:
+                raise ValueError("an unreadable picture") from None
         raise ValueError("a missing picture")
 
     return from_folder

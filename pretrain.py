@@ -50,6 +50,8 @@ def main():
         model, its_tokenizer, _ = open_model(cfg.init_from, run.device, kinds=("decoder",))
         check_tokenizer(cfg.data, its_tokenizer)
     else:
+        if cfg.n_embd % (2 * cfg.n_head):
+            raise UserError(f"--n_embd={cfg.n_embd} is not a multiple of 2 * --n_head={cfg.n_head}")
         model = GPT(GPTConfig(tokenizer.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd,
                               cfg.max_positions))
     if cfg.context > model.config.max_positions:
@@ -74,7 +76,7 @@ def main():
             run.save(step)
 
     model.eval()
-    starts = [tokenizer.decode(val.window(i)[:16]) for i in range(3)]
+    starts = [tokenizer.decode(val.window(i)[:16]) for i in range(min(3, len(val)))]
     run.finish([text + "".join(Conversation(model, tokenizer).continue_text(text, 60))
                 for text in starts])
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from chat import Conversation
+from chat import BLIND, Conversation
 from common.config import UserError, parse, run_main
 from common.distributed import pick_device
 from vision import open_model, read_image
@@ -42,6 +42,8 @@ def main():
     pictures = [read_image(cfg.image)] if cfg.image else []
     model, tokenizer, info = open_model(argv[0], device, kinds=("decoder", "vision"))
     conversation = Conversation(model, tokenizer)
+    if pictures and not conversation.sees:
+        raise UserError(BLIND)
     sampling = dict(
         max_tokens=cfg.max_tokens, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
         generator=torch.Generator(device).manual_seed(cfg.seed) if cfg.temperature else None)
@@ -89,6 +91,8 @@ def converse(conversation, pictures, sampling):
                 pictures = []
                 print("(starting over)")
             elif text.startswith("/image"):
+                if not conversation.sees:
+                    raise UserError(BLIND)
                 pictures = [read_image(text.removeprefix("/image").strip())]
                 conversation.reset()
                 print("(a new picture, a new conversation)")

@@ -11,7 +11,7 @@ Starts from pretrain.py's checkpoint; vision_pretrain.py goes on from here.
 from dataclasses import dataclass
 
 from chat import sample_answers
-from common.config import TrainSettings, parse, run_main
+from common.config import TrainSettings, UserError, parse, run_main
 from common.optim import make_optimizer
 from common.run import Run, lineage
 from data import Chats, Loader, Packed, check_tokenizer, validation_loss
@@ -43,6 +43,9 @@ def main():
     val = Packed([Chats(cfg.data, "val")], cfg.context, tokenizer)
     loader = Loader(train, cfg.batch_tokens // cfg.context, cfg.micro_rows, run, cfg.seed)
     run.log.say(train.summary())
+    if cfg.context > model.config.max_positions:
+        raise UserError(f"--context={cfg.context} is more than the model's max_positions, "
+                        f"{model.config.max_positions}")
 
     optimizer = make_optimizer(model, cfg)
     net = run.start(model, optimizer, tokenizer, {**describe(model), "lineage": lineage(info)},

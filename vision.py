@@ -40,6 +40,8 @@ def read_image(source, name=None):
                 if width * height > MAX_PIXELS:
                     raise UserError(f"{name}: {width} x {height} is more than "
                                     f"{MAX_PIXELS // 10**6} megapixels")
+                if image.mode.startswith("I"):  # 16 bits: convert() would clip them to white
+                    image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
                 image = ImageOps.exif_transpose(image)
                 if image.mode in ("P", "LA", "PA", "RGBA"):  # transparent means white
                     image = image.convert("RGBA")
@@ -48,7 +50,9 @@ def read_image(source, name=None):
                 return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"there is no picture {name}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's many decoders raise whatever they stumble over
         raise UserError(f"{name} is not a readable picture: {error}") from None
 
 

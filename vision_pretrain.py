@@ -11,7 +11,7 @@ sees. Starts from an sft.py and a clip_pretrain.py checkpoint; vision_sft.py goe
 from dataclasses import dataclass
 
 from chat import sample_answers
-from common.config import TrainSettings, parse, run_main
+from common.config import TrainSettings, UserError, parse, run_main
 from common.optim import make_optimizer
 from common.run import Run, lineage
 from data import Chats, Loader, Packed, check_tokenizer, validation_loss
@@ -46,6 +46,9 @@ def main():
     val = Packed([Chats(cfg.data, "val")], cfg.context, tokenizer, *pictures)
     loader = Loader(train, cfg.batch_tokens // cfg.context, cfg.micro_rows, run, cfg.seed)
     run.log.say(train.summary())
+    if cfg.context > model.decoder.config.max_positions:
+        raise UserError(f"--context={cfg.context} is more than the model's max_positions, "
+                        f"{model.decoder.config.max_positions}")
 
     optimizer = make_optimizer(model, cfg)
     info = {**describe(model), "lineage": [line for p in parents for line in lineage(p)]}

@@ -116,9 +116,10 @@ def peak_flops(machine):
         for name, peak in GPU_PEAKS.items():
             if name in machine.name:
                 return peak
-    n, best, began = 2048, 0.0, time.perf_counter()
+    n, best = 2048, 0.0
     a = torch.randn(n, n, device=machine.device, dtype=machine.dtype)
-    while time.perf_counter() - began < 0.5:
+    began = time.perf_counter()
+    while best == 0 or time.perf_counter() - began < 0.5:
         start = time.perf_counter()
         (a @ a)[0, 0].item()  # .item() waits for the product
         best = max(best, 2 * n**3 / (time.perf_counter() - start))

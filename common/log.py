@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from common.config import UserError
 from common.distributed import peak_memory_gb
 
 
@@ -107,5 +108,8 @@ def open_tracker(name, folder, settings):
     """trackio or wandb, which share their interface; None when off."""
     if name == "none":
         return None
-    module = __import__(name)
+    try:
+        module = __import__(name)
+    except ImportError:
+        raise UserError(f"--tracker={name} needs a package: pip install {name}") from None
     return module.init(project="nanogpt-vision", name=str(folder), config=settings)

@@ -43,12 +43,6 @@ class Run:
         self.device, self.ranks = self.machine.device, self.machine.ranks
         self.folder = Path(cfg.out)
         self.settings = dataclasses.asdict(cfg)
-        if self.machine.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not cfg.resume:
-                for folder in checkpoint.steps_in(self.folder).values():
-                    shutil.rmtree(folder)
-        self.machine.barrier()
         self.log = Log(self.folder, self.machine.is_main, cfg.tracker, self.settings)
         self.metrics, self.stop_signal = {}, None
         self.began = time.time()  # of the whole run; moved back on resuming, for the cost
@@ -60,6 +54,8 @@ class Run:
     def split(self, rows, micro_rows):
         """How `rows` a step divide: (micro-batches, rows each) per process, the same job for any
         number of processes."""
+        if rows < 1:
+            raise UserError("a step has not one whole row: raise --batch_tokens or lower --context")
         if rows % self.ranks:
             raise UserError(f"a batch of {rows} rows does not divide by {self.ranks} processes")
         mine = rows // self.ranks
@@ -80,6 +76,12 @@ class Run:
             self.device.type, enabled=self.machine.dtype == torch.float16
         )
         self.trained = [p for p in model.parameters() if p.requires_grad]
+        if self.machine.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.cfg.resume:
+                for folder in checkpoint.steps_in(self.folder).values():
+                    shutil.rmtree(folder)
+        self.machine.barrier()
         self.first_step = self._resume()
         self.peak = peak_flops(self.machine) * self.ranks
         self.loss = torch.zeros((), device=self.device)
@@ -163,8 +165,7 @@ class Run:
 
     def progress(self, step):
         """Every `log_every` steps: one printed line and one row of log.jsonl."""
-        every = self.cfg.log_every
-        if (step + 1) % every and step + 1 != self.cfg.max_steps:
+        if not self.due(step, self.cfg.log_every):
             return
         loss = self.machine.sum(self.loss).item()
         now, (then, first) = time.perf_counter(), self.window
@@ -240,7 +241,7 @@ class Run:
         stop = self.stop_signal is not None or 0 < self.cfg.time_limit < minutes
         if self.ranks == 1:
             return stop
-        if (step + 1) % self.cfg.log_every:  # asking the others every step would cost a wait
+        if (step + 1) % (self.cfg.log_every or 10):  # to ask the others every step costs a wait
             return False
         return self.machine.sum(torch.tensor(float(stop), device=self.device)).item() > 0
 

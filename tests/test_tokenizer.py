@@ -145,7 +145,7 @@ def test_nobody_can_type_a_special_token(either, special):
 
 def test_an_unknown_role_is_refused(gpt2):
     for role in ("human", "", "User"):
-        with pytest.raises(ValueError, match=f"unknown role '{role}', expected one of system"):
+        with pytest.raises(ValueError, match=f"unknown role '{role}', not one of system"):
             render(gpt2, say("user", "Hi.", role, "Hello."))
 
 
