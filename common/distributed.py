@@ -130,7 +130,7 @@ def release_free_memory():
     """Hand memory that was freed back to the system.
 
     glibc keeps it in pieces that batches of ever new sizes do not fit: on a CPU the demo's last
-    stage grew to 4.1 GB, and stays near 1.3 GB with this once in a few steps (docs/log.md).
+    stage grew to 4.1 GB; with this once in a few steps it peaks at 1.8 GB (docs/log.md).
     """
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # a C library other than glibc
