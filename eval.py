@@ -26,7 +26,9 @@ from common.checkpoint import write_json
 from common.config import UserError, parse, read_json, run_main
 from common.distributed import peak_memory_gb, setup
 from data import Captions, Chats, Text, check_tokenizer
-from vision import open_model, read_image
+from vision import VisionLanguageModel, open_model, read_image
+
+ANSWER_TOKENS = 64  # longest answer that is scored
 
 
 @dataclass
@@ -79,6 +81,8 @@ def score(name, data, items, machine):
         check_tokenizer(data / "scenes", tokenizer)
         for label, split, shuffled in (("vqa_exact", "val", False), ("vqa_shuffled", "val", True),
                                        ("vqa_heldout_pairs", "val_pairs", False)):
+            if split != "val" and not (data / "scenes" / split).is_dir():
+                continue  # only the picture world has held-out pairs
             chats = Chats(data / "scenes", split)
             right, kinds = exact(model, tokenizer, chats, items, machine, shuffled)
             scores[label] = right
@@ -113,15 +117,25 @@ def exact(model, tokenizer, chats, items, machine, shuffled=False):
     prompts, wanted, images, groups = [], [], [], []
     file = chats.folder / "groups.json"
     names = read_json(file) if file.is_file() else [""] * len(chats)
-    n = min(items, len(chats))
+    sees = isinstance(model, VisionLanguageModel)
+    patches = model.clip_config.n_patches if sees else 1
+    room = model.config.max_positions - ANSWER_TOKENS
+    n, too_long = min(items, len(chats)), 0
     for i in range(n):
         pictures = chats.images((i + 1) % n if shuffled else i)
         for prompt, answer in turns_of(chats, i):
+            if len(prompt) + prompt.count(tokenizer.image) * (patches - 1) > room:
+                too_long += 1
+                continue
             prompts.append(prompt)
             wanted.append(tokenizer.decode(answer))
             images.append(pictures)
             groups.append(names[i])
-    found = answer_all(model, tokenizer, prompts, images, autocast=machine.autocast)
+    if too_long:
+        print(f"({chats.folder}: {too_long} turns too long for the context)", file=sys.stderr)
+    if not prompts:
+        raise UserError(f"no chat of {chats.folder} fits the model's context")
+    found = answer_all(model, tokenizer, prompts, images, ANSWER_TOKENS, autocast=machine.autocast)
     by_group = defaultdict(list)
     for answer, right, group in zip(found, wanted, groups, strict=True):
         by_group[group].append(answer == right)
