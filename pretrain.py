@@ -9,6 +9,7 @@ that sft.py starts from.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from chat import Conversation
 from common.config import TrainSettings, UserError, parse, run_main
@@ -28,6 +29,7 @@ class Config(TrainSettings):
     n_head: int = 10  # attention heads
     n_embd: int = 1280  # width
     max_positions: int = 2048  # longest sequence the decoder will ever see
+    init: Literal["small", "torch"] = "small"  # small: model.py's; torch: PyTorch's own defaults
 
     context: int = 1024  # tokens of a training row
     batch_tokens: int = 524_288  # tokens of a step in the whole job, whatever the number of GPUs
@@ -54,6 +56,8 @@ def main():
             raise UserError(f"--n_embd={cfg.n_embd} is not a multiple of 2 * --n_head={cfg.n_head}")
         model = GPT(GPTConfig(tokenizer.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd,
                               cfg.max_positions))
+        if cfg.init == "torch":
+            model.apply(lambda module: getattr(module, "reset_parameters", lambda: None)())
     if cfg.context > model.config.max_positions:
         raise UserError(f"--context={cfg.context} is more than --max_positions="
                         f"{model.config.max_positions}")

@@ -34,7 +34,8 @@ class TrainSettings:
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for the matrices, AdamW for the rest
     muon_lr: float = 0.02  # peak learning rate of Muon's matrices
     lr: float = 3e-3  # peak learning rate of everything that AdamW trains
-    weight_decay: float = 0.01  # on matrices only; never on norms, biases or embeddings
+    weight_decay: float = 0.01  # shrinks each weight by this share of its learning rate a step
+    decay: Literal["matrices", "all"] = "matrices"  # all: norms, biases and embeddings decay too
     beta1: float = 0.9  # AdamW's memory of the gradient
     beta2: float = 0.95  # AdamW's memory of its square
     grad_clip: float = 1.0  # longest gradient, in its global norm; 0 for no clipping

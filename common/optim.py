@@ -98,7 +98,8 @@ class Optimizers:
 def make_optimizer(model, cfg):
     """Optimizers for the parameters of `model` that require a gradient.
 
-    Weight decay is for matrices that multiply; embeddings, norms and biases go without.
+    Weight decay is for matrices that multiply; embeddings, norms and biases go without, unless
+    cfg.decay is "all".
     """
     matrices, embeddings, plain = [], [], []
     for name, p in model.named_parameters():
@@ -106,7 +107,8 @@ def make_optimizer(model, cfg):
             kind = plain if p.ndim < 2 else embeddings if is_embedding(name) else matrices
             kind.append(p)
     heads = [p for name, p in model.named_parameters() if p.requires_grad and is_head(name)]
-    adamw = [dict(params=embeddings + plain, weight_decay=0.0)]
+    decay_rest = cfg.weight_decay if cfg.decay == "all" else 0.0
+    adamw = [dict(params=embeddings + plain, weight_decay=decay_rest)]
     members = []
     if cfg.optimizer == "muon":
         inner = [p for p in matrices if not any(p is head for head in heads)]

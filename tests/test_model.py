@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from torch.utils import deterministic
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+import model as gpt
 from model import GPT, GPTConfig, KVCache, generate, generate_batch, pick
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+the_head_loss = gpt.head_loss
 SMALL = GPTConfig(vocab_size=96, n_layer=3, n_head=2, n_embd=32, max_positions=64)
 
 
@@ -171,17 +174,62 @@ def test_the_loss_is_the_sum_of_nats_over_all_positions():
 
 
 @torch.no_grad()
-def test_the_loss_at_some_positions_ignores_the_others_and_the_head_never_sees_them():
+def test_the_loss_at_some_positions_ignores_the_others_and_the_head_never_sees_them(monkeypatch):
     model, ids, targets = new_model(), some_ids(3, 10), some_ids(3, 10, seed=2)
     where = torch.tensor([2, 3, 9, 17, 29])
     ignored = torch.full((30,), -100)
     ignored[where] = targets.flatten()[where]
     whole = F.cross_entropy(model(ids).flatten(0, 1), ignored, ignore_index=-100, reduction="sum")
     seen = []
-    model.head.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+
+    def head_loss(x, weight, targets):
+        seen.append(len(x))
+        return the_head_loss(x, weight, targets)
+
+    monkeypatch.setattr(gpt, "head_loss", head_loss)
     loss = model(ids, targets.flatten()[where], where)
     assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
     assert seen == [5]
+
+
+@pytest.mark.parametrize("sure", [1.0, 15.0], ids=["unsure", "sure"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_loss_in_pieces_has_the_value_and_gradients_of_the_whole(
+    device, dtype, sure, monkeypatch
+):
+    monkeypatch.setitem(gpt.LOGITS_AT_ONCE, device, 300 * 70)  # 70 of 200 rows at a time
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 32, generator=generator).to(device)
+    weight = torch.randn(300, 32, generator=generator).to(device) * 0.1 * sure
+    targets = (x @ weight.T).argmax(-1)
+    targets[::3] = torch.arange(len(targets[::3]), device=device)
+
+    def gradients(loss_of, dtype):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = loss_of(*leaves, targets)
+        (loss / len(x)).backward()
+        return loss.item(), *(leaf.grad for leaf in leaves)
+
+    def whole(x, weight, targets):
+        return F.cross_entropy((x @ weight.T).float(), targets, reduction="sum")
+
+    expected, found = gradients(whole, torch.float32), gradients(the_head_loss, dtype)
+    ordinary = gradients(whole, dtype)  # no further from the truth than autocast's own error
+    assert found[0] == pytest.approx(ordinary[0], rel=1e-4)
+    for mine, right, theirs in zip(found[1:], expected[1:], ordinary[1:], strict=True):
+        error = (mine - right).norm() / right.norm()
+        assert error < 1e-5 + 1.5 * (theirs - right).norm() / right.norm()
+
+
+def test_no_positions_have_no_loss_and_no_gradient():
+    model = new_model()
+    ids, none = some_ids(2, 5), torch.zeros(0, dtype=torch.long)
+    loss = model(ids, none, none)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 # -------------------------------------------------------------------------------------------- cache
