@@ -72,6 +72,8 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
+    repeated = True  # all of them alike, so that one compilation serves all
+
     def __init__(self, width, heads, activation):
         super().__init__()
         self.self_attn = SelfAttention(width, heads)

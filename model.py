@@ -61,6 +61,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    repeated = True  # all of them alike, so that one compilation serves all
+
     def __init__(self, config):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.n_embd)

@@ -45,7 +45,7 @@ def main():
     tokenizer = check_tokenizer(cfg.data)
     train = Text(cfg.data, "train", cfg.context, tokenizer.n_vocab)
     val = Text(cfg.data, "val", cfg.context, tokenizer.n_vocab)
-    loader = Loader(train, cfg.batch_tokens // cfg.context, cfg.micro_rows, run, cfg.seed)
+    loader = Loader(train, run.rows(), cfg.micro_rows, run, cfg.seed)
 
     # Model: everything is new and everything is trained
     if cfg.init_from:

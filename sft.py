@@ -41,7 +41,7 @@ def main():
     check_tokenizer(cfg.data, tokenizer)
     train = Packed([Chats(cfg.data, "train")], cfg.context, tokenizer)
     val = Packed([Chats(cfg.data, "val")], cfg.context, tokenizer)
-    loader = Loader(train, cfg.batch_tokens // cfg.context, cfg.micro_rows, run, cfg.seed)
+    loader = Loader(train, run.rows(), cfg.micro_rows, run, cfg.seed)
     run.log.say(train.summary())
     if cfg.context > model.config.max_positions:
         raise UserError(f"--context={cfg.context} is more than the model's max_positions, "

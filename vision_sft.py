@@ -49,7 +49,7 @@ def main():
         sources.append(Share(texts, round(len(sources[0]) * cfg.text_share), cfg.seed))
     train = Packed(sources, cfg.context, tokenizer, *pictures)
     val = Packed([Chats(cfg.data, "val")], cfg.context, tokenizer, *pictures)
-    loader = Loader(train, cfg.batch_tokens // cfg.context, cfg.micro_rows, run, cfg.seed)
+    loader = Loader(train, run.rows(), cfg.micro_rows, run, cfg.seed)
     run.log.say(train.summary())
     if cfg.context > model.decoder.config.max_positions:
         raise UserError(f"--context={cfg.context} is more than the model's max_positions, "

@@ -8,17 +8,20 @@ has dozens of equal shape, so this one stacks them and multiplies once.
 import math
 
 import torch
+import torch.distributed as dist
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised. Parameters are matrices; an update moves every direction alike.
 
     A weight whose attribute `stacked` is n holds n matrices one above the other (q, k and v, say)
-    and is orthogonalised one by one.
+    and is orthogonalised one by one. As in PyTorch's own optimizers, `found_inf` (a tensor, 1 or 0)
+    turns a step into none without the host having to wait for it.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.found_inf = None
 
     @torch.no_grad()
     def step(self):
@@ -33,15 +36,19 @@ class Muon(torch.optim.Optimizer):
     def _step_alike(self, params, shape, stacked, group):
         momenta = [self._momentum(p) for p in params]
         grads = [p.grad for p in params]
+        lr = torch.full((), group["lr"], device=grads[0].device)
+        if self.found_inf is not None:
+            bad = self.found_inf.bool()
+            grads = [torch.where(bad, m, g) for m, g in zip(momenta, grads, strict=True)]
+            lr = torch.where(bad, 0.0, lr)
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
         updates = torch.stack(nesterov).view(-1, shape[0] // stacked, math.prod(shape[1:]))
-        updates = orthogonalise(updates)
+        updates = orthogonalise_together(updates)
         rows, columns = updates.shape[-2:]
-        scale = group["lr"] * max(1, rows / columns) ** 0.5
-        updates = updates.view(len(params), *shape).to(params[0].dtype)
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, list(updates.unbind()), alpha=-scale)
+        updates = updates.view(len(params), *shape) * (-lr * max(1, rows / columns) ** 0.5)
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(params, list(updates.unbind()))
 
     def _momentum(self, p):
         state = self.state[p]
@@ -66,6 +73,21 @@ def orthogonalise(matrices, steps=5):
     return x.mT if tall else x
 
 
+def orthogonalise_together(matrices):
+    """orthogonalise, each process its share of the matrices, all of them the results of all."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if ranks == 1:
+        return orthogonalise(matrices)
+    share = -(-len(matrices) // ranks)
+    first = dist.get_rank() * share
+    mine = torch.zeros_like(matrices[:1], dtype=torch.bfloat16).repeat(share, 1, 1)
+    part = matrices[first : first + share]
+    mine[: len(part)] = orthogonalise(part)
+    everyone = mine.new_empty(ranks * share, *matrices.shape[1:])
+    dist.all_gather_into_tensor(everyone, mine)
+    return everyone[: len(matrices)]
+
+
 class Optimizers:
     """Muon and AdamW side by side, used like one optimizer."""
 
@@ -79,8 +101,10 @@ class Optimizers:
             for group, peak in zip(member.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
 
-    def step(self):
+    def step(self, skip):
+        """Take a step, or none if `skip`, a tensor of one bool: the host need not know which."""
         for member in self.members:
+            member.found_inf = skip.float()
             member.step()
 
     def zero_grad(self):

@@ -15,6 +15,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import os
 import shutil
 import signal
@@ -31,6 +32,7 @@ from common.distributed import peak_flops, peak_memory_gb, release_free_memory, 
 from common.log import Log
 from common.optim import lr_factor
 
+WARM_STEPS = 5  # after these nothing new lives long
 STOPPED_EARLY = 75  # exit status of a run that saved and can go on (EX_TEMPFAIL of sysexits.h)
 
 
@@ -64,6 +66,13 @@ class Run:
             self.accumulate += 1
         return self.accumulate, mine // self.accumulate
 
+    def rows(self):
+        """How many rows of `context` tokens make up a step of the whole job."""
+        if self.cfg.batch_tokens % self.cfg.context:
+            raise UserError(f"--batch_tokens={self.cfg.batch_tokens} is not a multiple of "
+                            f"--context={self.cfg.context}")
+        return self.cfg.batch_tokens // self.cfg.context
+
     def start(self, model, optimizer, tokenizer, info, unit="tok", per_step=0, flops=0):
         """Resume if there is something to resume; returns the network to call in the loop.
 
@@ -85,12 +94,15 @@ class Run:
         self.first_step = self._resume()
         self.peak = peak_flops(self.machine) * self.ranks
         self.loss = torch.zeros((), device=self.device)
+        self.skipped = torch.zeros((), device=self.device)
         count = sum(p.numel() for p in self.trained)
         if self.first_step >= self.cfg.max_steps:
             self.log.say(f"all {self.cfg.max_steps} steps are done already")
         self.log.say(f"{self.stage}: {count / 1e6:.2f} M parameters to train on {self.ranks} x "
                      f"{self.machine.name} in {str(self.machine.dtype)[6:]}, into {self.folder}")
-        net = torch.compile(model) if self.cfg.compile else model
+        if self.cfg.compile:
+            compile_blocks(model)
+        net = model
         if self.ranks > 1 and self.trained:
             ids = [self.device.index] if self.device.type == "cuda" else None
             net = DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
@@ -148,32 +160,36 @@ class Run:
         self.fp16.scale(loss * self.ranks).backward()
 
     def update(self, step):
-        """Clip and step; a gradient that is not finite changes nothing and is named."""
+        """Clip and step; a gradient that is not finite changes nothing and is counted.
+
+        Nothing here makes the host wait for a GPU, which would let the GPU run dry.
+        """
         for member in self.optimizer.members:
             self.fp16.unscale_(member)
         limit = self.cfg.grad_clip or float("inf")
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.trained, limit)
+        bad = ~torch.isfinite(self.grad_norm)
+        self.optimizer.step(skip=bad)
+        self.skipped += bad
         if self.fp16.is_enabled():
-            for member in self.optimizer.members:
-                self.fp16.step(member)
             self.fp16.update()
-        elif torch.isfinite(self.grad_norm):
-            self.optimizer.step()
-        else:
-            self.log.say(f"step {step}: the gradient is not finite; step skipped")
         self.optimizer.zero_grad()
+        if step == self.first_step + WARM_STEPS:
+            gc.collect()
+            gc.freeze()  # what is here now stays: later collections need not look at it
 
     def progress(self, step):
         """Every `log_every` steps: one printed line and one row of log.jsonl."""
         if not self.due(step, self.cfg.log_every):
             return
-        loss = self.machine.sum(self.loss).item()
+        figures = torch.stack((self.machine.sum(self.loss), self.grad_norm, self.skipped))
+        loss, grad_norm, skipped = figures.tolist()  # the one wait for the device
         now, (then, first) = time.perf_counter(), self.window
         steps = step + 1 - first
         seconds = (now - then) / steps
         rate = self.per_step / seconds
         left = (self.cfg.max_steps - step - 1) * seconds
-        figures = dict(loss=loss / steps, grad_norm=self.grad_norm.item(),
+        figures = dict(loss=loss / steps, grad_norm=grad_norm,
                        lr=lr_factor(self.cfg, step), ms=seconds * 1e3,
                        mfu=rate * self.flops / self.peak, dollars=self.dollars())
         figures[f"{self.unit}_per_s"] = rate
@@ -182,8 +198,12 @@ class Run:
                      f"{seconds * 1e3:.0f} ms | {rate:,.0f} {self.unit}/s | "
                      f"mfu {figures['mfu']:.0%} | {left / 60:.1f} min left | "
                      f"${figures['dollars']:.2f}")
+        if skipped:
+            self.log.say(f"{skipped:.0f} of these {steps} steps had a gradient that is not finite "
+                         "and changed nothing")
         self.log.add(step, figures)
         self.loss.zero_()
+        self.skipped.zero_()
         release_free_memory()
         self.rate = rate
         self.window = (now, step + 1)
@@ -244,6 +264,17 @@ class Run:
         if (step + 1) % (self.cfg.log_every or 10):  # to ask the others every step costs a wait
             return False
         return self.machine.sum(torch.tensor(float(stop), device=self.device)).item() > 0
+
+
+def compile_blocks(model):
+    """Compile the repeated blocks of `model` in place: one compilation serves all of a kind, and
+    parameter names stay as they are."""
+    if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+        raise UserError("--compile=True needs a C++ compiler such as g++, and there is none; "
+                        "install one or leave the flag away")
+    for module in model.modules():
+        if getattr(module, "repeated", False):
+            module.compile()
 
 
 def lineage(info):

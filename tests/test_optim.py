@@ -1,0 +1,114 @@
+"""The claims of common/optim.py: Muon is Muon, bad steps change nothing, and who gets what."""
+
+import pytest
+import torch
+from torch import nn
+
+from common.config import TrainSettings
+from common.optim import Muon, lr_factor, make_optimizer
+from model import GPT, GPTConfig
+
+SMALL = GPTConfig(vocab_size=64, n_layer=2, n_head=2, n_embd=32, max_positions=16)
+
+
+def matrices(seed=0):
+    """Three parameters: wide, tall, and three matrices one above the other."""
+    generator = torch.Generator().manual_seed(seed)
+    found = [nn.Parameter(torch.randn(shape, generator=generator))
+             for shape in ((16, 48), (48, 16), (48, 16))]
+    found[2].stacked = 3
+    return found
+
+
+def gradients(params, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def test_muon_is_the_muon_of_pytorch():
+    ours, theirs = matrices(), matrices()
+    parts = [nn.Parameter(part.clone()) for part in theirs[2].data.chunk(3)]
+    mine = Muon(ours, lr=0.02, weight_decay=0.1)
+    reference = torch.optim.Muon([*theirs[:2], *parts], lr=0.02, weight_decay=0.1,
+                                 adjust_lr_fn="original")
+    for step in range(4):
+        gradients(ours, step)
+        gradients(theirs, step)
+        for part, grad in zip(parts, theirs[2].grad.chunk(3), strict=True):
+            part.grad = grad
+        mine.step()
+        reference.step()
+    for start, a, b in zip(matrices(), ours, [*theirs[:2], torch.cat(parts)], strict=True):
+        assert (a - b).norm() < 0.03 * (b - start).norm()  # both orthogonalise in bf16
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_step_with_a_bad_gradient_leaves_no_trace(optimizer):
+    def train(bad_at):
+        torch.manual_seed(0)
+        model = GPT(SMALL)
+        optimizers = make_optimizer(model, TrainSettings(optimizer=optimizer))
+        for step in range(5):
+            if step == bad_at:
+                for p in model.parameters():
+                    p.grad = torch.full_like(p, float("nan"))
+                optimizers.step(skip=torch.tensor(True))
+            gradients(model.parameters(), step)
+            optimizers.step(skip=torch.tensor(False))
+        return model.state_dict()
+
+    undisturbed, disturbed = train(None), train(2)
+    assert all(torch.equal(undisturbed[name], disturbed[name]) for name in undisturbed)
+
+
+def shares(**settings):
+    """{name of a parameter: (optimizer, weight decay)} for a decoder."""
+    model = GPT(SMALL)
+    names = {p: name for name, p in model.named_parameters()}
+    optimizers = make_optimizer(model, TrainSettings(weight_decay=0.3, **settings))
+    return {names[p]: (type(member).__name__, group["weight_decay"])
+            for member in optimizers.members for group in member.param_groups
+            for p in group["params"]}
+
+
+def test_muon_has_the_blocks_matrices_and_adamw_the_rest():
+    found = shares()
+    assert found.keys() == dict(GPT(SMALL).named_parameters()).keys()
+    for name, share in found.items():
+        if name == "head.weight":
+            assert share == ("AdamW", 0.3)
+        elif name.startswith("blocks") and "norm" not in name and name.endswith("weight"):
+            assert share == ("Muon", 0.3)
+        else:
+            assert share == ("AdamW", 0.0)
+
+
+def test_the_reference_recipe_is_one_group():
+    assert set(shares(optimizer="adamw", decay="all").values()) == {("AdamW", 0.3)}
+
+
+def test_adamw_decays_matrices_alone():
+    found = shares(optimizer="adamw")
+    assert found["blocks.0.mlp.up.weight"] == found["head.weight"] == ("AdamW", 0.3)
+    assert found["token_embedding.weight"] == found["final_norm.weight"] == ("AdamW", 0.0)
+
+
+def test_the_learning_rate_rises_stays_and_comes_down():
+    cfg = TrainSettings(max_steps=100, warmup=0.1, cooldown=0.4, final_lr=0.1)
+    factors = [lr_factor(cfg, step) for step in range(101)]
+    assert factors[0] == pytest.approx(1 / 11)
+    assert factors[10:61] == [1.0] * 51
+    assert factors[80] == pytest.approx(0.55)
+    assert factors[100] == pytest.approx(0.1)
+    assert sorted(factors[60:], reverse=True) == factors[60:]
+
+
+def test_the_reference_schedule_is_nanogpts():
+    """Linear warm-up over 1,000 of 35,000 steps, then a cosine to a tenth."""
+    cfg = TrainSettings(max_steps=35_000, schedule="cosine", warmup=0.0285714, cooldown=0.9714286,
+                        final_lr=0.1)
+    assert lr_factor(cfg, 500) == pytest.approx(0.5, abs=1e-3)
+    assert lr_factor(cfg, 1000) == pytest.approx(1.0, abs=1e-6)
+    assert lr_factor(cfg, 18_000) == pytest.approx(0.55, abs=1e-3)
+    assert lr_factor(cfg, 34_999) == pytest.approx(0.1, abs=1e-6)
