@@ -16,7 +16,8 @@ from clip import CLIP, CLIPConfig, caption_choice, normalise
 from common.config import TrainSettings, UserError, parse, run_main
 from common.optim import make_optimizer
 from common.run import Run
-from data import Captions, Chats, Loader, check_tokenizer
+from data import Loader, check_tokenizer
+from packing import Captions, Chats
 from vision import describe
 
 

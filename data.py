@@ -1,18 +1,15 @@
-"""Data sets and the loader: token shards, packed chats, chats about pictures, captioned pictures.
+"""Token shards, and the loader that feeds every stage.
 
 Which rows a step reads is a pure function of (seed, step), the same for any number of processes, so
 going on at any step needs no state. A data set has a length and `batch(rows)`; the one Loader asks
-for this process's share of each step and prepares the next batch while the model computes.
+for this process's share of each step and has the next batch on the device before it is wanted.
 
-On disk (made by prepare.py, every folder with a manifest.json of counts and sha256 sums):
+    text/     *train*.npy, *val*.npy      1-D uint16 token shards, documents behind <|endoftext|>
 
-    text/      *train*.npy, *val*.npy      1-D uint16 token shards, documents behind <|endoftext|>
-    chats/     {train,val}/                ids.npy, supervised.npy, offsets.npy: chats end to end,
-                                           and for pictures images.bin, image_offsets.npy,
-                                           first_image.npy; one <|image|> id stands for a picture
+packing.py reads chats, with and without pictures.
 """
 
-import bisect
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,8 +18,8 @@ import numpy as np
 import torch
 
 import tokenizer as tokenizers
+from common import hub
 from common.config import UserError, read_json
-from vision import read_image, to_pixels
 
 
 @dataclass
@@ -59,21 +56,33 @@ class Loader:
         self.accumulate, self.micro_rows = run.split(rows, micro_rows)
         self.worker = ThreadPoolExecutor(1)
         self.ahead = {}  # (step, micro) -> the future of its batch
-        self.orders = {}  # epoch -> its order of rows
 
     def step(self, step):
         """Yield this process's micro-batches of `step`."""
         for micro in range(self.accumulate):
-            future = self._submit(step, micro)
+            self._submit(step, micro)
             last = micro + 1 == self.accumulate
             self._submit(*((step + 1, 0) if last else (step, micro + 1)))
-            del self.ahead[step, micro]
-            yield future.result()
+            yield self._wait(step, micro)
 
     def _submit(self, step, micro):
         if (step, micro) not in self.ahead:
             self.ahead[step, micro] = self.worker.submit(self._make, step, micro)
-        return self.ahead[step, micro]
+
+    def _wait(self, step, micro):
+        """The batch, once its data have arrived; a run asked to stop meanwhile saves and ends."""
+        said = False
+        while True:
+            try:
+                return self.ahead.pop((step, micro)).result()
+            except hub.NotYet as missing:
+                if not said:
+                    self.run.log.say(f"waiting for {missing}")
+                said = True
+            if self.run.stop_signal is not None:
+                self.run.stop_early(step - 1)
+            time.sleep(0.2)
+            self._submit(step, micro)
 
     def _make(self, step, micro):
         everyone = self.rows_of(step)
@@ -83,18 +92,44 @@ class Loader:
         return batch.to(self.run.device)
 
     def rows_of(self, step):
-        """The rows (numpy) that the whole job reads in `step`; every epoch has its own order."""
+        """The rows (numpy) that the whole job reads in `step`; every epoch has its own order.
+
+        A data set with `groups`, row numbers that begin with 0 and end with its length, is shuffled
+        within each group, and the groups come one after the other.
+        """
         n = len(self.dataset)
-        numbers = np.arange(step * self.rows, (step + 1) * self.rows)
-        found = np.empty_like(numbers)
-        for epoch in np.unique(numbers // n):
-            if epoch not in self.orders:
-                self.orders = {e: o for e, o in self.orders.items() if e >= epoch - 1}
-                generator = np.random.default_rng((self.seed, int(epoch)))
-                self.orders[epoch] = generator.permutation(n)
-            mine = numbers // n == epoch
-            found[mine] = self.orders[epoch][numbers[mine] % n]
+        groups = getattr(self.dataset, "groups", (0, n))
+        epochs, places = np.divmod(np.arange(step * self.rows, (step + 1) * self.rows), n)
+        numbers = np.searchsorted(groups, places, side="right") - 1
+        found = np.empty_like(places)
+        for epoch, group in set(zip(epochs.tolist(), numbers.tolist(), strict=True)):
+            mine = (epochs == epoch) & (numbers == group)
+            first, last = groups[group], groups[group + 1]
+            seed = (self.seed, epoch, group)
+            found[mine] = first + shuffled(places[mine] - first, last - first, seed)
         return found
+
+
+def shuffled(places, n, seed):
+    """What stands at `places` (integers) of a shuffled range(n): a permutation in no memory.
+
+    A Feistel network, as ciphers are made of, permutes all numbers of 2 * half bits, n at least;
+    a result beyond n goes through once more until it is none (Black and Rogaway, 2002).
+    """
+    half = np.uint64(max(1, -(-(int(n) - 1).bit_length() // 2)))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.default_rng(seed).integers(2**63, size=8, dtype=np.uint64)
+    found = np.array(places, dtype=np.uint64)
+    beyond = np.ones(len(found), bool)
+    while beyond.any():
+        left, right = found[beyond] >> half, found[beyond] & low
+        for key in keys:
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
+            mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+            left, right = right, left ^ (mixed >> np.uint64(32) & low)
+        found[beyond] = left << half | right
+        beyond = found >= n
+    return found.astype(np.int64)
 
 
 def validation_loss(run, dataset, micro_rows, loss_of, max_rows=512):
@@ -118,18 +153,25 @@ def validation_loss(run, dataset, micro_rows, loss_of, max_rows=512):
 
 
 class Text:
-    """Windows of T + 1 tokens over all shards of a split; consecutive windows share one token."""
+    """Windows of T + 1 tokens over all shards of a split; consecutive windows share one token.
+
+    folder: a folder of shards, or of shards still to come (hub.stream makes it). Those are shuffled
+    in groups that double, 1, 1, 2, 4 ... shards, so that training can begin with the first.
+    """
 
     def __init__(self, folder, split, T, n_vocab):
-        self.name, self.T = f"{folder} ({split})", T
-        paths = sorted(Path(folder).glob(f"*{split}*.npy"))
-        if not paths:
+        self.name, self.T, self.n_vocab = f"{folder} ({split})", T, n_vocab
+        coming = hub.expected(folder, f"*{split}*.npy")
+        self.paths = list(coming) or sorted(Path(folder).glob(f"*{split}*.npy"))
+        if not self.paths:
             raise UserError(f"no *{split}*.npy in {folder}; prepare.py text makes such a folder")
-        self.shards = [read_array(path, np.uint16) for path in paths]
-        self.first = np.cumsum([0, *((len(shard) - 1) // T for shard in self.shards)])
-        self.n_vocab = n_vocab
+        lengths = list(coming.values()) or [self._checked(path) for path in self.paths]
+        self.first = np.cumsum([0, *((length - 1) // T for length in lengths)])
         if len(self) == 0:
             raise UserError(f"the data set {self.name} is empty: no shard has {T + 1} tokens")
+        if coming:
+            ends = [0, *(2**i for i in range(len(lengths).bit_length()) if 2**i < len(lengths))]
+            self.groups = self.first[[*ends, len(lengths)]]
 
     def __len__(self):
         return int(self.first[-1])
@@ -137,22 +179,44 @@ class Text:
     def n_targets(self, rows):
         return len(rows) * self.T
 
-    def window(self, i):
-        shard = int(np.searchsorted(self.first, i, side="right")) - 1
-        start = (i - int(self.first[shard])) * self.T
-        return self.shards[shard][start : start + self.T + 1]
+    def window(self, i, opened=None):
+        """The T + 1 tokens of window i. opened: dict of the shards that are open already."""
+        number = int(np.searchsorted(self.first, i, side="right")) - 1
+        opened = {} if opened is None else opened
+        if number not in opened:
+            opened[number] = read_array(self.paths[number], np.uint16)
+        start = (i - int(self.first[number])) * self.T
+        window = opened[number][start : start + self.T + 1]
+        if len(window) <= self.T:
+            raise UserError(f"{self.paths[number]} is shorter than it was; fetch it again")
+        return window
 
     def batch(self, rows):
-        tokens = np.stack([self.window(i) for i in rows]).astype(np.int64)
-        if tokens.max() >= self.n_vocab:
-            raise UserError(f"{self.name} holds the id {tokens.max()}, but the vocabulary ends at "
-                            f"{self.n_vocab - 1}: it was made with another tokenizer")
+        # Shards are mapped for one batch at a time: pages that were read belong to the process as
+        # long as the mapping, and 10 B tokens would become 20 GB.
+        opened = {}
+        tokens = np.stack([self.window(i, opened) for i in rows]).astype(np.int64)
+        self._check_ids(tokens, self.name)
         tokens = torch.from_numpy(tokens)
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+    def _checked(self, path):
+        """The length of a shard, after a look at 16 places of it."""
+        shard = read_array(path, np.uint16)
+        for start in range(0, len(shard), len(shard) // 16 + 1):
+            self._check_ids(shard[start : start + 4096], path)
+        return len(shard)
+
+    def _check_ids(self, tokens, where):
+        if tokens.size and tokens.max() >= self.n_vocab:
+            raise UserError(f"{where} holds the id {tokens.max()}, but the vocabulary ends at "
+                            f"{self.n_vocab - 1}: it was made with another tokenizer")
 
 
 def read_array(path, dtype):
     """The 1-D array in `path`, memory-mapped, or a UserError that names the file."""
+    if not Path(path).exists() and hub.is_coming(path):
+        raise hub.NotYet(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -187,208 +251,3 @@ def check_tokenizer(folder, tokenizer=None):
         raise UserError(f"the data in {folder} was made with another tokenizer than the model's; "
                         "prepare it again with --tokenizer pointing at the model's")
     return tokenizer
-
-
-# ------------------------------------------------------------------------------------------ chats
-
-
-class Chats:
-    """Chats of one split as ids, with their pictures; prepare.py writes it, see the top."""
-
-    def __init__(self, folder, split):
-        self.folder = Path(folder) / split
-        self.ids = read_array(self.folder / "ids.npy", np.uint16)
-        self.supervised = read_array(self.folder / "supervised.npy", np.bool_)
-        self.offsets = read_array(self.folder / "offsets.npy", np.int64)
-        self.has_images = (self.folder / "images.bin").is_file()
-        if self.has_images:
-            self.first_image = read_array(self.folder / "first_image.npy", np.int64)
-            self.image_offsets = read_array(self.folder / "image_offsets.npy", np.int64)
-            self.bytes = np.memmap(self.folder / "images.bin", np.uint8, "r")
-
-    def __len__(self):
-        return len(self.offsets) - 1
-
-    def chat(self, i):
-        """(ids, supervised) of chat i, one <|image|> id a picture."""
-        part = slice(self.offsets[i], self.offsets[i + 1])
-        return self.ids[part].astype(np.int64), self.supervised[part]
-
-    def n_images(self, i):
-        return int(self.first_image[i + 1] - self.first_image[i]) if self.has_images else 0
-
-    def images(self, i):
-        """The pictures of chat i, as PIL images."""
-        if not self.has_images:
-            return []
-        numbers = range(self.first_image[i], self.first_image[i + 1])
-        return [read_image(self.bytes[self.image_offsets[n] : self.image_offsets[n + 1]].tobytes(),
-                           f"picture {n} of {self.folder}") for n in numbers]
-
-
-class Share:
-    """`count` chats of a Chats, drawn by a seed, some more than once if there are too few."""
-
-    def __init__(self, chats, count, seed):
-        self.folder, self._chats = chats.folder, chats
-        generator = np.random.default_rng(seed)
-        rounds = -(-count // max(1, len(chats))) if len(chats) else 0
-        order = [generator.permutation(len(chats)) for _ in range(rounds)]
-        self._chosen = np.concatenate(order)[:count] if order else np.empty(0, int)
-
-    def __len__(self):
-        return len(self._chosen)
-
-    def chat(self, i):
-        return self._chats.chat(self._chosen[i])
-
-    def images(self, i):
-        return self._chats.images(self._chosen[i])
-
-
-class Packed:
-    """Rows of T positions, filled with whole chats of one or more Chats.
-
-    A chat longer than T is cut behind its last turn that fits; one whose first answer does not fit,
-    or that has nothing to learn, is left out, and `left_out` counts them.
-    """
-
-    def __init__(self, sources, T, tokenizer, n_patches=0, image_size=0, seed=0):
-        self.name = " + ".join(str(chats.folder) for chats in sources)
-        self.T, self.tokenizer = T, tokenizer
-        self.n_patches, self.image_size = n_patches, image_size
-        self.sources = sources
-        self.left_out = 0
-        self.chats = []  # (source, chat, how many ids of it, positions, supervised positions)
-        for s, chats in enumerate(sources):
-            for i in range(len(chats)):
-                entry = self._measure(s, chats, i)
-                if entry is None:
-                    self.left_out += 1
-                else:
-                    self.chats.append(entry)
-        self.rows = pack([chat[3] for chat in self.chats], T, seed)
-        self.targets = np.array([sum(self.chats[c][4] for c in row) for row in self.rows])
-        used = sum(chat[3] for chat in self.chats)
-        self.filled = used / max(1, len(self.rows) * T)
-
-    def __len__(self):
-        return len(self.rows)
-
-    def n_targets(self, rows):
-        return int(self.targets[rows].sum())
-
-    def summary(self):
-        """One line for the log: how many chats in how many rows, how full, how many left out."""
-        left = f"; {self.left_out} chats too long or with nothing to learn left out"
-        return (f"{self.name}: {len(self.chats)} chats in {len(self)} rows of {self.T}, "
-                f"{self.filled:.1%} filled{left if self.left_out else ''}")
-
-    def _measure(self, s, chats, i):
-        """Where chat i must be cut to fit: the last end of an answer in its first T positions."""
-        ids, supervised = chats.chat(i)
-        widths = np.where(ids == self.tokenizer.image, self.n_patches, 1)
-        ends = np.flatnonzero(supervised & (ids == self.tokenizer.end)) + 1  # ids kept, if cut here
-        positions = np.cumsum(widths)[ends - 1] - 1 if len(ends) else ends  # the last is no input
-        fitting = np.flatnonzero(positions <= self.T)
-        if not len(fitting):
-            return None
-        n = int(ends[fitting[-1]])
-        return s, i, n, int(positions[fitting[-1]]), int(supervised[1:n].sum())
-
-    def batch(self, rows):
-        B, T, P = len(rows), self.T, self.n_patches
-        ids = torch.full((B, T), self.tokenizer.end_of_text)
-        positions, segments = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T).int()
-        where, targets, images, image_positions = [], [], [], []
-        for b, row in enumerate(rows):
-            start = 0
-            for number, c in enumerate(self.rows[row], 1):
-                s, i, n, length, _ = self.chats[c]
-                chat, supervised = (part[:n] for part in self.sources[s].chat(i))
-                repeats = np.where(chat == self.tokenizer.image, P, 1)
-                chat, supervised = np.repeat(chat, repeats), np.repeat(supervised, repeats)
-                part = slice(start, start + length)
-                ids[b, part] = torch.from_numpy(chat[:-1])
-                positions[b, part], segments[b, part] = torch.arange(length), number
-                learnt = np.flatnonzero(supervised[1:])
-                where.append(learnt + b * T + start)
-                targets.append(chat[learnt + 1])
-                slots = np.flatnonzero(chat == self.tokenizer.image)
-                if len(slots):
-                    images += self.sources[s].images(i)[: len(slots) // P]
-                    image_positions.append(slots + b * T + start)
-                start += length
-        batch = Batch(ids, torch.from_numpy(np.concatenate(targets)),
-                      torch.from_numpy(np.concatenate(where)), positions, segments)
-        if images:
-            batch.pixels = to_pixels(images, self.image_size)
-            batch.image_positions = torch.from_numpy(np.concatenate(image_positions))
-        return batch
-
-
-def pack(lengths, T, seed, window=4096):
-    """Lists of numbers into `lengths`, each list at most T long in sum: best fit, longest first,
-    among a few thousand at a time, in a seeded order (so rows mix what the data set does not)."""
-    order = np.random.default_rng(seed).permutation(len(lengths)).tolist()
-    rows = []
-    for begin in range(0, len(order), window):
-        room = []  # sorted (free positions, row)
-        for c in sorted(order[begin : begin + window], key=lambda c: -lengths[c]):
-            spot = bisect.bisect_left(room, (lengths[c], -1))
-            if spot == len(room):
-                rows.append([])
-                free, row = T, len(rows) - 1
-            else:
-                free, row = room.pop(spot)
-            rows[row].append(c)
-            bisect.insort(room, (free - lengths[c], row))
-    return rows
-
-
-# --------------------------------------------------------------------------------------- captions
-
-
-@dataclass
-class Pairs:
-    """Pictures with their captions, for CLIP."""
-
-    pixels: torch.Tensor  # (B, S, S, 3) uint8
-    ids: torch.Tensor  # (B, context), ended and padded with the end id
-    keys: torch.Tensor  # (B,) equal for identical captions
-    n_targets: int = 0
-
-    to = Batch.to
-
-
-class Captions:
-    """Pictures of Chats with the first answer about each as its caption."""
-
-    def __init__(self, chats, tokenizer, image_size, context):
-        if not chats.has_images:
-            raise UserError(f"{chats.folder} holds no pictures, so it cannot train CLIP")
-        self.name, self.chats, self.tokenizer = str(chats.folder), chats, tokenizer
-        self.image_size, self.context = image_size, context
-        self.chosen = [i for i in range(len(chats)) if chats.n_images(i) == 1]
-
-    def __len__(self):
-        return len(self.chosen)
-
-    def n_targets(self, rows):
-        return len(rows)
-
-    def caption(self, i):
-        """The ids of caption i: <|endoftext|>, the text, <|end|>, cut to the context."""
-        ids, supervised = self.chats.chat(self.chosen[i])
-        start = int(supervised.argmax())
-        text = ids[start:][: int((ids[start:] == self.tokenizer.end).argmax())]
-        text = text[: self.context - 2].tolist()
-        return [self.tokenizer.end_of_text, *text, self.tokenizer.end]
-
-    def batch(self, rows):
-        captions = [self.caption(i) for i in rows]
-        images = [self.chats.images(self.chosen[i])[0] for i in rows]
-        longest = min(self.context, -(-max(map(len, captions)) // 8) * 8)  # few different shapes
-        padded = [ids + [self.tokenizer.end] * (longest - len(ids)) for ids in captions]
-        keys = [hash(tuple(ids)) for ids in captions]  # of ints: the same in every process
-        return Pairs(to_pixels(images, self.image_size), torch.tensor(padded), torch.tensor(keys))

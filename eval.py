@@ -25,7 +25,8 @@ from common import checkpoint
 from common.checkpoint import write_json
 from common.config import UserError, parse, read_json, run_main
 from common.distributed import peak_memory_gb, setup
-from data import Captions, Chats, Text, check_tokenizer
+from data import Text, check_tokenizer
+from packing import Captions, Chats
 from vision import VisionLanguageModel, open_model, read_image
 
 ANSWER_TOKENS = 64  # longest answer that is scored

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from chat import Conversation
+from common import hub
 from common.config import TrainSettings, UserError, parse, run_main
 from common.optim import make_optimizer
 from common.run import Run
@@ -22,7 +23,8 @@ from vision import describe, open_model
 
 @dataclass
 class Config(TrainSettings):
-    data: str = "data/text"  # folder of *train*.npy and *val*.npy token shards
+    data: str = "data/text"  # folder of *train*.npy and *val*.npy token shards, or
+    # hf://OWNER/NAME for those of a hub data set, fetched ahead of training
     init_from: str = ""  # a decoder checkpoint to go on from with new data; empty: from nothing
 
     n_layer: int = 20  # blocks
@@ -42,15 +44,16 @@ def main():
     run = Run(cfg, "pretrain")
 
     # Data: windows over all shards in a seeded order
-    tokenizer = check_tokenizer(cfg.data)
-    train = Text(cfg.data, "train", cfg.context, tokenizer.n_vocab)
-    val = Text(cfg.data, "val", cfg.context, tokenizer.n_vocab)
+    folder = hub.stream(cfg.data, run)
+    tokenizer = check_tokenizer(folder)
+    train = Text(folder, "train", cfg.context, tokenizer.n_vocab)
+    val = Text(folder, "val", cfg.context, tokenizer.n_vocab)
     loader = Loader(train, run.rows(), cfg.micro_rows, run, cfg.seed)
 
     # Model: everything is new and everything is trained
     if cfg.init_from:
         model, its_tokenizer, _ = open_model(cfg.init_from, run.device, kinds=("decoder",))
-        check_tokenizer(cfg.data, its_tokenizer)
+        check_tokenizer(folder, its_tokenizer)
     else:
         if cfg.n_embd % (2 * cfg.n_head):
             raise UserError(f"--n_embd={cfg.n_embd} is not a multiple of 2 * --n_head={cfg.n_head}")

@@ -14,7 +14,8 @@ from chat import sample_answers
 from common.config import TrainSettings, UserError, parse, run_main
 from common.optim import make_optimizer
 from common.run import Run, lineage
-from data import Chats, Loader, Packed, Share, check_tokenizer, validation_loss
+from data import Loader, check_tokenizer, validation_loss
+from packing import Chats, Packed, Share
 from vision import describe, open_model
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from clip import CLIP, CLIPConfig, caption_choice, normalise
 from common.distributed import Machine
-from data import Pairs
+from packing import Pairs
 from vision import to_pixels
 
 MACHINE = Machine(torch.device("cpu"), torch.float32)

@@ -1,19 +1,25 @@
 """The claims of data.py: every row once an epoch, no chat lost, exactly the answers learnt."""
 
 import io
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import data
 import tokenizer as tokenizers
+from common.checkpoint import write_json
 from common.config import UserError
 from common.distributed import Machine
 from common.run import Run
-from data import Captions, Chats, Loader, Packed, Share, Text, check_tokenizer, pack
+from data import Loader, Text, check_tokenizer, shuffled
+from packing import Captions, Chats, Packed, Share, pack
 from prepare import ChatWriter, write_manifest, write_text
 from tokenizer import render
 
@@ -88,6 +94,74 @@ def test_every_row_is_read_once_an_epoch_and_each_epoch_has_its_own_order(number
     epochs = [tuple(read[i : i + 23]) for i in range(0, len(read), 23)]
     assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
     assert len(set(epochs)) == 6 and tuple(range(23)) not in epochs
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000, 4097])
+def test_a_shuffle_holds_every_number_once(n):
+    assert sorted(shuffled(np.arange(n), n, seed=3)) == list(range(n))
+
+
+def test_a_shuffle_is_even_and_another_for_every_seed():
+    """Each of 20 numbers comes to each of 20 places alike: chi-squared over 4,000 seeds."""
+    n, draws = 20, 4000
+    counts = np.zeros((n, n))
+    for seed in range(draws):
+        counts[np.arange(n), shuffled(np.arange(n), n, seed)] += 1
+    expected = draws / n
+    chi_squared = ((counts - expected) ** 2 / expected).sum()
+    freedom = (n - 1) ** 2
+    assert abs(chi_squared - freedom) < 5 * np.sqrt(2 * freedom)
+
+
+def test_neighbours_are_strangers_after_a_shuffle():
+    found = shuffled(np.arange(10**5), 10**7, seed=0)  # of 10 B tokens, say
+    assert abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 0.02
+    assert abs(found.mean() / 10**7 - 0.5) < 0.01
+
+
+def test_shards_to_come_are_read_in_doubling_groups(tmp_path):
+    """So that the first steps need the first shard alone; and nothing is read twice."""
+    tokens = [4 * 6 + 1] * 7
+    write_json(tmp_path / "shards.json", [
+        {"name": f"a_train_{i}.npy", "size": 128 + 2 * n, "sha256": ""}
+        for i, n in enumerate(tokens)])
+    text = Text(tmp_path, "train", 4, 2**16)
+    loader = Loader(text, 6, 6, Job(), seed=5)
+    shards = [set((loader.rows_of(step) // 6).tolist()) for step in range(7)]
+    assert shards[:2] == [{0}, {1}]
+    assert set().union(*shards[2:4]) == {2, 3} and set().union(*shards[4:]) == {4, 5, 6}
+    assert sorted(flat(loader.rows_of(step).tolist() for step in range(7))) == list(range(42))
+
+
+def test_memory_does_not_grow_with_what_was_read(tmp_path):
+    """10 B tokens in sparse files: a process that read them all would need 20 GB."""
+    for shard in range(100):
+        header = {"descr": "<u2", "fortran_order": False, "shape": (10**8,)}
+        with open(tmp_path / f"a_train_{shard:02d}.npy", "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.truncate(file.tell() + 2 * 10**8)
+    program = f"""
+import resource, sys
+import torch
+from data import Loader, Text
+sys.path.insert(0, 'tests')
+from test_data import Job
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+loader = Loader(Text({str(tmp_path)!r}, "train", 1024, 50304), 512, 64, Job(), seed=0)
+for step in (*range(3), *range(18_000, 18_030)):
+    for batch in loader.step(step):
+        pass
+    if step == 2:
+        early = peak()
+print(len(loader.dataset) * 1024, early, peak())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                            env=environment, check=True)
+    tokens, early, late = map(float, result.stdout.split())
+    assert tokens > 9.99e9
+    assert late < early + 20, f"{early:.0f} MB, then {late:.0f} MB"
 
 
 def test_the_rows_of_a_step_depend_on_seed_and_step_alone(numbers):
@@ -356,16 +430,24 @@ def test_a_broken_array_is_named(tokenizer, tmp_path, file, spoil, complaint):
             Text(tmp_path, "train", 8, tokenizer.n_vocab)
 
 
-def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
+def test_ids_beyond_the_vocabulary_are_refused_on_opening_where_they_are_many(tmp_path):
     np.save(tmp_path / "train_0.npy", np.array([1, 2, 3, 400, 5, 6, 7, 8, 9], np.uint16))
+    with pytest.raises(UserError, match=r"train_0\.npy holds the id 400, but the vocabulary ends "
+                                        "at 319"):
+        Text(tmp_path, "train", 4, 320)
+
+
+def test_a_single_id_beyond_the_vocabulary_is_refused_when_it_is_read(tmp_path):
+    tokens = np.zeros(160_000, np.uint16)
+    tokens[8001] = 400  # not where a first look at the shard falls
+    np.save(tmp_path / "train_0.npy", tokens)
     text = Text(tmp_path, "train", 4, 320)
-    with pytest.raises(UserError, match=rf"{tmp_path.name} \(train\) holds the id 400, but the "
-                                        "vocabulary ends at 319"):
-        text.batch([0, 1])
-    loader = Loader(text, 2, 2, Job(), seed=0)  # and no less from the thread that reads ahead
+    with pytest.raises(UserError, match="holds the id 400"):
+        text.batch([0, 2000])
+    assert text.batch([1]).ids.tolist() == [[0, 0, 0, 0]]
+    loader = Loader(text, 40_000 - 1, 40_000, Job(), seed=0)  # the thread that reads ahead
     with pytest.raises(UserError, match="holds the id 400"):
         next(loader.step(0))
-    assert text.batch([1]).ids.tolist() == [[5, 6, 7, 8]]
 
 
 def test_a_data_set_that_is_not_there_is_named(tmp_path):

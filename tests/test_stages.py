@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, STAGES, STEPS, log_rows, logged, newest, run, run_stage
 from safetensors.torch import load_file
 
-from data import Chats, Packed, Share
+from packing import Chats, Packed, Share
 from tokenizer import load
 
 

@@ -1,0 +1,159 @@
+"""Token shards from the Hugging Face hub: listed, fetched, checked, and fetched ahead of training.
+
+A folder that `stream` makes has a shards.json that lists what is to come, so that the order of the
+data is known before they are there. A file appears under its name only when it is whole and has
+the hub's sha256; what was fetched once is never fetched again.
+"""
+
+import fnmatch
+import os
+import shutil
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from common.checkpoint import file_sum, write_json
+from common.config import UserError, read_json
+
+PREFIX = "hf://"  # what a data setting begins with to name a data set of the hub
+HEADER = 128  # bytes in front of the array in a .npy file of this kind
+ATTEMPTS, PAUSE = 5, 2.0  # how often a file is tried, and the first pause in seconds; it doubles
+
+
+class NotYet(Exception):
+    """A file that is still on its way."""
+
+
+@dataclass
+class Remote:
+    """A file of a hub repository: name, bytes and the hub's sha256 ("" where it has none)."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+def listing(repository):
+    """The .npy files (Remote) of a hub data set, by name; UserError if there are none."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    try:
+        files = list(HfApi().list_repo_tree(repository, recursive=True, repo_type="dataset"))
+    except Exception as error:  # whatever the library's network layer of the day raises
+        raise UserError(f"the Hugging Face hub does not list the data set {repository}: "
+                        f"{first_line(error)}") from None
+    found = [Remote(file.path, file.size, file.lfs.sha256 if file.lfs else "")
+             for file in files if isinstance(file, RepoFile) and file.path.endswith(".npy")]
+    if not found:
+        raise UserError(f"the hub's data set {repository} has no .npy files")
+    return sorted(found, key=lambda remote: remote.name)
+
+
+def fetch(repository, remote, folder, say=print):
+    """The path of a `remote` file in `folder`, fetched unless it is there and right.
+
+    The library mends a transfer that breaks while it runs. Raises UserError when ATTEMPTS fail.
+    """
+    path = Path(folder) / Path(remote.name).name
+    if path.is_file() and is_right(path, remote):
+        return path
+    incoming = Path(folder) / ".incoming"
+    for attempt in range(ATTEMPTS):
+        try:
+            arrived = download(repository, remote.name, incoming)
+            if is_right(arrived, remote):
+                os.replace(arrived, path)
+                shutil.rmtree(incoming)
+                return path
+            arrived.unlink()
+            problem = "it arrived damaged"
+        except Exception as error:  # as in listing
+            problem = first_line(error)
+        if attempt + 1 < ATTEMPTS:
+            pause = PAUSE * 2**attempt
+            say(f"{remote.name}: {problem}; trying again in {pause:.0f} s")
+            time.sleep(pause)
+    raise UserError(f"cannot fetch {remote.name} of {repository}: {problem}; the same command "
+                    "goes on with this file")
+
+
+def download(repository, name, folder):
+    """One attempt; whoever asks for the file again gets it from the start."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(repository, name, repo_type="dataset", local_dir=folder))
+
+
+def is_right(path, remote):
+    """Whether the file has the size and, where the hub tells it, the sha256 it should have."""
+    return path.stat().st_size == remote.size and remote.sha256 in ("", file_sum(path))
+
+
+def first_line(error):
+    """What an error says, on one line; its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# ---------------------------------------------------------------------------------------- streaming
+
+
+def stream(data, run):
+    """The folder to read `data` from: itself, or for hf://OWNER/NAME a folder that fills.
+
+    Waits for the validation shard and the first training shard; the others are fetched in the
+    background by the first process of each machine, in the order in which they will be read.
+    """
+    if not data.startswith(PREFIX):
+        return data
+    repository = data.removeprefix(PREFIX)
+    folder = Path("data") / repository.split("/")[-1]
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        remotes = known_listing(repository, folder)
+        val = [remote for remote in remotes if fnmatch.fnmatch(remote.name, "*val*")]
+        train = [remote for remote in remotes if remote not in val]
+        for remote in [*val, *train[:1]]:
+            run.log.say(f"{folder / remote.name} ({remote.size / 1e6:.0f} MB)")
+            fetch(repository, remote, folder, run.log.say)
+        worker = threading.Thread(target=fetch_all, args=(repository, train[1:], folder, run.log),
+                                  daemon=True)
+        worker.start()
+    run.machine.barrier()
+    return str(folder)
+
+
+def known_listing(repository, folder):
+    """The listing that `folder` has, or the hub's, which it gets."""
+    if (folder / "shards.json").is_file():
+        return [Remote(**entry) for entry in read_json(folder / "shards.json")]
+    remotes = listing(repository)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "shards.json", [asdict(remote) for remote in remotes])
+    return remotes
+
+
+def fetch_all(repository, remotes, folder, log):
+    """Fetch one after the other, however long the network is away: training goes on meanwhile."""
+    for remote in remotes:
+        while True:
+            try:
+                fetch(repository, remote, folder, log.say)
+                break
+            except UserError as error:
+                log.say(f"{error}; trying on")
+
+
+def expected(folder, pattern):
+    """{path: tokens} of the shards that shards.json says are, or will be, in `folder`."""
+    path = Path(folder) / "shards.json"
+    if not path.is_file():
+        return {}
+    entries = [entry for entry in read_json(path) if fnmatch.fnmatch(entry["name"], pattern)]
+    return {Path(folder) / Path(entry["name"]).name: (entry["size"] - HEADER) // 2
+            for entry in entries}
+
+
+def is_coming(path):
+    """Whether a file that is not there is still to come."""
+    return Path(path) in expected(Path(path).parent, "*")

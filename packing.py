@@ -1,0 +1,229 @@
+"""Chats packed whole into rows, with their pictures; and captioned pictures for CLIP.
+
+On disk (made by prepare.py, with a manifest.json of counts and sha256 sums beside the splits):
+
+    {train,val}/    ids.npy, supervised.npy, offsets.npy    chats end to end
+                    images.bin, image_offsets.npy, first_image.npy    where there are pictures;
+                    one <|image|> id stands for a picture
+"""
+
+import bisect
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.config import UserError
+from data import Batch, read_array
+from vision import read_image, to_pixels
+
+# ------------------------------------------------------------------------------------------ chats
+
+
+class Chats:
+    """Chats of one split as ids, with their pictures; prepare.py writes it, see the top."""
+
+    def __init__(self, folder, split):
+        self.folder = Path(folder) / split
+        self.ids = read_array(self.folder / "ids.npy", np.uint16)
+        self.supervised = read_array(self.folder / "supervised.npy", np.bool_)
+        self.offsets = read_array(self.folder / "offsets.npy", np.int64)
+        self.has_images = (self.folder / "images.bin").is_file()
+        if self.has_images:
+            self.first_image = read_array(self.folder / "first_image.npy", np.int64)
+            self.image_offsets = read_array(self.folder / "image_offsets.npy", np.int64)
+            self.bytes = np.memmap(self.folder / "images.bin", np.uint8, "r")
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def chat(self, i):
+        """(ids, supervised) of chat i, one <|image|> id a picture."""
+        part = slice(self.offsets[i], self.offsets[i + 1])
+        return self.ids[part].astype(np.int64), self.supervised[part]
+
+    def n_images(self, i):
+        return int(self.first_image[i + 1] - self.first_image[i]) if self.has_images else 0
+
+    def images(self, i):
+        """The pictures of chat i, as PIL images."""
+        if not self.has_images:
+            return []
+        numbers = range(self.first_image[i], self.first_image[i + 1])
+        return [read_image(self.bytes[self.image_offsets[n] : self.image_offsets[n + 1]].tobytes(),
+                           f"picture {n} of {self.folder}") for n in numbers]
+
+
+class Share:
+    """`count` chats of a Chats, drawn by a seed, some more than once if there are too few."""
+
+    def __init__(self, chats, count, seed):
+        self.folder, self._chats = chats.folder, chats
+        generator = np.random.default_rng(seed)
+        rounds = -(-count // max(1, len(chats))) if len(chats) else 0
+        order = [generator.permutation(len(chats)) for _ in range(rounds)]
+        self._chosen = np.concatenate(order)[:count] if order else np.empty(0, int)
+
+    def __len__(self):
+        return len(self._chosen)
+
+    def chat(self, i):
+        return self._chats.chat(self._chosen[i])
+
+    def images(self, i):
+        return self._chats.images(self._chosen[i])
+
+
+class Packed:
+    """Rows of T positions, filled with whole chats of one or more Chats.
+
+    A chat longer than T is cut behind its last answer that fits (`cut` counts them); one whose
+    first answer does not fit, or that has nothing to learn, is left out (`left_out`).
+    """
+
+    def __init__(self, sources, T, tokenizer, n_patches=0, image_size=0, seed=0):
+        self.name = " + ".join(str(chats.folder) for chats in sources)
+        self.T, self.tokenizer = T, tokenizer
+        self.n_patches, self.image_size = n_patches, image_size
+        self.sources = sources
+        total = sum(len(chats) for chats in sources)
+        # a row a chat: source, chat, how many ids of it, positions, supervised positions, was cut
+        self.chats = np.concatenate([self._measure(s) for s in range(len(sources))])
+        self.left_out, self.cut = total - len(self.chats), int(self.chats[:, 5].sum())
+        self.rows = pack(self.chats[:, 3].tolist(), T, seed)
+        self.targets = np.array([self.chats[row, 4].sum() for row in self.rows], dtype=np.int64)
+        self.filled = self.chats[:, 3].sum() / max(1, len(self.rows) * T)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def n_targets(self, rows):
+        return int(self.targets[rows].sum())
+
+    def summary(self):
+        """One line for the log: how many chats in how many rows, how full, what was lost."""
+        cut = f"; {self.cut} too long, cut behind an answer" if self.cut else ""
+        left = f"; {self.left_out} chats too long or with nothing to learn left out"
+        return (f"{self.name}: {len(self.chats)} chats in {len(self)} rows of {self.T}, "
+                f"{self.filled:.1%} filled{cut}{left if self.left_out else ''}")
+
+    def _measure(self, s):
+        """The table of source s, see __init__, a few thousand chats at a time."""
+        chats, n = self.sources[s], len(self.sources[s])
+        found = [np.empty((0, 6), dtype=np.int64)]
+        for begin in range(0, n, 4096):
+            parts = [chats.chat(i) for i in range(begin, min(begin + 4096, n))]
+            starts = np.cumsum([0, *(len(ids) for ids, _ in parts)])
+            ids = np.concatenate([ids for ids, _ in parts])
+            supervised = np.concatenate([mask for _, mask in parts])
+            widths = np.where(ids == self.tokenizer.image, self.n_patches, 1)
+            ends = np.flatnonzero(supervised & (ids == self.tokenizer.end))  # of answers
+            owner = np.searchsorted(starts, ends, side="right") - 1
+            before = np.cumsum(widths) - widths  # positions in front of each id, and of each chat
+            positions = before[ends] - before[starts[owner]]  # the last id is no input
+            last = {int(c): k for k, c in enumerate(owner) if positions[k] <= self.T}
+            c, k = np.array(list(last), dtype=int), np.array(list(last.values()), dtype=int)
+            learnt = np.cumsum(supervised)
+            kept = ends[k] + 1 - starts[c]
+            cut = kept < starts[c + 1] - starts[c]
+            found.append(np.stack((np.full(len(c), s), begin + c, kept, positions[k],
+                                   learnt[ends[k]] - learnt[starts[c]], cut), axis=1))
+        return np.concatenate(found)
+
+    def batch(self, rows):
+        B, T, P = len(rows), self.T, self.n_patches
+        ids = torch.full((B, T), self.tokenizer.end_of_text)
+        positions, segments = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T).int()
+        where, targets, images, image_positions = [], [], [], []
+        for b, row in enumerate(rows):
+            start = 0
+            for number, c in enumerate(self.rows[row], 1):
+                s, i, n, length = self.chats[c, :4].tolist()
+                chat, supervised = (part[:n] for part in self.sources[s].chat(i))
+                repeats = np.where(chat == self.tokenizer.image, P, 1)
+                chat, supervised = np.repeat(chat, repeats), np.repeat(supervised, repeats)
+                part = slice(start, start + length)
+                ids[b, part] = torch.from_numpy(chat[:-1])
+                positions[b, part], segments[b, part] = torch.arange(length), number
+                learnt = np.flatnonzero(supervised[1:])
+                where.append(learnt + b * T + start)
+                targets.append(chat[learnt + 1])
+                slots = np.flatnonzero(chat == self.tokenizer.image)
+                if len(slots):
+                    images += self.sources[s].images(i)[: len(slots) // P]
+                    image_positions.append(slots + b * T + start)
+                start += length
+        batch = Batch(ids, torch.from_numpy(np.concatenate(targets)),
+                      torch.from_numpy(np.concatenate(where)), positions, segments)
+        if images:
+            batch.pixels = to_pixels(images, self.image_size)
+            batch.image_positions = torch.from_numpy(np.concatenate(image_positions))
+        return batch
+
+
+def pack(lengths, T, seed, window=4096):
+    """Lists of numbers into `lengths`, each list at most T long in sum: best fit, longest first,
+    among a few thousand at a time, in a seeded order (so rows mix what the data set does not)."""
+    order = np.random.default_rng(seed).permutation(len(lengths)).tolist()
+    rows = []
+    for begin in range(0, len(order), window):
+        room = []  # sorted (free positions, row)
+        for c in sorted(order[begin : begin + window], key=lambda c: -lengths[c]):
+            spot = bisect.bisect_left(room, (lengths[c], -1))
+            if spot == len(room):
+                rows.append([])
+                free, row = T, len(rows) - 1
+            else:
+                free, row = room.pop(spot)
+            rows[row].append(c)
+            bisect.insort(room, (free - lengths[c], row))
+    return rows
+
+
+# --------------------------------------------------------------------------------------- captions
+
+
+@dataclass
+class Pairs:
+    """Pictures with their captions, for CLIP."""
+
+    pixels: torch.Tensor  # (B, S, S, 3) uint8
+    ids: torch.Tensor  # (B, context), ended and padded with the end id
+    keys: torch.Tensor  # (B,) equal for identical captions
+    n_targets: int = 0
+
+    to = Batch.to
+
+
+class Captions:
+    """Pictures of Chats with the first answer about each as its caption."""
+
+    def __init__(self, chats, tokenizer, image_size, context):
+        if not chats.has_images:
+            raise UserError(f"{chats.folder} holds no pictures, so it cannot train CLIP")
+        self.name, self.chats, self.tokenizer = str(chats.folder), chats, tokenizer
+        self.image_size, self.context = image_size, context
+        self.chosen = [i for i in range(len(chats)) if chats.n_images(i) == 1]
+
+    def __len__(self):
+        return len(self.chosen)
+
+    def n_targets(self, rows):
+        return len(rows)
+
+    def caption(self, i):
+        """The ids of caption i: <|endoftext|>, the text, <|end|>, cut to the context."""
+        ids, supervised = self.chats.chat(self.chosen[i])
+        start = int(supervised.argmax())
+        text = ids[start:][: int((ids[start:] == self.tokenizer.end).argmax())]
+        text = text[: self.context - 2].tolist()
+        return [self.tokenizer.end_of_text, *text, self.tokenizer.end]
+
+    def batch(self, rows):
+        captions = [self.caption(i) for i in rows]
+        images = [self.chats.images(self.chosen[i])[0] for i in rows]
+        longest = min(self.context, -(-max(map(len, captions)) // 8) * 8)  # few different shapes
+        padded = [ids + [self.tokenizer.end] * (longest - len(ids)) for ids in captions]
+        keys = [hash(tuple(ids)) for ids in captions]  # of ints: the same in every process
+        return Pairs(to_pixels(images, self.image_size), torch.tensor(padded), torch.tensor(keys))
