@@ -80,7 +80,7 @@ class Loader:
                     self.run.log.say(f"waiting for {missing}")
                 said = True
             if self.run.stop_signal is not None:
-                self.run.stop_early(step - 1)
+                self.run.stop_early(step - 1, together=False)
             time.sleep(0.2)
             self._submit(step, micro)
 
@@ -139,12 +139,14 @@ def validation_loss(run, dataset, micro_rows, loss_of, max_rows=512):
     """
     n = min(len(dataset), max_rows)
     total = torch.zeros(2, dtype=torch.float64)
-    starts = range(run.machine.rank * micro_rows, n, run.ranks * micro_rows)
-    for start in starts:
-        batch = dataset.batch(list(range(start, min(start + micro_rows, n)))).to(run.device)
+    for start in range(0, n, run.ranks * micro_rows):
+        mine = start + run.machine.rank * micro_rows
+        rows = list(range(mine, min(mine + micro_rows, n)))
+        batch = dataset.batch(rows or [0]).to(run.device)  # sharded weights need every process
         with torch.no_grad(), run.machine.autocast():
-            total[0] += loss_of(batch).item()
-        total[1] += batch.targets.numel()
+            loss = loss_of(batch)
+        if rows:
+            total += torch.tensor([loss.item(), batch.targets.numel()])
     total = run.machine.sum(total.to(run.device) if run.device.type == "cuda" else total)
     return (total[0] / total[1]).item()
 

@@ -5,6 +5,7 @@
         config.json           stage, model, settings, tokenizer, metrics, lineage
         tokenizer.json        where the vocabulary is not GPT-2's
         state/training.pt     optimizer, step: what resuming needs and sampling does not
+        state/shard_00000.pt  ... where the run is sharded, each process's rows of the optimizer
         manifest.json         sha256 of every other file; written last
 
 A checkpoint is written into a temporary folder, flushed to disk and renamed, so a folder with this
@@ -30,15 +31,36 @@ from common.config import UserError, read_json
 STEP_FOLDER = re.compile(r"step_(\d{8})$")
 
 
-def save(run_folder, step, weights, info, tokenizer, training_state):
+def begin(run_folder, step):
+    """An empty folder to write the checkpoint of `step` into."""
+    temporary = unfinished(run_folder, step)
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "state").mkdir(parents=True)
+    return temporary
+
+
+def unfinished(run_folder, step):
+    return Path(run_folder) / f".writing-step_{step:08d}"
+
+
+def save_shard(run_folder, step, number, optimizer):
+    """Write one process's share of the optimizer's state, between `begin` and `save`.
+
+    Not by torch.distributed.checkpoint: that one's index is a pickle, and unpickled unsafely.
+    """
+    path = unfinished(run_folder, step) / "state" / f"shard_{number:05d}.pt"
+    torch.save(optimizer, path)
+    flush(path, deep=False)
+
+
+def save(run_folder, step, weights, info, tokenizer, training_state, begun=False):
     """Write the checkpoint of `step` and remove those no longer wanted; returns its folder.
 
     weights: dict of name to tensor; info: what goes into config.json; training_state: dict.
+    begun: whether it has shards in it already.
     """
     folder = Path(run_folder) / f"step_{step:08d}"
-    temporary = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "state").mkdir(parents=True)
+    temporary = unfinished(run_folder, step) if begun else begin(run_folder, step)
     weights = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
     save_file(weights, temporary / "model.safetensors")
     torch.save(training_state, temporary / "state" / "training.pt")
@@ -72,7 +94,7 @@ def file_sum(path):
 
 
 def flush(folder, deep=True):
-    """Force `folder`, and the files below it, to the disk."""
+    """Force `folder`, and if deep the files below it, to the disk."""
     for path in [*(Path(folder).rglob("*") if deep else ()), Path(folder)]:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
@@ -165,14 +187,21 @@ def read(name, kinds=None, with_state=False):
         weights = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {folder / 'model.safetensors'}: {error}") from None
-    state = None
-    if with_state:
+    return info, weights, read_state(folder, manifest["sha256"]) if with_state else None
+
+
+def read_state(folder, files):
+    """The training state, its "optimizer" as a list: one state dict, or those of all shards."""
+    shards = [name for name in sorted(files) if name.startswith("state/shard_")]
+    try:
         path = folder / "state" / "training.pt"
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-            raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
-    return info, weights, state
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        found = [state["optimizer"]] if "optimizer" in state else []
+        for path in (folder / name for name in shards):  # mapped: only the rows taken are read
+            found.append(torch.load(path, weights_only=True, map_location="cpu", mmap=True))
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+    return {**state, "optimizer": found}
 
 
 def load_weights(module, weights, where, new=()):

@@ -49,6 +49,8 @@ class TrainSettings:
     log_every: int = 10  # steps between printed lines
     device: str = "auto"  # auto, cpu, cuda, mps
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: what the device is for
+    # divide weights and optimizer over all GPUs (full) or those of a node (hybrid), by FSDP
+    shard: Literal["none", "full", "hybrid"] = "none"
     compile: bool = False  # torch.compile: slower to start, faster after (needs a C++ compiler)
     dollars_per_hour: float = 0.0  # price of one device, for the report
     tracker: Literal["none", "trackio", "wandb"] = "none"  # also send the figures there

@@ -10,6 +10,8 @@ import resource
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,18 @@ GPU_PEAKS = {
     "A6000": 155e12, "RTX 6000 Ada": 364e12, "4090": 165e12, "3090": 71e12, "V100": 125e12,
     "T4": 65e12,
 }  # fmt: skip
+
+
+# Bytes a second of a GPU's memory, from the same sheets.
+GPU_BANDWIDTHS = {
+    "B200": 8e12, "GH200": 4.0e12, "H200": 4.8e12, "H100 PCIe": 2.0e12, "H100 NVL": 3.9e12,
+    "H100": 3.35e12, "A100": 2.04e12, "L40S": 0.864e12, "L4": 0.3e12, "A10": 0.6e12,
+    "A40": 0.696e12, "A6000": 0.768e12, "RTX 6000 Ada": 0.96e12, "4090": 1.008e12,
+    "3090": 0.936e12, "V100": 0.9e12, "T4": 0.32e12,
+}  # fmt: skip
+
+
+PATIENCE = timedelta(minutes=30)  # how long the others wait while one writes a checkpoint
 
 
 @dataclass
@@ -55,14 +69,22 @@ class Machine:
         if self.ranks > 1:
             dist.barrier()
 
+    def leave(self):
+        """Take leave of the other processes."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
 
 def setup(device="auto", precision="auto"):
     """The Machine of this process; joins the process group if torchrun started it."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device)
+    if ranks > 1 and device.type == "mps":
+        raise UserError(f"--device=mps is one process's; start it without torchrun ({ranks} here)")
     if ranks > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None,
+                                timeout=PATIENCE)
     torch.set_float32_matmul_precision("high")  # fp32 products may use TF32 where there is any
     return Machine(device, pick_dtype(device, precision), rank, ranks, device_name(device))
 
@@ -75,8 +97,12 @@ def pick_device(name):
     if name.startswith("cuda"):
         if not torch.cuda.is_available():
             raise UserError(f"--device={name}, but PyTorch sees no CUDA device; try --device=auto")
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        device = torch.device(name if ":" in name else f"cuda:{local}")
+        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        number = name.removeprefix("cuda:") if ":" in name else str(local)
+        if not number.isdecimal() or int(number) >= count:
+            raise UserError(f"there is no cuda:{number} for process {local} of this machine: "
+                            f"PyTorch sees {count} CUDA devices; see --nproc_per_node and --device")
+        device = torch.device(f"cuda:{number}")
         torch.cuda.set_device(device)
         return device
     if name not in ("cpu", "mps"):
@@ -126,6 +152,23 @@ def peak_flops(machine):
     return best
 
 
+def memory_bandwidth(machine):
+    """Bytes a second that one device's memory gives at best: a table for GPUs, measured elsewhere.
+
+    The measurement sums a tensor far larger than any cache.
+    """
+    if machine.device.type == "cuda":
+        for name, speed in GPU_BANDWIDTHS.items():
+            if name in machine.name:
+                return speed
+    a, best = torch.ones(2**26, device=machine.device), 0.0
+    for _ in range(10):
+        start = time.perf_counter()
+        a.sum().item()
+        best = max(best, a.nbytes / (time.perf_counter() - start))
+    return best
+
+
 def release_free_memory():
     """Hand memory that was freed back to the system.
 
@@ -135,6 +178,12 @@ def release_free_memory():
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # a C library other than glibc
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def reset_peak_memory():
+    """Let the host's peak memory count anew from here, where the system allows it (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_memory_gb(device=None):

@@ -10,13 +10,17 @@ import math
 import torch
 import torch.distributed as dist
 
+from common.config import UserError
+from common.shard import is_sharded, like, local, share_of, whole
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised. Parameters are matrices; an update moves every direction alike.
 
     A weight whose attribute `stacked` is n holds n matrices one above the other (q, k and v, say)
-    and is orthogonalised one by one. As in PyTorch's own optimizers, `found_inf` (a tensor, 1 or 0)
-    turns a step into none without the host having to wait for it.
+    and is orthogonalised one by one; a sharded weight is gathered for it. As in PyTorch's own
+    optimizers, `found_inf` (a tensor, 1 or 0) turns a step into none without the host having to
+    wait for it.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
@@ -31,11 +35,14 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     alike.setdefault((p.shape, getattr(p, "stacked", 1)), []).append(p)
             for (shape, stacked), params in alike.items():
-                self._step_alike(params, shape, stacked, group)
+                # Sharded, few at a time: whole ones of all of them may not fit.
+                some = dist.get_world_size() if is_sharded(params[0]) else len(params)
+                for start in range(0, len(params), some):
+                    self._step_alike(params[start : start + some], shape, stacked, group)
 
     def _step_alike(self, params, shape, stacked, group):
-        momenta = [self._momentum(p) for p in params]
-        grads = [p.grad for p in params]
+        momenta = [local(self._momentum(p)) for p in params]
+        grads = [local(p.grad) for p in params]
         lr = torch.full((), group["lr"], device=grads[0].device)
         if self.found_inf is not None:
             bad = self.found_inf.bool()
@@ -43,12 +50,17 @@ class Muon(torch.optim.Optimizer):
             lr = torch.where(bad, 0.0, lr)
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
+        if is_sharded(params[0]):  # in bf16, which orthogonalise turns them into anyway
+            pairs = zip(nesterov, params, strict=True)
+            nesterov = [whole(like(update.bfloat16(), p)) for update, p in pairs]
         updates = torch.stack(nesterov).view(-1, shape[0] // stacked, math.prod(shape[1:]))
         updates = orthogonalise_together(updates)
         rows, columns = updates.shape[-2:]
-        updates = updates.view(len(params), *shape) * (-lr * max(1, rows / columns) ** 0.5)
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(params, list(updates.unbind()))
+        updates = updates.view(len(params), *shape)[:, slice(*share_of(params[0]))]
+        updates = updates * (-lr * max(1, rows / columns) ** 0.5)
+        weights = [local(p) for p in params]
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(weights, list(updates.unbind()))
 
     def _momentum(self, p):
         state = self.state[p]
@@ -84,7 +96,7 @@ def orthogonalise_together(matrices):
     part = matrices[first : first + share]
     mine[: len(part)] = orthogonalise(part)
     everyone = mine.new_empty(ranks * share, *matrices.shape[1:])
-    dist.all_gather_into_tensor(everyone, mine)
+    dist.all_gather(list(everyone.chunk(ranks)), mine)
     return everyone[: len(matrices)]
 
 
@@ -111,12 +123,51 @@ class Optimizers:
         for member in self.members:
             member.zero_grad(set_to_none=True)
 
-    def state_dict(self):
-        return {"members": [member.state_dict() for member in self.members]}
+    def replace(self, new):
+        """Train the parameters new[p] instead of p; before the first step."""
+        for member in self.members:
+            for group in member.param_groups:
+                group["params"] = [new[p] for p in group["params"]]
 
-    def load_state_dict(self, state):
-        for member, saved in zip(self.members, state["members"], strict=True):
-            member.load_state_dict(saved)
+    def state_dict(self):
+        """Its state; of sharded parameters only the rows that this process keeps."""
+        found = []
+        for member in self.members:
+            state = member.state_dict()
+            state["state"] = {i: {name: local(value) for name, value in entry.items()}
+                              for i, entry in state["state"].items()}
+            found.append(state)
+        return {"members": found}
+
+    def load_state_dict(self, states):
+        """Take over `states`: what state_dict gave, or all shards of it in their order. However
+        many shards there were, this process takes the rows that it keeps now.
+
+        The settings of the groups (weight decay, say) are not taken over: they are this run's.
+        """
+        groups = [member["param_groups"] for member in self.state_dict()["members"]]
+        saved = [member["param_groups"] for member in states[0]["members"]]
+        if [[g["params"] for g in m] for m in groups] != [[g["params"] for g in m] for m in saved]:
+            raise UserError("the optimizer of the run to go on with trained other weights: give "
+                            "--optimizer and --decay as they were, or start over in another --out")
+        for i, member in enumerate(self.members):
+            shards = [state["members"][i]["state"] for state in states]
+            params = [p for group in member.param_groups for p in group["params"]]
+            state = {n: {name: rows_kept([shard[n][name] for shard in shards], params[n])
+                         for name in entry} for n, entry in shards[0].items()}
+            member.load_state_dict({"state": state, "param_groups": groups[i]})
+
+
+def rows_kept(pieces, p):
+    """The part for this process of a tensor in `pieces`, one below the other; sharded as `p`."""
+    if pieces[0].ndim == 0:  # a count of steps: the same in all
+        return pieces[0].clone()
+    first, end = share_of(p)
+    found, start = [pieces[0][:0]], 0
+    for piece in pieces:
+        found.append(piece[max(0, first - start) : max(0, end - start)])
+        start += len(piece)
+    return like(torch.cat(found).to(p.device), p)
 
 
 def make_optimizer(model, cfg):

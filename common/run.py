@@ -31,8 +31,10 @@ from common.config import UserError
 from common.distributed import peak_flops, peak_memory_gb, release_free_memory, setup
 from common.log import Log
 from common.optim import lr_factor
+from common.shard import number_of_shard, shard, unshard, whole, whole_weights
 
 WARM_STEPS = 5  # after these nothing new lives long
+AT_LEAST_ONE = ("max_steps", "context", "batch_tokens", "batch_pairs", "micro_rows", "val_rows")
 STOPPED_EARLY = 75  # exit status of a run that saved and can go on (EX_TEMPFAIL of sysexits.h)
 
 
@@ -41,12 +43,16 @@ class Run:
 
     def __init__(self, cfg, stage):
         self.cfg, self.stage = cfg, stage
+        for name in AT_LEAST_ONE:
+            if getattr(cfg, name, 1) < 1:
+                raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least 1")
         self.machine = setup(cfg.device, cfg.precision)
         self.device, self.ranks = self.machine.device, self.machine.ranks
+        self.sharded = cfg.shard != "none" and self.ranks > 1
         self.folder = Path(cfg.out)
         self.settings = dataclasses.asdict(cfg)
         self.log = Log(self.folder, self.machine.is_main, cfg.tracker, self.settings)
-        self.metrics, self.stop_signal = {}, None
+        self.metrics, self.stop_signal, self.asked = {}, None, 0.0
         self.began = time.time()  # of the whole run; moved back on resuming, for the cost
         self.clock = time.perf_counter()  # of this process, for --time_limit
         torch.manual_seed(cfg.seed)
@@ -84,14 +90,14 @@ class Run:
         self.fp16 = torch.amp.GradScaler(
             self.device.type, enabled=self.machine.dtype == torch.float16
         )
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        if self.machine.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not self.cfg.resume:
-                for folder in checkpoint.steps_in(self.folder).values():
-                    shutil.rmtree(folder)
-        self.machine.barrier()
-        self.first_step = self._resume()
+        self._make_folder()
+        state = self._resume()
+        self.net = self._join_processes(model)
+        if state:
+            optimizer.load_state_dict(state["optimizer"])
+            self.fp16.load_state_dict(state["fp16"])
+            torch.set_rng_state(state["rng"])
+        self.first_step = state["step"] if state else 0
         self.peak = peak_flops(self.machine) * self.ranks
         self.loss = torch.zeros((), device=self.device)
         self.skipped = torch.zeros((), device=self.device)
@@ -100,37 +106,64 @@ class Run:
             self.log.say(f"all {self.cfg.max_steps} steps are done already")
         self.log.say(f"{self.stage}: {count / 1e6:.2f} M parameters to train on {self.ranks} x "
                      f"{self.machine.name} in {str(self.machine.dtype)[6:]}, into {self.folder}")
+        if self.cfg.shard != "none" and not self.sharded:
+            self.log.say(f"--shard={self.cfg.shard}: one process has nobody to share with")
+        return self.net
+
+    def _join_processes(self, model):
+        """The network to call: `model`, alone, sharded, or one of the copies that DDP averages."""
         if self.cfg.compile:
             compile_blocks(model)
-        net = model
-        if self.ranks > 1 and self.trained:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            net = DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
-        self.net = net
-        return net
+        if self.sharded:
+            self.optimizer.replace(shard(model, self.cfg.shard, self.machine))
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        if self.ranks == 1 or self.sharded or not self.trained:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True,
+                                       broadcast_buffers=False)  # ours are constants
+
+    def _make_folder(self):
+        if self.machine.is_main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--out={self.folder} cannot be made a folder: {error.strerror}; "
+                                "choose another") from None
+            if not self.cfg.resume:
+                for folder in checkpoint.steps_in(self.folder).values():
+                    shutil.rmtree(folder)
+        self.machine.barrier()
 
     def _resume(self):
+        """Load the weights of the newest checkpoint, if any; returns its training state."""
         found = checkpoint.steps_in(self.folder)
+        newest = torch.tensor(max(found, default=0), device=self.device)
+        if self.machine.sum(newest.clone()) != self.ranks * newest:
+            raise UserError(f"the processes see different checkpoints in {self.folder}: --out must "
+                            "be a folder that all machines share")
         if not found:
             self.log.resume(-1)
-            return 0
+            return None
         folder = list(found.values())[-1]
         info, weights, state = checkpoint.read(folder, with_state=True)
         if info["stage"] != self.stage or info["tokenizer"] != self.tokenizer.fingerprint:
             raise UserError(f"{self.folder} holds a run of {info['stage']}.py or of another "
                             "tokenizer; choose another --out, or --resume=False to replace it")
         checkpoint.load_weights(self.model, weights, folder)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.fp16.load_state_dict(state["fp16"])
-        torch.set_rng_state(state["rng"])
         self.metrics = info["metrics"]
         self.began -= info["metrics"].get("seconds", 0)
         self.log.resume(state["step"] - 1)
-        changed = [f"{name} ({info['settings'][name]} -> {value})"
-                   for name, value in self.settings.items() if info["settings"].get(name) != value]
+        before = {**dataclasses.asdict(type(self.cfg)()), **info["settings"]}
+        changed = [f"{name} ({before[name]} -> {value})"
+                   for name, value in self.settings.items() if before[name] != value]
         self.log.say(f"going on from {folder}" + (f"; changed: {', '.join(changed)}" if changed
                                                   else ""))
-        return state["step"]
+        ranks = info.get("processes", self.ranks)
+        if ranks != self.ranks:
+            self.log.say(f"{ranks} process{'es' * (ranks > 1)} before, {self.ranks} now: the same "
+                         "batches, but sums in another order, so not the same last bits")
+        return state
 
     def steps(self):
         """The step numbers still to do. Saves and ends the program early if asked to stop."""
@@ -139,14 +172,32 @@ class Run:
             self.optimizer.set_lr(lr_factor(self.cfg, step))
             yield step
             if self._should_stop(step) and step + 1 < self.cfg.max_steps:
-                self.save(step)
-                self.log.say(f"stopped after step {step} and saved; the same command goes on")
-                sys.exit(STOPPED_EARLY)
+                self.stop_early(step)
+        if self.sharded:  # samples come next, and those are not FSDP's kind of call
+            self.optimizer.members.clear()
+            unshard(self.model)
+
+    def stop_early(self, step, together=True):
+        """Save what is done, up to step `step`, and end the program so that it can go on.
+
+        together: whether every process is here; one that is not could not take part in saving.
+        """
+        if step >= self.first_step and (together or self.ranks == 1):
+            self.save(step)
+            self.log.say(f"stopped after step {step} and saved; the same command goes on")
+        else:
+            self.log.say("stopped; the same command goes on from the newest checkpoint")
+        self.machine.leave()
+        sys.exit(STOPPED_EARLY)
 
     def forward(self, micro):
         """Context of one forward pass: autocast, and gradients shared on the last micro-batch."""
         stack = contextlib.ExitStack()
-        if self.ranks > 1 and self.trained and micro < self.accumulate - 1:
+        last = micro == self.accumulate - 1
+        if self.sharded:  # summed inside a node every time, as whole gradients may not fit
+            self.net.set_is_last_backward(last)
+            self.net.set_requires_all_reduce(last)
+        elif self.ranks > 1 and self.trained and not last:
             stack.enter_context(self.net.no_sync())
         stack.enter_context(self.machine.autocast())
         return stack
@@ -154,7 +205,7 @@ class Run:
     def backward(self, loss):
         """Gradients of `loss`, this micro-batch's share of the whole job's mean loss.
 
-        DistributedDataParallel averages over processes; times their number it is the sum.
+        DDP and FSDP average over processes; times their number it is the sum.
         """
         self.loss += loss.detach()
         self.fp16.scale(loss * self.ranks).backward()
@@ -167,7 +218,7 @@ class Run:
         for member in self.optimizer.members:
             self.fp16.unscale_(member)
         limit = self.cfg.grad_clip or float("inf")
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.trained, limit)
+        self.grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.trained, limit))
         bad = ~torch.isfinite(self.grad_norm)
         self.optimizer.step(skip=bad)
         self.skipped += bad
@@ -226,17 +277,27 @@ class Run:
 
     def save(self, step):
         """Write a checkpoint that has done step `step`."""
+        weights = whole_weights(self.model, self.machine.is_main)
+        optimizer = self.optimizer.state_dict()
+        if self.sharded:
+            if self.machine.is_main:
+                checkpoint.begin(self.folder, step + 1)
+            self.machine.barrier()
+            number = number_of_shard(self.model)
+            if number is not None:
+                checkpoint.save_shard(self.folder, step + 1, number, optimizer)
+            self.machine.barrier()
         if self.machine.is_main:
             gpu_gb, host_gb = peak_memory_gb(self.device)
             self.metrics.update(seconds=time.time() - self.began, dollars=self.dollars(),
                                 peak_gpu_gb=gpu_gb, peak_rss_gb=host_gb)
             info = dict(stage=self.stage, **self.info, step=step + 1, settings=self.settings,
                         tokenizer=self.tokenizer.fingerprint, tokenizer_name=self.tokenizer.name,
-                        metrics=self.metrics)
-            state = dict(step=step + 1, optimizer=self.optimizer.state_dict(),
-                         fp16=self.fp16.state_dict(), rng=torch.get_rng_state())
-            checkpoint.save(self.folder, step + 1, self.model.state_dict(), info, self.tokenizer,
-                            state)
+                        processes=self.ranks, metrics=self.metrics)
+            state = dict(step=step + 1, fp16=self.fp16.state_dict(), rng=torch.get_rng_state())
+            state.update({} if self.sharded else {"optimizer": optimizer})
+            checkpoint.save(self.folder, step + 1, weights, info, self.tokenizer, state,
+                            begun=self.sharded)
         self.machine.barrier()
 
     def finish(self, samples=()):
@@ -248,13 +309,18 @@ class Run:
         self.log.plot()
         self.log.report(self.stage, self.machine, self.settings, figures, samples)
         self.log.say(f"done: {self.folder} (report.md, loss.png, log.jsonl, the checkpoint)")
-        if self.ranks > 1:
-            torch.distributed.destroy_process_group()
+        self.machine.leave()
 
     def _on_signal(self, number, frame):
-        if self.stop_signal is not None:
+        """Stop after this step; at once at a second Ctrl-C.
+
+        torchrun and batch systems send one wish to stop several times over, so a second SIGTERM,
+        or a SIGINT within a second, is not another wish.
+        """
+        if self.stop_signal is None:
+            self.stop_signal, self.asked = number, time.perf_counter()
+        elif number == signal.SIGINT and time.perf_counter() - self.asked > 1:
             os._exit(128 + number)
-        self.stop_signal = number
 
     def _should_stop(self, step):
         minutes = (time.perf_counter() - self.clock) / 60

@@ -35,15 +35,21 @@ def model(tokenizer):
 @pytest.fixture
 def save(model, tokenizer, tmp_path):
     """Write a checkpoint of `model` into tmp_path / "run" as a stage would; returns its folder."""
-    def write(step=1, val_loss=None, run=None):
+    def write(step=1, val_loss=None, run=None, shards=()):
         metrics = {} if val_loss is None else {"val_loss": val_loss}
         info = dict(stage="sft", **describe(model), lineage=LINEAGE, step=step,
                     settings={"lr": 0.1}, tokenizer=tokenizer.fingerprint,
                     tokenizer_name=tokenizer.name, metrics=metrics)
         state = {"step": step, "optimizer": {"members": [{"m": torch.arange(3.0)}]},
                  "rng": torch.get_rng_state()}
-        return checkpoint.save(run or tmp_path / "run", step, model.state_dict(), info, tokenizer,
-                               state)
+        run = run or tmp_path / "run"
+        if shards:
+            checkpoint.begin(run, step)
+            del state["optimizer"]
+        for number, shard in enumerate(shards):
+            checkpoint.save_shard(run, step, number, shard)
+        return checkpoint.save(run, step, model.state_dict(), info, tokenizer, state,
+                               begun=bool(shards))
     return write
 
 
@@ -68,7 +74,22 @@ def test_what_was_saved_is_read(save, model):
     assert info["lineage"] == LINEAGE and info["metrics"] == {"val_loss": 3.5}
     assert info["folder"] == str(folder) and re.fullmatch("[0-9a-f]{64}", info["sha256"])
     assert state["step"] == 12 and torch.equal(state["rng"], torch.get_rng_state())
-    assert state["optimizer"]["members"][0]["m"].tolist() == [0, 1, 2]
+    assert [o["members"][0]["m"].tolist() for o in state["optimizer"]] == [[0, 1, 2]]
+
+
+def test_shards_are_read_in_their_order_and_belong_to_the_checkpoint(save):
+    (save() / "state/shard_00002.pt").write_bytes(b"of no checkpoint")
+    folder = save(shards=[{"rows": torch.tensor([number])} for number in range(11)])
+    assert len(list((folder / "state").iterdir())) == 12
+    (folder / "state/shard_00011.pt").write_bytes(b"not in the manifest")
+    found = checkpoint.read(folder, with_state=True)[2]["optimizer"]
+    assert [shard["rows"].item() for shard in found] == list(range(11))
+    flip(folder / "state/shard_00007.pt", -1)
+    with pytest.raises(UserError, match=r"shard_00007\.pt is damaged"):
+        checkpoint.read(folder, with_state=True)
+    (folder / "state/shard_00007.pt").unlink()
+    with pytest.raises(UserError, match=r"lacks its file state/shard_00007\.pt"):
+        checkpoint.read(folder, with_state=True)
 
 
 def test_the_state_that_only_resuming_needs_may_be_absent(save):
@@ -249,15 +270,16 @@ class Trap:
         return os.system, (f'mkdir "{self.bait}"',)
 
 
+@pytest.mark.parametrize("file", ["training.pt", "shard_00000.pt"])
 @pytest.mark.parametrize("pickled", [
     lambda trap, path: torch.save({"step": 1, "optimizer": trap}, path),
     lambda trap, path: torch.save(trap, path, _use_new_zipfile_serialization=False),
     lambda trap, path: path.write_bytes(pickle.dumps(trap, protocol=2)),
 ], ids=["torch", "torch of old", "pickle"])
-def test_code_in_a_training_state_is_not_run(save, tmp_path, pickled):
+def test_code_in_a_training_state_is_not_run(save, tmp_path, pickled, file):
     """Not even when the manifest says that the file is as it should be."""
-    folder, bait = save(), tmp_path / "it_ran"
-    path = folder / "state" / "training.pt"
+    folder, bait = save(shards=[{}]), tmp_path / "it_ran"
+    path = folder / "state" / file
     pickled(Trap(bait), path)
     manifest = {"sha256": checkpoint.sums(folder)}
     (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -20,7 +20,7 @@ from common.distributed import Machine
 from common.run import Run
 from data import Loader, Text, check_tokenizer, shuffled
 from packing import Captions, Chats, Packed, Share, pack
-from prepare import ChatWriter, write_manifest, write_text
+from prep.storage import ChatWriter, write_manifest, write_text
 from tokenizer import render
 
 WORDS = ["the cat sat on the mat", "a dog saw it", "and then the cat ran to the dog and sat", "no"]

@@ -1,10 +1,12 @@
 """The claims of common/optim.py: Muon is Muon, bad steps change nothing, and who gets what."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
-from common.config import TrainSettings
+from common.config import TrainSettings, UserError
 from common.optim import Muon, lr_factor, make_optimizer
 from model import GPT, GPTConfig
 
@@ -60,6 +62,53 @@ def test_a_step_with_a_bad_gradient_leaves_no_trace(optimizer):
 
     undisturbed, disturbed = train(None), train(2)
     assert all(torch.equal(undisturbed[name], disturbed[name]) for name in undisturbed)
+
+
+def rows_of(state, start, end):
+    """A state dict as the process would write it that keeps the rows from start to end."""
+    return {"members": [
+        {**member, "state": {i: {name: value[start:end] if value.ndim else value
+                                 for name, value in entry.items()}
+                             for i, entry in member["state"].items()}}
+        for member in state["members"]]}
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("cuts", [[0, None], [0, 7, None], [0, 40, 41, 100, None]])
+def test_the_state_is_taken_from_however_many_shards(optimizer, cuts):
+    """The later ones may have no row of a small weight."""
+    def trained(steps, states=None):
+        torch.manual_seed(0)
+        model = GPT(SMALL)
+        optimizers = make_optimizer(model, TrainSettings(optimizer=optimizer))
+        if states:
+            optimizers.load_state_dict(states)
+        for step in range(steps):
+            gradients(model.parameters(), step)
+            optimizers.step(skip=torch.tensor(False))
+        return optimizers.state_dict()
+
+    state = trained(3)
+    shards = [rows_of(state, *part) for part in itertools.pairwise(cuts)]
+    found = trained(0, shards)
+    for one, other in zip(state["members"], found["members"], strict=True):
+        assert one["state"].keys() == other["state"].keys()
+        for i, entry in one["state"].items():
+            assert all(torch.equal(value, other["state"][i][n]) for n, value in entry.items())
+
+
+def test_the_state_of_another_optimizer_is_refused_and_new_settings_hold():
+    def optimizers(**settings):
+        return make_optimizer(GPT(SMALL), TrainSettings(**settings))
+
+    state = optimizers().state_dict()
+    for other in ({"optimizer": "adamw"}, {"optimizer": "adamw", "decay": "all"}):
+        with pytest.raises(UserError, match="give --optimizer and --decay as they were"):
+            optimizers(**other).load_state_dict([state])
+    changed = optimizers(weight_decay=0.7, muon_lr=0.5)
+    changed.load_state_dict([state])
+    assert changed.members[0].param_groups[0]["weight_decay"] == 0.7
+    assert changed.members[0].param_groups[0]["lr"] == 0.5
 
 
 def shares(**settings):

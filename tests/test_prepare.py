@@ -21,7 +21,10 @@ from PIL import Image
 import prepare
 import world
 from common.checkpoint import sums
-from data import Captions, Chats
+from common.config import UserError
+from packing import Captions, Chats
+from prep import demo, storage
+from prep.sources import Files, pieces, retried
 from tokenizer import load
 
 
@@ -401,6 +404,353 @@ def test_a_row_without_a_picture_is_a_chat_about_text(album, vocabulary, tmp_pat
     assert len(Captions(found, load(vocabulary), 32, 16)) == 3
 
 
+# ------------------------------------------------------------------------------- going on after it
+
+DYING = """
+import os, runpy, signal, sys
+
+sys.path.insert(0, {root!r})
+from prep import journal
+
+journal.COMMIT_SECONDS, journal.BATCH_ROWS = 0, 16
+commit, left = journal.Journal.commit, [{commits}]
+
+def dying(self, complete=False):
+    left[0] -= 1
+    if left[0] < 0:
+        for file in self.files.values():
+            file.flush()  # what was appended since the last commit is in the files
+        os.kill(os.getpid(), signal.{signal})
+    commit(self, complete)
+
+journal.Journal.commit = dying
+sys.argv = ["prepare.py", *sys.argv[1:]]
+runpy.run_path({root!r} + "/prepare.py", run_name="__main__")
+"""
+
+
+def dies(argv, commits, number="SIGKILL"):
+    """Run a command of prepare.py in a process that is killed in the middle of its work."""
+    code = DYING.format(root=str(ROOT), commits=commits, signal=number)
+    return subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True,
+                          text=True, timeout=120)
+
+
+def many_rows(path, n=400):
+    """Documents that are chats too, some of them of no use."""
+    rows = [{"text": f"Story {i}. " * (i % 7 + 1), "prompt": f"say {i}", "output": f"it is {i}"}
+            for i in range(n)]
+    rows[n // 20] = rows[n // 2] = {"text": " ", "prompt": "hi", "output": ""}
+    return write_rows(path, rows)
+
+
+def many_pictures(folder, n=120):
+    (folder / "pictures").mkdir()
+    for i in range(20):
+        Image.new("RGB", (30, 20), (12 * i, 0, 0)).save(folder / f"pictures/{i}.png")
+    return write_rows(folder / "rows.json", [asked(f"{i % 21}.png") for i in range(n)])
+
+
+@pytest.mark.parametrize("command", ["text", "chat", "images", "dataset"])
+def test_killed_and_started_again_it_makes_the_same_bytes(command, vocabulary, tmp_path):
+    if command == "images":
+        source = [f"--files={many_pictures(tmp_path)}", f"--image_root={tmp_path}/pictures",
+                  "--image_size=32"]
+    elif command == "dataset":
+        (tmp_path / "stories").mkdir()
+        many_rows(tmp_path / "stories/a.parquet")
+        source = [f"--dataset={tmp_path}/stories"]
+    else:
+        source = [f"--files={many_rows(tmp_path / 'a.jsonl')}"]
+    argv = ["text" if command == "dataset" else command, *source, f"--tokenizer={vocabulary}"]
+    whole = prepared(*argv, f"--out={tmp_path}/whole")
+    killed = dies([*argv, f"--out={tmp_path}/out"], 4)
+    assert killed.returncode == -9, killed.stderr
+    assert not (tmp_path / "out").exists()
+    ids = tmp_path / ".writing-out/rows/ids"
+    assert 2 * json.loads(ids.with_name("progress.json").read_text())["lengths"]["ids"] < \
+        ids.stat().st_size  # the files hold more than what is sure
+    said = prepared(*argv, f"--out={tmp_path}/out")
+    assert "going on after 64 rows" in said
+    assert sums(tmp_path / "out") == sums(tmp_path / "whole")
+    assert said.splitlines()[1:-1] == whole.splitlines()[:-1] or command in ("chat", "images")
+    assert re.findall("left out .*", said) == re.findall("left out .*", whole) != []
+    assert not (tmp_path / ".writing-out").exists()
+
+
+def test_with_other_settings_it_starts_over_and_says_so(vocabulary, tmp_path):
+    path = many_rows(tmp_path / "a.jsonl")
+    argv = ["text", f"--tokenizer={vocabulary}", f"--files={path}"]
+    assert dies([*argv, f"--out={tmp_path}/out"], 4).returncode == -9
+    said = prepared(*argv, f"--out={tmp_path}/out", "--field=output")
+    assert "other settings or files: starting over" in said and "going on" not in said
+    assert len(documents(tmp_path / "out", "train")) == 394
+    # Settings that change no record, only what is made of them, may be changed.
+    assert dies([*argv, f"--out={tmp_path}/out2"], 4).returncode == -9
+    said = prepared(*argv, f"--out={tmp_path}/out2", "--val_share=0.5", "--seed=3")
+    assert "going on after 64 rows" in said and len(documents(tmp_path / "out2", "val")) == 199
+    # Another file under the same name is another setting.
+    assert dies([*argv, f"--out={tmp_path}/out3"], 4).returncode == -9
+    many_rows(path, 100)
+    said = prepared(*argv, f"--out={tmp_path}/out3")
+    assert "starting over" in said and "97 documents" in said
+
+
+@pytest.mark.parametrize("damage", ["short", "garbled"])
+def test_a_damaged_journal_starts_over(damage, vocabulary, tmp_path):
+    argv = ["text", f"--tokenizer={vocabulary}", f"--files={many_rows(tmp_path / 'a.jsonl')}",
+            f"--out={tmp_path}/out"]
+    assert dies(argv, 4).returncode == -9
+    journal = tmp_path / ".writing-out/rows"
+    if damage == "short":
+        os.truncate(journal / "ids", 100)
+    else:
+        (journal / "progress.json").write_text('{"rows": 7')
+    assert "is damaged: starting over" in prepared(*argv)
+    assert len(documents(tmp_path / "out", "train")) == 394
+
+
+def test_ctrl_c_and_errors_leave_what_is_done(vocabulary, tmp_path):
+    argv = ["text", f"--tokenizer={vocabulary}", f"--files={many_rows(tmp_path / 'a.jsonl')}",
+            f"--out={tmp_path}/out"]
+    stopped = dies(argv, 4, "SIGINT")
+    assert stopped.returncode == 130 and "Traceback" not in stopped.stderr
+    assert "the same command goes on" in stopped.stdout
+    assert "going on after 64 rows" in prepared(*argv)
+    (tmp_path / "z.parquet").write_bytes(b"not parquet")
+    argv = [*argv[:2], f"--files={tmp_path}/a.jsonl,{tmp_path}/z.parquet", f"--out={tmp_path}/new"]
+    result = run("prepare.py", *argv)
+    assert f"cannot read {tmp_path}/z.parquet" in result.refusal
+    assert "the same command goes on" in result.out and not (tmp_path / "new").exists()
+    again = run("prepare.py", *argv)
+    assert "going on after 400 rows" in again.out and "z.parquet" in again.refusal
+
+
+def test_the_number_of_cores_changes_no_byte(vocabulary, tmp_path, monkeypatch):
+    many_rows(tmp_path / "a.jsonl", 1000)
+    for cores in 1, 7:
+        monkeypatch.setattr("prep.journal.cores", lambda cores=cores: cores)
+        prepared("text", f"--files={tmp_path}/a.jsonl", f"--tokenizer={vocabulary}",
+                 f"--out={tmp_path}/{cores}")
+    assert sums(tmp_path / "1") == sums(tmp_path / "7")
+
+
+def test_two_commands_cannot_make_the_same_folder_at_once(tmp_path):
+    with pytest.raises(ValueError), storage.NewFolder(tmp_path / "out"):
+        result = run("prepare.py", "demo", f"--out={tmp_path}/out", *DEMO)
+        assert "another prepare.py is making" in result.refusal
+        raise ValueError
+
+
+def test_it_says_how_far_it_is(vocabulary, tmp_path, monkeypatch):
+    monkeypatch.setattr("prep.journal.SAY_SECONDS", 0)
+    many_rows(tmp_path / "a.jsonl", 1000)
+    said = prepared("text", f"--files={tmp_path}/a.jsonl", f"--tokenizer={vocabulary}",
+                    f"--out={tmp_path}/out")
+    assert re.search(r"^512 rows, [\d,]+ tokens, \d+\.\d MB/s, \d+ s left$", said, re.MULTILINE)
+
+
+# ---------------------------------------------------------------------------------- where rows are
+
+
+def test_a_data_set_gives_what_its_files_give(vocabulary, tmp_path):
+    (tmp_path / "stories").mkdir()
+    many_rows(tmp_path / "stories/train.parquet")
+    write_rows(tmp_path / "stories/test.parquet", [{"text": "Only one."}, {"text": "Or two."}])
+    usual = (f"--tokenizer={vocabulary}", "--val_share=0.1")
+    for command in "text", "chat":
+        for name, source in {"set": f"--dataset={tmp_path}/stories",
+                             "file": f"--files={tmp_path}/stories/train.parquet"}.items():
+            prepared(command, source, *usual, f"--out={tmp_path}/{command}_{name}")
+        assert sums(tmp_path / f"{command}_set") == sums(tmp_path / f"{command}_file")
+    prepared("text", f"--dataset={tmp_path}/stories", "--split=test", f"--tokenizer={vocabulary}",
+             f"--out={tmp_path}/test")
+    assert sorted(documents(tmp_path / "test", "train") + documents(tmp_path / "test", "val")) == [
+        "Only one.", "Or two."]
+
+
+def test_a_data_set_that_is_not_there_is_named_with_what_was_asked(vocabulary, tmp_path):
+    (tmp_path / "stories").mkdir()
+    write_rows(tmp_path / "stories/train.parquet", [{"text": "Only one."}])
+    for flag in f"--dataset={tmp_path}/no", f"--dataset={tmp_path}/stories --split=no":
+        result = run("prepare.py", "text", *flag.split(), f"--tokenizer={vocabulary}",
+                     f"--out={tmp_path}/out")
+        assert f"cannot read the data set {tmp_path}/" in result.refusal
+
+
+def test_a_network_that_fails_is_tried_again_behind_the_last_row():
+    opened, said = [], []
+
+    def rows(skip):
+        opened.append(skip)
+        for number in range(skip, 10):
+            if number in (3, 7) and opened.count(number) < 2:
+                raise ConnectionError(f"reset by peer\nat {number}")
+            yield number
+
+    found = list(retried(rows, 0, "books", waits=(0, 0), say=said.append))
+    assert found == list(range(10)) and opened == [0, 3, 3, 7, 7]
+    assert said[0] == "books, row 4: ConnectionError reset by peer; trying again in 0 s"
+    opened.clear()
+    with pytest.raises(UserError, match=r"books, row 4.*the same command goes on from"):
+        list(retried(rows, 0, "books", waits=(0,), say=said.append))
+
+
+def test_no_more_documents_than_asked_for(vocabulary, tmp_path):
+    many_rows(tmp_path / "a.jsonl", 2000)
+    prepared("text", f"--files={tmp_path}/a.jsonl", f"--tokenizer={vocabulary}",
+             "--max_documents=110", f"--out={tmp_path}/out")
+    found = [*documents(tmp_path / "out", "train"), *documents(tmp_path / "out", "val")]
+    assert len(found) == 110 and {text.split()[1] for text in found} == {
+        f"{i}." for i in range(111) if i != 100}
+    prepared("chat", f"--files={tmp_path}/a.jsonl", f"--tokenizer={vocabulary}",
+             "--max_chats=50", f"--out={tmp_path}/chats")
+    assert len(Chats(tmp_path / "chats", "train")) + len(Chats(tmp_path / "chats", "val")) == 50
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bpe"])
+def test_a_long_text_in_pieces_gives_the_ids_of_the_whole(kind, vocabulary, tmp_path, monkeypatch):
+    monkeypatch.setattr("prep.sources.BLOCK", 5000)
+    rng = random.Random(0)
+    words = ["fox", " ", "  ", "\n", "\n\n", "\t ", "it's", "42", "!?", "\u00a0", "ü🦊", "\u2003",
+             "\x1c", "\u0085", "don't", "9 lives", ". "]
+    text = "".join(rng.choice(words) for _ in range(50_000))
+    tokenizer = load("gpt2" if kind == "gpt2" else vocabulary)
+    parts = list(pieces([text]))
+    assert len(parts) > 10 and "".join(parts) == text
+    assert [i for part in parts for i in tokenizer.encode(part)] == tokenizer.encode(text)
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    (tmp_path / "b.txt").write_text("", encoding="utf-8")
+    write_rows(tmp_path / "a.jsonl", [{"text": (tmp_path / "a.txt").read_text(encoding="utf-8")}])
+    for ending in "txt", "jsonl":
+        said = prepared("text", f"--files={tmp_path}/*.{ending}", "--val_share=0",
+                        f"--tokenizer={'gpt2' if kind == 'gpt2' else vocabulary}",
+                        f"--out={tmp_path}/{ending}")
+        assert ("left out 1 rows: an empty file (b.txt:1)" in said) == (ending == "txt")
+    assert sums(tmp_path / "txt") == sums(tmp_path / "jsonl")
+
+
+def test_a_json_list_of_any_length_is_read_row_by_row(tmp_path, monkeypatch):
+    rows = [{"text": "ü" * (i % 50), "n": [i, {"x": None}]} for i in range(300)] + [1.5, "a", None]
+    path = tmp_path / "a.json"
+    for text in json.dumps(rows), json.dumps(rows, indent=1), json.dumps(rows, ensure_ascii=False):
+        path.write_text(f" {text}\n", encoding="utf-8")
+        for block in 1, 7, 100, 10**6:
+            monkeypatch.setattr("prep.sources.BLOCK", block)
+            assert [row for _, row, _ in Files(str(path)).rows()] == rows
+            assert [where for where, _, _ in Files(str(path)).rows(300)] == [
+                f"a.json:{n}" for n in (301, 302, 303)]
+    for text in "", "[", "[1, 2", '[{"a": 1}, {"b"', "[1 2] 3]", '"rows"', "[" * 100_000:
+        path.write_text(text)
+        if text != "[1 2] 3]":
+            with pytest.raises(UserError, match=str(path)):
+                list(Files(str(path)).rows())
+
+
+@pytest.mark.parametrize("skip", [0, 1, 256, 299, 300, 301, 599])
+def test_skipping_rows_skips_just_those(skip, tmp_path):
+    rows = [{"text": f"{i}"} for i in range(300)]
+    for name in "a.parquet", "b.jsonl", "c.json":
+        write_rows(tmp_path / name, rows)
+    source = Files(f"{tmp_path}/a.parquet,{tmp_path}/b.jsonl,{tmp_path}/c.json")
+    every = [where for where, _, _ in source.rows()]
+    assert len(every) == 900 and every[299:301] == ["a.parquet:300", "b.jsonl:1"]
+    assert [where for where, _, _ in source.rows(skip)] == every[skip:]
+
+
+# -------------------------------------------------------------------------------------- the columns
+
+GOOD = {"instruction": "hello", "response": "hi", "uuid": "a", "input_quality": "good",
+        "instruct_reward": -1.5, "min_neighbor_distance": 0.1, "repeat_count": 1,
+        "min_similar_uuid": None, "llama_guard_2": "safe", "language": "EN"}
+POOR = {
+    "input quality below average": {"input_quality": "poor"},
+    "instruct reward below -10": {"instruct_reward": -10.5},
+    "a near-copy of another row": {"min_similar_uuid": "b"},
+    "a language other than EN": {"language": "ZH"},
+    "not marked as safe": {"llama_guard_2": "unsafe\nS1"},
+}
+
+
+def test_poor_chats_are_left_out_by_their_columns_and_counted(vocabulary, tmp_path):
+    kept = [GOOD, {**GOOD, "min_similar_uuid": "a", "repeat_count": 2}, {**GOOD, "language": "en"},
+            {**GOOD, "input_quality": "average"}, {**GOOD, "instruct_reward": None},
+            {name: None if name not in FORMS[2] else value for name, value in GOOD.items()},
+            {**GOOD, "input_quality": ["strange"], "instruct_reward": "high", "language": 7}]
+    path = write_rows(tmp_path / "a.jsonl", [*kept, *({**GOOD, **poor} for poor in POOR.values())])
+    write_rows(tmp_path / "val.jsonl", FORMS[:1])
+    argv = ("chat", f"--files={path}", f"--val_files={tmp_path}/val.jsonl",
+            f"--tokenizer={vocabulary}", f"--out={tmp_path}/out")
+    said = prepared(*argv)
+    for number, reason in enumerate(POOR, 8):
+        assert f"left out 1 rows: {reason} (a.jsonl:{number})" in said
+    assert len(Chats(tmp_path / "out", "train")) == len(kept)
+    said = prepared(*argv, "--min_quality=very poor", "--min_reward=-99", "--language=",
+                    "--drop_duplicates=False", "--safe_only=False")
+    assert len(Chats(tmp_path / "out", "train")) == 12 and "left out" not in said
+    prepared(*argv, "--min_quality=good")
+    assert len(Chats(tmp_path / "out", "train")) == len(kept) - 1
+
+
+# ----------------------------------------------------------------------------- what makes no sense
+
+SENSELESS = {
+    "text": ["--shard_tokens=0", "--shard_tokens=-5", "--val_share=1", "--val_share=-0.1",
+             "--val_share=nan", "--seed=-1", "--vocabulary=261", "--vocabulary=-3",
+             "--max_documents=-1", "--dataset=books", "--out={tmp}/a.jsonl",
+             "--out={tmp}/a.jsonl/x", "--out=/proc/x"],
+    "chat": ["--val_share=2", "--max_chats=-1", "--seed=-7"],
+    "images": ["--image_size=0", "--image_size=-3"],
+    "demo": ["--vocabulary=100", "--image_size=0", "--held_out=0", "--captions=0", "--stories=-1",
+             "--questions=0"],
+    "fineweb": ["--shards=-1"],
+}
+
+
+@pytest.mark.parametrize("command, flag", [(command, flag) for command, flags in SENSELESS.items()
+                                           for flag in flags])
+def test_values_that_make_no_sense_are_refused_by_name(command, flag, vocabulary, tmp_path):
+    row = {"text": "The fox.", "prompt": "a", "output": "b"}
+    path = write_rows(tmp_path / "a.jsonl", [row] * 9)
+    argv = [command, f"--out={tmp_path}/out", flag.format(tmp=tmp_path)]
+    argv += [f"--files={path}"] * (command not in ("demo", "fineweb"))
+    argv += [f"--tokenizer={vocabulary}"] * (command in ("text", "chat", "images"))
+    argv += [f"--image_root={tmp_path}"] * (command == "images")
+    refusal = run("prepare.py", *argv).refusal
+    name, value = flag.format(tmp=tmp_path).split("=")
+    assert (value if name == "--out" else name) in refusal
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("value", [True, None, 7, 1.5, ["hello"], {"a": 1}, "\udc00", "NUL \0"])
+def test_values_of_another_type_are_counted_or_kept_but_end_nothing(value, vocabulary, tmp_path):
+    (tmp_path / "red.png").write_bytes(pictures()["red.png"])
+    turns = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]
+    rows = [{**row, name: value} for row in (asked("red.png"), GOOD) for name in row]
+    rows += [{"messages": [{**turns[0], name: value}, turns[1]]} for name in turns[0]]
+    rows += [{"conversations": [turns[0], value]}, value, {"text": value}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [asked("red.png"), *rows]))
+    good = write_rows(tmp_path / "val.json", [{**asked("red.png"), "text": "fine"}])
+    for command in "text", "chat", "images":
+        argv = (command, f"--files={path},{good}", f"--val_files={good}",
+                f"--tokenizer={vocabulary}", f"--out={tmp_path}/{command}")
+        said = prepared(*argv, *[f"--image_root={tmp_path}"] * (command == "images"))
+        assert not re.search("object has no|must be|NoneType|expected str|unhashable|embedded|"
+                             "codec", said), said
+
+
+def test_a_growing_array_is_what_numpy_would_have_saved(tmp_path):
+    for n in 0, 1, 70_000:
+        values = np.arange(n).astype(np.uint16)
+        array = storage.Array(tmp_path / "grown.npy", np.uint16)
+        for part in np.array_split(values, 3):
+            array.append(part)
+        array.close()
+        np.save(tmp_path / "saved.npy", values)
+        assert (tmp_path / "grown.npy").read_bytes() == (tmp_path / "saved.npy").read_bytes()
+
+
 # -------------------------------------------------------------------------------------------- demo
 
 KINDS = ("captions", "scenes")
@@ -476,7 +826,7 @@ def test_validation_questions_come_one_a_picture_with_their_kinds(world_data):
 def test_validation_asks_every_kind_alike_and_yes_is_as_often_right_as_no():
     rng, kinds, answers = random.Random(0), Counter(), Counter()
     for _ in range(2000):
-        messages, _, kind = prepare.questioned(rng, "train", prepare.Demo(image_size=16), "val")
+        messages, _, kind = demo.questioned(rng, "train", prepare.Demo(image_size=16), "val")
         kinds[kind] += 1
         answers[messages[1]["content"]] += kind == "yes_no"
     assert set(kinds) == set(world.QUESTION_KINDS)

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, STAGES, STEPS, log_rows, logged, newest, run, run_stage
 from safetensors.torch import load_file
 
+from common import checkpoint
 from packing import Chats, Packed, Share
 from tokenizer import load
 
@@ -134,6 +135,7 @@ def test_sigterm_saves_at_a_step_boundary_and_the_same_command_goes_on(pipeline,
         for line in job.stdout:
             if line.startswith("step     1 "):
                 job.send_signal(signal.SIGTERM)
+                job.send_signal(signal.SIGTERM)  # as torchrun and a batch system both may
                 break
         last = job.stdout.read().splitlines()[-1]
         assert job.wait() == 75, job.stderr.read()
@@ -187,6 +189,35 @@ def test_a_run_of_another_stage_is_refused_and_left_alone(pipeline, tmp_path):
     assert f"{tmp_path}/run holds a run of pretrain.py" in refusal and "--out" in refusal
     assert_same_weights(tmp_path / "run", pipeline.folder / "pretrain")
     assert log_rows(tmp_path / "run") == log_rows(pipeline.folder / "pretrain")
+
+
+@pytest.mark.parametrize("flag", ["--max_steps=0", "--micro_rows=0", "--batch_tokens=0",
+                                  "--context=0", "--val_rows=0", "--micro_rows=-1"])
+def test_what_must_be_at_least_one_is_named(pipeline, tmp_path, flag):
+    argv = [*pipeline.flags("pretrain"), f"--out={tmp_path}/run", flag]
+    assert f"{flag}: it must be at least 1" in run("pretrain.py", *argv).refusal
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/run"])
+def test_a_run_cannot_be_written_into_a_file(pipeline, tmp_path, out):
+    (tmp_path / "file").write_text("kept")
+    refusal = run("pretrain.py", *pipeline.flags("pretrain"), f"--out={tmp_path}/{out}").refusal
+    assert f"--out={tmp_path}/{out} cannot be made a folder" in refusal
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_did_not_know_a_setting(pipeline, tmp_path):
+    shutil.copytree(pipeline.folder / "pretrain", tmp_path / "run")
+    shutil.rmtree(newest(tmp_path / "run"))
+    folder = newest(tmp_path / "run")
+    info = json.loads((folder / "config.json").read_text())
+    del info["settings"]["shard"], info["processes"]
+    checkpoint.write_json(folder / "config.json", info)
+    checkpoint.write_json(folder / "manifest.json", {"sha256": checkpoint.sums(folder)})
+    said = pipeline.run_stage("pretrain", tmp_path / "run", "--weight_decay=0.5")
+    assert "changed: out (" in said and "weight_decay (0.01 -> 0.5)" in said
+    assert "shard (" not in said
 
 
 # ------------------------------------------------------------------- processes and micro-batches

@@ -1,0 +1,1 @@
+"""What prepare.py is made of: reading rows, what they mean, going on after a stop, writing."""

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# One stage on several machines of a Slurm cluster.
+#   sbatch --nodes=2 --gpus-per-node=8 runs/slurm.sh pretrain.py configs/full/pretrain.py
+# The folder this is sent from, the data and --out must be on a disk that all machines share.
+# Preempted, or near its time limit, the job saves, goes back into the queue and goes on from there.
+#SBATCH --job-name=nanogpt-vision
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:TERM@300
+set -uo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
+
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+log=slurm-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.out
+
+# torchrun kills after 30 seconds what it was asked to stop; PyTorch 2.11 and older know no other
+# time and pass over this. Saving a large model takes longer.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
+# Needed for torchrun --max-restarts to get over a dead process; harmless without.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+# Slurm tells this script alone (B:) some minutes before the end; srun passes it on to torchrun.
+stopped=
+trap 'stopped=yes; kill -TERM "$step"' TERM
+srun --kill-on-bad-exit=0 torchrun --nnodes="$SLURM_NNODES" \
+    --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" --rdzv_backend=c10d \
+    --rdzv_endpoint="$head:29500" --rdzv_id="$SLURM_JOB_ID" "$@" > "$log" 2>&1 &
+step=$!
+wait "$step"
+status=$?
+while kill -0 "$step" 2> /dev/null; do  # the signal ended the wait, not the step
+    wait "$step"
+    status=$?
+done
+
+# A stage that can go on ends with 75; torchrun itself ends with 1 and only names the 75, or the
+# signal that it got itself when a preempted job's steps are told directly.
+if [ "$status" != 0 ] && { [ "$stopped" ] || grep -Eq 'exitcode *: 75|got signal: 15' "$log"; } &&
+    ! scontrol show job "$SLURM_JOB_ID" | grep -q JobState=CANCELLED; then
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 75
+fi
+exit "$status"
