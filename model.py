@@ -88,6 +88,9 @@ class GPT(nn.Module):
         self.register_buffer("rotary_cos", table.cos(), persistent=False)  # (max_positions, D/2)
         self.register_buffer("rotary_sin", table.sin(), persistent=False)
         self.apply(init_weights)
+        # Each word begins loud against what the blocks will add: with its learning rate as large,
+        # rare words are learnt from few sightings (docs/log.md: 4.78 to 4.65 nats).
+        nn.init.normal_(self.token_embedding.weight)
         for block in self.blocks:  # every block starts as the identity
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.mlp.down.weight)

@@ -34,6 +34,7 @@ class TrainSettings:
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for the matrices, AdamW for the rest
     muon_lr: float = 0.02  # peak learning rate of Muon's matrices
     lr: float = 3e-3  # peak learning rate of everything that AdamW trains
+    embedding_lr: float = 0.0  # peak learning rate of token embeddings; 0 for the same as lr
     weight_decay: float = 0.01  # shrinks each weight by this share of its learning rate a step
     decay: Literal["matrices", "all"] = "matrices"  # all: norms, biases and embeddings decay too
     beta1: float = 0.9  # AdamW's memory of the gradient

@@ -183,7 +183,8 @@ def make_optimizer(model, cfg):
             kind.append(p)
     heads = [p for name, p in model.named_parameters() if p.requires_grad and is_head(name)]
     decay_rest = cfg.weight_decay if cfg.decay == "all" else 0.0
-    adamw = [dict(params=embeddings + plain, weight_decay=decay_rest)]
+    adamw = [dict(params=embeddings, lr=cfg.embedding_lr or cfg.lr, weight_decay=decay_rest),
+             dict(params=plain, weight_decay=decay_rest)]
     members = []
     if cfg.optimizer == "muon":
         inner = [p for p in matrices if not any(p is head for head in heads)]

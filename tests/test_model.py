@@ -19,8 +19,8 @@ SMALL = GPTConfig(vocab_size=96, n_layer=3, n_head=2, n_embd=32, max_positions=6
 
 def new_model(config=SMALL, seed=0):
     """A model with no weight at its initial value: nothing is zero, no norm the identity."""
-    torch.manual_seed(seed)
     model = GPT(config).eval()
+    torch.manual_seed(seed)  # after the initial weights, however many numbers they took
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(mean=float("norm" in name and "weight" in name), std=0.25)

@@ -19,6 +19,7 @@ max_steps = 35_000
 
 optimizer = "adamw"
 lr = 1e-3
+embedding_lr = 1e-3
 beta1 = 0.9
 beta2 = 0.95
 weight_decay = 0.1

@@ -1,0 +1,35 @@
+"""The recipe this project started from, scaled down to minutes on a CPU: see runs/recipe.py.
+
+3.3 M tokens with the learning rate that suits it best of 5e-4, 1e-3 and 2e-3.
+"""
+
+out = "out/recipe/reference"
+data = "data/recipe"
+
+n_layer = 6
+n_head = 4
+n_embd = 256
+max_positions = 256
+init = "torch"
+
+context = 256
+batch_tokens = 4096
+micro_rows = 16
+max_steps = 800
+
+optimizer = "adamw"
+lr = 2e-3
+embedding_lr = 2e-3
+beta1 = 0.9
+beta2 = 0.95
+weight_decay = 0.1
+decay = "all"
+grad_clip = 0.0
+schedule = "cosine"
+warmup = 0.0285714  # as 1,000 of 35,000 steps
+cooldown = 0.9714286
+final_lr = 0.1
+
+val_rows = 256
+eval_every = 50
+save_every = 0
