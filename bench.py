@@ -2,7 +2,7 @@
 
     python bench.py configs/full/pretrain.py                     # any stage's config and settings
     torchrun --standalone --nproc_per_node=8 bench.py configs/full/sft.py --micro_rows=16
-    python bench.py configs/full/pretrain.py --decode            # tokens a second of generation
+    python bench.py configs/full/pretrain.py --decode=True       # tokens a second of generation
     python bench.py --peer=nanoGPT/model.py                      # its model.py and ours, in turn
 
 The data are random but go the whole way: packed into rows, pictures decoded. One line for people,
@@ -29,14 +29,8 @@ from PIL import Image
 
 import tokenizer as tokenizers
 from clip import CLIP, CLIPConfig, normalise
+from common import distributed as system
 from common.config import TrainSettings, UserError, parse, run_main
-from common.distributed import (
-    memory_bandwidth,
-    peak_memory_gb,
-    release_free_memory,
-    reset_peak_memory,
-    setup,
-)
 from common.optim import make_optimizer
 from common.run import Run
 from data import Batch, Loader, check_tokenizer
@@ -49,7 +43,7 @@ REPEATS = 5  # every figure is the median of so many
 
 
 @dataclass
-class Bench:
+class Config:
     """What bench.py lets you set beside the stage's own settings."""
 
     steps: int = 4  # steps of a measurement; there are five, and one before that is not counted
@@ -58,10 +52,10 @@ class Bench:
 
 
 def main():
-    own = [f"--{field.name}" for field in dataclasses.fields(Bench)]
+    own = [f"--{field.name}" for field in dataclasses.fields(Config)]
     mine = [flag for flag in sys.argv[1:] if flag.split("=")[0] in own or flag == "--help"]
     theirs = [flag for flag in sys.argv[1:] if flag not in mine]
-    bench = parse(Bench, mine)
+    bench = parse(Config, mine)
     if bench.peer:
         return show(**beside(bench.peer))
     if not theirs or Path(theirs[0]).stem not in STAGES:
@@ -117,7 +111,7 @@ def training(run, stage, folder, n_steps):
         train(range(2 + i * n_steps, 2 + (i + 1) * n_steps))
         seconds.append((time.perf_counter() - began) / n_steps)
     median = statistics.median(seconds)
-    gpu_gb, host_gb = peak_memory_gb(run.device)
+    gpu_gb, host_gb = system.peak_memory_gb(run.device)
     return {"stage": stage, "machine": f"{run.ranks} x {run.machine.name}",
             "precision": str(run.machine.dtype)[6:],
             "parameters_M": sum(p.numel() for p in model.parameters()) / 1e6,
@@ -248,7 +242,7 @@ class RandomChats:
 def decoding(cfg, folder, n_tokens=200):
     """Tokens a second of one conversation, and what share of the memory's speed that is: every
     weight but the embedding table is read once a token, and the cache as far as it is filled."""
-    machine = setup(cfg.device, cfg.precision)
+    machine = system.setup(cfg.device, cfg.precision)
     tokenizer = tokenizer_of(cfg)
     decoder = decoder_of(sibling(folder, "pretrain"), tokenizer)
     decoder.to(machine.device, machine.dtype).eval()
@@ -267,7 +261,7 @@ def decoding(cfg, folder, n_tokens=200):
     moved = (weights + filled) * decoder.head.weight.element_size()
     return {"decoding": f"{decoder.n_params() / 1e6:.1f} M", "machine": machine.name,
             "precision": str(machine.dtype)[6:], "tok_per_s": 1 / median, "ms": median * 1e3,
-            "share_of_bandwidth": moved / median / memory_bandwidth(machine)}
+            "share_of_bandwidth": moved / median / system.memory_bandwidth(machine)}
 
 
 # ---------------------------------------------------------------------------------------- the peer
@@ -284,15 +278,15 @@ def beside(path):
     for name, how in {"eager": (False, False), "compiled": (True, False),
                       "compiled_bf16": (True, True)}.items():
         kinds[name] = lambda how=how: peer_step(path, ids, *how)
-    figures = {"machine": setup("cpu").name}
+    figures = {"machine": system.setup("cpu").name}
     for name in ("ours", "eager"):
         step = kinds[name]()
         step()
         gc.collect()
-        release_free_memory()
-        reset_peak_memory()
+        system.release_free_memory()
+        system.reset_peak_memory()
         step()
-        figures[f"{name}_peak_gb"] = peak_memory_gb()[1]
+        figures[f"{name}_peak_gb"] = system.peak_memory_gb()[1]
         del step
     steps = {name: make() for name, make in kinds.items()}
     seconds = {name: [] for name in steps}
@@ -313,7 +307,7 @@ def beside(path):
 
 def our_step(ids):
     model, cfg = GPT(GPTConfig(50304, 6, 4, 256, 256)), TrainSettings()
-    machine, optimizer = setup("cpu"), make_optimizer(model, cfg)
+    machine, optimizer = system.setup("cpu"), make_optimizer(model, cfg)
 
     def step():
         with machine.autocast():

@@ -21,10 +21,10 @@ SEEDS = (1, 2, 3)
 RATES = (5e-4, 1e-3, 2e-3)  # for the reference; the best one gets all seeds
 TOKENS = 4096  # a step
 RUNS = {
-    **{f"reference_lr{rate:g}_seed1": ("reference", f"--lr={rate}", f"--embedding_lr={rate}",
+    **{f"reference_lr{rate:g}_seed1": ("recipe_reference", f"--lr={rate}", f"--embedding_lr={rate}",
                                        "--seed=1") for rate in RATES},
-    **{f"reference_lr0.002_seed{seed}": ("reference", f"--seed={seed}") for seed in SEEDS},
-    **{f"ours_seed{seed}": ("pretrain", f"--seed={seed}") for seed in SEEDS},
+    **{f"reference_lr0.002_seed{seed}": ("recipe_reference", f"--seed={seed}") for seed in SEEDS},
+    **{f"ours_seed{seed}": ("recipe", f"--seed={seed}") for seed in SEEDS},
 }
 
 
@@ -33,7 +33,8 @@ def main():
         python("prepare.py", "text", f"--files={pattern}", "--vocabulary=4096", "--val_share=0.03",
                "--out=data/recipe")
         for name, (config, *flags) in RUNS.items():
-            python("pretrain.py", f"configs/recipe/{config}.py", f"--out=out/recipe/{name}", *flags)
+            python("pretrain.py", f"configs/{config}/pretrain.py", f"--out=out/recipe/{name}",
+                   *flags)
     curves = {name: curve(name) for name in RUNS if (ROOT / "out/recipe" / name).is_dir()}
     write(curves)
     draw(curves)
@@ -87,9 +88,8 @@ def compare(curves):
     print(f"the reference ends at {goal:.4f} after {800 * TOKENS:,} tokens")
     for name, points in curves.items():
         reached = next((tokens for tokens, loss in points if loss <= goal), None)
-        share = f", {reached / (800 * TOKENS):.0%} of the reference's" if reached else ""
-        print(f"{name}: ends at {points[-1][1]:.4f}; there after {reached or 'never':,} "
-              f"tokens{share}" if reached else f"{name}: ends at {points[-1][1]:.4f}")
+        when = f"there after {reached:,} tokens" if reached else "never there"
+        print(f"{name}: ends at {points[-1][1]:.4f} after {points[-1][0]:,} tokens; {when}")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from common.config import UserError
 from common.run import Run
 from pretrain import Config
 
-SCRIPTS = [(f"{name}.py",) for name in ("prepare", *STAGES, "sample", "eval")]
-COMMANDS = [("prepare.py", name) for name in ("demo", "text", "chat", "images")]
+SCRIPTS = [(f"{name}.py",) for name in ("prepare", *STAGES, "sample", "eval", "bench")]
+COMMANDS = [("prepare.py", name) for name in ("demo", "text", "chat", "images", "fineweb")]
 
 
 def run_alone(*argv, stdin=""):

@@ -3,7 +3,7 @@
 3.3 M tokens with the learning rate that suits it best of 5e-4, 1e-3 and 2e-3.
 """
 
-out = "out/recipe/reference"
+out = "out/recipe_reference/pretrain"
 data = "data/recipe"
 
 n_layer = 6
