@@ -189,7 +189,7 @@ def make_optimizer(model, cfg):
     if cfg.optimizer == "muon":
         inner = [p for p in matrices if not any(p is head for head in heads)]
         if inner:
-            members.append(Muon(inner, cfg.muon_lr, weight_decay=cfg.weight_decay))
+            members.append(Muon(inner, cfg.muon_lr, cfg.momentum, cfg.weight_decay))
         adamw.append(dict(params=heads, weight_decay=cfg.weight_decay))
     else:
         adamw.append(dict(params=matrices, weight_decay=cfg.weight_decay))

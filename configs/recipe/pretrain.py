@@ -14,6 +14,7 @@ micro_rows = 16
 max_steps = 400
 
 muon_lr = 0.04
+momentum = 0.9
 lr = 6e-3
 embedding_lr = 0.1
 cooldown = 0.5
