@@ -16,6 +16,7 @@ import importlib.util
 import io
 import itertools
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -46,7 +47,7 @@ REPEATS = 5  # every figure is the median of so many
 class Config:
     """What bench.py lets you set beside the stage's own settings."""
 
-    steps: int = 4  # steps of a measurement; there are five, and one before that is not counted
+    steps: int = 4  # steps of a measurement; there are five, after two steps that do not count
     decode: bool = False  # measure generation instead of training
     peer: str = ""  # path of nanoGPT's model.py, to measure its training step beside ours
 
@@ -68,6 +69,8 @@ def main():
     with tempfile.TemporaryDirectory() as out:
         cfg = dataclasses.replace(cfg, out=out, resume=False, tracker="none")
         run = Run(cfg, stage)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)  # there is nothing to save
         figures = training(run, stage, folder, bench.steps)
         if run.machine.is_main:
             show(**figures)

@@ -115,12 +115,22 @@ def turns_of(chats, i):
             for a, b in zip(bounds[::2], bounds[1::2], strict=False)]
 
 
-def sample_answers(model, tokenizer, chats, n):
-    """The first turns of the first n chats with the model's answers, for a report."""
+def fits(model, tokenizer, prompt, max_tokens):
+    """Whether the ids of a prompt, its pictures and an answer of max_tokens fit the model."""
+    patches = model.clip_config.n_patches if isinstance(model, VisionLanguageModel) else 1
+    positions = len(prompt) + prompt.count(tokenizer.image) * (patches - 1)
+    return positions + max_tokens <= model.config.max_positions
+
+
+def sample_answers(model, tokenizer, chats, n, max_tokens=64):
+    """The first turns of the first n chats that fit, with the model's answers, for a report."""
     model.eval()
-    n = min(n, len(chats))
-    turns = [turns_of(chats, i)[0] for i in range(n)]
-    images = [chats.images(i)[: turn[0].count(tokenizer.image)] for i, turn in enumerate(turns)]
+    turns, images = [], []
+    for i in range(min(len(chats), 10 * n)):
+        turn = turns_of(chats, i)[0]
+        if len(turns) < n and fits(model, tokenizer, turn[0], max_tokens):
+            turns.append(turn)
+            images.append(chats.images(i)[: turn[0].count(tokenizer.image)])
     found = answer_all(model, tokenizer, [turn[0] for turn in turns], images)
     return [f"{tokenizer.decode(prompt)}\nmodel: {answer}\nright: {tokenizer.decode(right)}"
             for (prompt, right), answer in zip(turns, found, strict=True)]

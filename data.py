@@ -79,7 +79,7 @@ class Loader:
                 if not said:
                     self.run.log.say(f"waiting for {missing}")
                 said = True
-            if self.run.stop_signal is not None:
+            if self.run.wants_to_stop():
                 self.run.stop_early(step - 1, together=False)
             time.sleep(0.2)
             self._submit(step, micro)
@@ -138,6 +138,8 @@ def validation_loss(run, dataset, micro_rows, loss_of, max_rows=512):
     loss_of(batch) gives the loss summed over the batch's supervised positions.
     """
     n = min(len(dataset), max_rows)
+    if n == 0:
+        raise UserError(f"{dataset.name} has nothing to validate on")
     total = torch.zeros(2, dtype=torch.float64)
     for start in range(0, n, run.ranks * micro_rows):
         mine = start + run.machine.rank * micro_rows

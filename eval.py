@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from chat import Conversation, answer_all, turns_of
+from chat import Conversation, answer_all, fits, turns_of
 from clip import caption_choice
 from common import checkpoint
 from common.checkpoint import write_json
@@ -27,7 +27,7 @@ from common.config import UserError, parse, read_json, run_main
 from common.distributed import peak_memory_gb, setup
 from data import Text, check_tokenizer
 from packing import Captions, Chats
-from vision import VisionLanguageModel, open_model, read_image
+from vision import open_model, read_image
 
 ANSWER_TOKENS = 64  # longest answer that is scored
 
@@ -118,14 +118,11 @@ def exact(model, tokenizer, chats, items, machine, shuffled=False):
     prompts, wanted, images, groups = [], [], [], []
     file = chats.folder / "groups.json"
     names = read_json(file) if file.is_file() else [""] * len(chats)
-    sees = isinstance(model, VisionLanguageModel)
-    patches = model.clip_config.n_patches if sees else 1
-    room = model.config.max_positions - ANSWER_TOKENS
     n, too_long = min(items, len(chats)), 0
     for i in range(n):
         pictures = chats.images((i + 1) % n if shuffled else i)
         for prompt, answer in turns_of(chats, i):
-            if len(prompt) + prompt.count(tokenizer.image) * (patches - 1) > room:
+            if not fits(model, tokenizer, prompt, ANSWER_TOKENS):
                 too_long += 1
                 continue
             prompts.append(prompt)

@@ -11,9 +11,10 @@ sees. Starts from an sft.py and a clip_pretrain.py checkpoint; vision_sft.py goe
 from dataclasses import dataclass
 
 from chat import sample_answers
+from common.checkpoint import lineage
 from common.config import TrainSettings, UserError, parse, run_main
 from common.optim import make_optimizer
-from common.run import Run, lineage
+from common.run import Run
 from data import Loader, check_tokenizer, validation_loss
 from packing import Chats, Packed
 from vision import describe, join

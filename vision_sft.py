@@ -11,9 +11,10 @@ forget how to talk without one. Starts from vision_pretrain.py's checkpoint.
 from dataclasses import dataclass
 
 from chat import sample_answers
+from common.checkpoint import lineage
 from common.config import TrainSettings, UserError, parse, run_main
 from common.optim import make_optimizer
-from common.run import Run, lineage
+from common.run import Run
 from data import Loader, check_tokenizer, validation_loss
 from packing import Chats, Packed, Share
 from vision import describe, open_model

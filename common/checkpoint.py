@@ -218,3 +218,9 @@ def load_weights(module, weights, where, new=()):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(f"the checkpoint {where} {problem} {', '.join(names[:3])}{more}")
     module.load_state_dict({**own, **weights})
+
+
+def lineage(info):
+    """The line of checkpoints behind a new run: those behind `info`, then `info` itself."""
+    keys = ("stage", "folder", "step", "sha256", "metrics")
+    return [*info.get("lineage", []), {key: info[key] for key in keys}]

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import os
 import resource
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -21,7 +22,8 @@ from common.config import UserError
 # Dense bf16 (fp16 for T4 and V100) peaks in FLOP/s, from NVIDIA's data sheets, without sparsity.
 GPU_PEAKS = {
     "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
-    "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "A40": 150e12,
+    "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+    "A10G": 70e12, "A10": 125e12, "A40": 150e12,
     "A6000": 155e12, "RTX 6000 Ada": 364e12, "4090": 165e12, "3090": 71e12, "V100": 125e12,
     "T4": 65e12,
 }  # fmt: skip
@@ -30,8 +32,8 @@ GPU_PEAKS = {
 # Bytes a second of a GPU's memory, from the same sheets.
 GPU_BANDWIDTHS = {
     "B200": 8e12, "GH200": 4.0e12, "H200": 4.8e12, "H100 PCIe": 2.0e12, "H100 NVL": 3.9e12,
-    "H100": 3.35e12, "A100": 2.04e12, "L40S": 0.864e12, "L4": 0.3e12, "A10": 0.6e12,
-    "A40": 0.696e12, "A6000": 0.768e12, "RTX 6000 Ada": 0.96e12, "4090": 1.008e12,
+    "H100": 3.35e12, "A100": 2.04e12, "L40S": 0.864e12, "L40": 0.864e12, "L4": 0.3e12,
+    "A10": 0.6e12, "A40": 0.696e12, "A6000": 0.768e12, "RTX 6000 Ada": 0.96e12, "4090": 1.008e12,
     "3090": 0.936e12, "V100": 0.9e12, "T4": 0.32e12,
 }  # fmt: skip
 
@@ -134,6 +136,17 @@ def device_name(device):
         if models:
             return f"{models[0]} ({torch.get_num_threads()} threads)"
     return device.type
+
+
+def compile_blocks(model):
+    """Compile the repeated blocks of `model` in place: one compilation serves all of a kind, and
+    parameter names stay as they are."""
+    if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+        raise UserError("--compile=True needs a C++ compiler such as g++, and there is none; "
+                        "install one or leave the flag away")
+    for module in model.modules():
+        if getattr(module, "repeated", False):
+            module.compile()
 
 
 def peak_flops(machine):

@@ -8,6 +8,7 @@ the hub's sha256; what was fetched once is never fetched again.
 import fnmatch
 import os
 import shutil
+import socket
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from common.checkpoint import file_sum, write_json
 from common.config import UserError, read_json
 
 PREFIX = "hf://"  # what a data setting begins with to name a data set of the hub
+BESIDE = ("manifest.json", "tokenizer.json")  # what prepare.py writes beside shards
 HEADER = 128  # bytes in front of the array in a .npy file of this kind
 ATTEMPTS, PAUSE = 5, 2.0  # how often a file is tried, and the first pause in seconds; it doubles
 
@@ -35,7 +37,8 @@ class Remote:
 
 
 def listing(repository):
-    """The .npy files (Remote) of a hub data set, by name; UserError if there are none."""
+    """The .npy files (Remote) of a hub data set, by name, and what is BESIDE them; UserError if
+    there are none."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
@@ -45,8 +48,9 @@ def listing(repository):
         raise UserError(f"the Hugging Face hub does not list the data set {repository}: "
                         f"{first_line(error)}") from None
     found = [Remote(file.path, file.size, file.lfs.sha256 if file.lfs else "")
-             for file in files if isinstance(file, RepoFile) and file.path.endswith(".npy")]
-    if not found:
+             for file in files if isinstance(file, RepoFile)
+             and (file.path.endswith(".npy") or file.path in BESIDE)]
+    if not any(remote.name.endswith(".npy") for remote in found):
         raise UserError(f"the hub's data set {repository} has no .npy files")
     return sorted(found, key=lambda remote: remote.name)
 
@@ -57,10 +61,11 @@ def fetch(repository, remote, folder, say=print):
     The library mends a transfer that breaks while it runs. Raises UserError when ATTEMPTS fail.
     """
     path = Path(folder) / Path(remote.name).name
-    if path.is_file() and is_right(path, remote):
-        return path
-    incoming = Path(folder) / ".incoming"
+    # Of this process alone: several machines may fill the same folder.
+    incoming = Path(folder) / f".incoming-{socket.gethostname()}-{os.getpid()}"
     for attempt in range(ATTEMPTS):
+        if path.is_file() and is_right(path, remote):
+            return path
         try:
             arrived = download(repository, remote.name, incoming)
             if is_right(arrived, remote):
@@ -102,18 +107,18 @@ def first_line(error):
 def stream(data, run):
     """The folder to read `data` from: itself, or for hf://OWNER/NAME a folder that fills.
 
-    Waits for the validation shard and the first training shard; the others are fetched in the
+    Waits for the validation shards and the first training shard; the others are fetched in the
     background by the first process of each machine, in the order in which they will be read.
     """
     if not data.startswith(PREFIX):
         return data
-    repository = data.removeprefix(PREFIX)
-    folder = Path("data") / repository.split("/")[-1]
+    repository = data.removeprefix(PREFIX).strip("/")
+    folder = Path("data/hub") / repository.replace("/", "--")
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         remotes = known_listing(repository, folder)
-        val = [remote for remote in remotes if fnmatch.fnmatch(remote.name, "*val*")]
-        train = [remote for remote in remotes if remote not in val]
-        for remote in [*val, *train[:1]]:
+        train = [remote for remote in remotes if fnmatch.fnmatch(remote.name, "*train*.npy")]
+        others = [remote for remote in remotes if remote not in train]
+        for remote in [*others, *train[:1]]:
             run.log.say(f"{folder / remote.name} ({remote.size / 1e6:.0f} MB)")
             fetch(repository, remote, folder, run.log.say)
         worker = threading.Thread(target=fetch_all, args=(repository, train[1:], folder, run.log),
@@ -129,7 +134,9 @@ def known_listing(repository, folder):
         return [Remote(**entry) for entry in read_json(folder / "shards.json")]
     remotes = listing(repository)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "shards.json", [asdict(remote) for remote in remotes])
+    fresh = folder / f".shards-{socket.gethostname()}.json"
+    write_json(fresh, [asdict(remote) for remote in remotes])
+    fresh.replace(folder / "shards.json")
     return remotes
 
 

@@ -98,9 +98,11 @@ class Log:
 def commit():
     """The commit of this code, or "unknown" outside a checkout."""
     here = Path(__file__).parent
-    result = subprocess.run(
-        ["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
+    command = ["git", "-C", here, "describe", "--always", "--dirty"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # no git here
+        return "unknown"
     return result.stdout.strip() or "unknown"
 
 

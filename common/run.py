@@ -28,13 +28,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint
 from common.config import UserError
-from common.distributed import peak_flops, peak_memory_gb, release_free_memory, setup
+from common.distributed import (
+    compile_blocks,
+    peak_flops,
+    peak_memory_gb,
+    release_free_memory,
+    setup,
+)
 from common.log import Log
 from common.optim import lr_factor
 from common.shard import number_of_shard, shard, unshard, whole, whole_weights
 
 WARM_STEPS = 5  # after these nothing new lives long
-AT_LEAST_ONE = ("max_steps", "context", "batch_tokens", "batch_pairs", "micro_rows", "val_rows")
+LOWEST = dict(max_steps=1, context=1, batch_tokens=1, batch_pairs=1, micro_rows=1, val_rows=1,
+              seed=0)
 STOPPED_EARLY = 75  # exit status of a run that saved and can go on (EX_TEMPFAIL of sysexits.h)
 
 
@@ -43,16 +50,16 @@ class Run:
 
     def __init__(self, cfg, stage):
         self.cfg, self.stage = cfg, stage
-        for name in AT_LEAST_ONE:
-            if getattr(cfg, name, 1) < 1:
-                raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least 1")
+        for name, lowest in LOWEST.items():
+            if getattr(cfg, name, lowest) < lowest:
+                raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least {lowest}")
         self.machine = setup(cfg.device, cfg.precision)
         self.device, self.ranks = self.machine.device, self.machine.ranks
         self.sharded = cfg.shard != "none" and self.ranks > 1
         self.folder = Path(cfg.out)
         self.settings = dataclasses.asdict(cfg)
         self.log = Log(self.folder, self.machine.is_main, cfg.tracker, self.settings)
-        self.metrics, self.stop_signal, self.asked = {}, None, 0.0
+        self.metrics, self.stop_signal, self.asked, self.saved = {}, None, 0.0, None
         self.began = time.time()  # of the whole run; moved back on resuming, for the cost
         self.clock = time.perf_counter()  # of this process, for --time_limit
         torch.manual_seed(cfg.seed)
@@ -70,6 +77,9 @@ class Run:
         self.accumulate = -(-mine // micro_rows)
         while mine % self.accumulate:
             self.accumulate += 1
+        if mine // self.accumulate < min(mine, micro_rows) / 2:
+            self.log.say(f"{mine} rows a process only divide into micro-batches of "
+                         f"{mine // self.accumulate}; another --batch_tokens would be faster")
         return self.accumulate, mine // self.accumulate
 
     def rows(self):
@@ -134,6 +144,10 @@ class Run:
                 for folder in checkpoint.steps_in(self.folder).values():
                     shutil.rmtree(folder)
         self.machine.barrier()
+        missing = torch.tensor(float(not self.folder.is_dir()), device=self.device)
+        if self.machine.sum(missing) > 0:
+            raise UserError(f"not every machine sees --out={self.folder}: it must be a folder that "
+                            "all of them share")
 
     def _resume(self):
         """Load the weights of the newest checkpoint, if any; returns its training state."""
@@ -173,7 +187,9 @@ class Run:
             yield step
             if self._should_stop(step) and step + 1 < self.cfg.max_steps:
                 self.stop_early(step)
-        if self.sharded:  # samples come next, and those are not FSDP's kind of call
+        for module in self.model.modules():  # samples come next, and their shapes change all along
+            module._compiled_call_impl = None
+        if self.sharded:  # nor are they FSDP's kind of call
             self.optimizer.members.clear()
             unshard(self.model)
 
@@ -276,7 +292,10 @@ class Run:
         return step + 1 == self.cfg.max_steps or (every > 0 and (step + 1) % every == 0)
 
     def save(self, step):
-        """Write a checkpoint that has done step `step`."""
+        """Write a checkpoint that has done step `step`, unless it is the last one written."""
+        if step == self.saved:
+            return
+        self.saved = step
         weights = whole_weights(self.model, self.machine.is_main)
         optimizer = self.optimizer.state_dict()
         if self.sharded:
@@ -322,28 +341,15 @@ class Run:
         elif number == signal.SIGINT and time.perf_counter() - self.asked > 1:
             os._exit(128 + number)
 
-    def _should_stop(self, step):
+    def wants_to_stop(self):
+        """Whether this process was asked to stop, or has had its time."""
         minutes = (time.perf_counter() - self.clock) / 60
-        stop = self.stop_signal is not None or 0 < self.cfg.time_limit < minutes
+        return self.stop_signal is not None or 0 < self.cfg.time_limit < minutes
+
+    def _should_stop(self, step):
+        stop = self.wants_to_stop()
         if self.ranks == 1:
             return stop
         if (step + 1) % (self.cfg.log_every or 10):  # to ask the others every step costs a wait
             return False
         return self.machine.sum(torch.tensor(float(stop), device=self.device)).item() > 0
-
-
-def compile_blocks(model):
-    """Compile the repeated blocks of `model` in place: one compilation serves all of a kind, and
-    parameter names stay as they are."""
-    if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
-        raise UserError("--compile=True needs a C++ compiler such as g++, and there is none; "
-                        "install one or leave the flag away")
-    for module in model.modules():
-        if getattr(module, "repeated", False):
-            module.compile()
-
-
-def lineage(info):
-    """The line of checkpoints behind a new run: those behind `info`, then `info` itself."""
-    keys = ("stage", "folder", "step", "sha256", "metrics")
-    return [*info.get("lineage", []), {key: info[key] for key in keys}]

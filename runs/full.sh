@@ -5,6 +5,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 gpus=${GPUS:-8}
+for data in llava_captions llava_instruct; do
+    [ -d "data/$data" ] || { echo "data/$data is missing: prepare.py images makes it"; exit 1; }
+done
 [ -d data/magpie ] ||
     python prepare.py chat --dataset=Magpie-Align/Magpie-Phi3-Pro-1M-v0.1 --out=data/magpie
 torchrun --standalone --nproc_per_node="$gpus" pretrain.py configs/full/pretrain.py

@@ -29,13 +29,15 @@ RUNS = {
 
 
 def main():
-    for pattern in sys.argv[1:]:
-        python("prepare.py", "text", f"--files={pattern}", "--vocabulary=4096", "--val_share=0.03",
-               "--out=data/recipe")
+    if len(sys.argv) > 1:
+        python("prepare.py", "text", f"--files={','.join(sys.argv[1:])}", "--vocabulary=4096",
+               "--val_share=0.03", "--out=data/recipe")
         for name, (config, *flags) in RUNS.items():
             python("pretrain.py", f"configs/{config}/pretrain.py", f"--out=out/recipe/{name}",
                    *flags)
     curves = {name: curve(name) for name in RUNS if (ROOT / "out/recipe" / name).is_dir()}
+    if len(curves) < len(RUNS):
+        sys.exit("error: not all runs are there; say which files to train on")
     write(curves)
     draw(curves)
     compare(curves)

@@ -1,4 +1,4 @@
-"""Eyes for the demo: two small towers on 64-pixel pictures of the picture world."""
+"""Eyes for the demo: two small towers on 96-pixel pictures of the picture world."""
 
 out = "out/demo/clip_pretrain"
 data = "data/demo/captions"

@@ -1,4 +1,4 @@
-"""Text for the demo: 3.2 M tokens of the picture world's stories, twice or so."""
+"""Text for the demo: 2.2 of the 3.2 M tokens of the picture world's stories."""
 
 out = "out/demo/pretrain"
 data = "data/demo/text"

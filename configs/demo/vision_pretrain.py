@@ -1,4 +1,4 @@
-"""Projector for the demo: captions of 64-pixel pictures, 64 image tokens each."""
+"""Projector for the demo: captions of 96-pixel pictures, 36 image tokens each."""
 
 out = "out/demo/vision_pretrain"
 init_from = "out/demo/sft"
