@@ -223,6 +223,18 @@ def test_the_loss_in_pieces_has_the_value_and_gradients_of_the_whole(
         assert error < 1e-5 + 1.5 * (theirs - right).norm() / right.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_loss_of_a_sure_model_keeps_its_digits(dtype):
+    """1,000 others at e^-12 each make 0.0061 nats, however coarse the type."""
+    weight = torch.zeros(1001, 8)
+    weight[7, 0] = 12.0
+    x, targets = torch.zeros(1, 8), torch.tensor([7])
+    x[0, 0] = 1.0
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = the_head_loss(x, weight, targets)
+    assert loss.item() == pytest.approx(math.log1p(1000 * math.exp(-12)), rel=0.01)
+
+
 def test_no_positions_have_no_loss_and_no_gradient():
     model = new_model()
     ids, none = some_ids(2, 5), torch.zeros(0, dtype=torch.long)
