@@ -12,6 +12,10 @@ context = 192
 batch_tokens = 12288
 micro_rows = 64
 max_steps = 180
+muon_lr = 0.03
+momentum = 0.9
+lr = 6e-3
+embedding_lr = 0.1
 cooldown = 0.6
 
 eval_every = 90
