@@ -64,6 +64,8 @@ def runs(pipeline, tmp_path_factory):
     without_newest(folder / "one", folder / "one_to_two")
     without_newest(folder / "one", folder / "one_to_shards")
     shutil.copytree(folder / "one", folder / "machine0")  # and no folder machine1
+    shutil.copytree(folder / "one", folder / "stale0")
+    (folder / "stale1").mkdir()
     commands = {
         "two": [*text], "full": [*text, full],
         "stopped": [*text, full, *STOP], "went_on": [*text, full, f"--out={folder}/stopped"],
@@ -73,6 +75,7 @@ def runs(pipeline, tmp_path_factory):
         "clip": [*pipeline.flags("clip_pretrain"), full],
         "fp16": [*text, full, "--precision=fp16"],
         "apart": [*text, f"--out={folder}/machineRANK"],
+        "stale": [*text, f"--out={folder}/staleRANK"],
     }
     stages = {"vision": "vision_pretrain.py", "clip": "clip_pretrain.py"}
     commands = {name: [stages.get(name, "pretrain.py"), f"--out={folder}/{name}", *argv]
@@ -192,9 +195,14 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(pipeline, ranks, tm
 # ---------------------------------------------------------------------------------- many machines
 
 
+def test_machines_that_share_no_folder_do_not_start(runs):
+    folder, said = runs
+    assert f"not every machine sees --out={folder}/machine0" in said["apart"].refusal
+
+
 def test_machines_that_share_no_folder_do_not_go_on_from_different_steps(runs):
     folder, said = runs
-    assert f"different checkpoints in {folder}/machine0: --out must be" in said["apart"].refusal
+    assert f"different checkpoints in {folder}/stale0: --out must be" in said["stale"].refusal
 
 
 def test_two_machines_that_find_each_other_take_the_same_steps_as_one(pipeline, runs, tmp_path):
