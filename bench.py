@@ -37,7 +37,8 @@ from common.run import Run
 from data import Batch, Loader, check_tokenizer
 from model import GPT, GPTConfig, KVCache, generate
 from packing import Captions, Packed
-from vision import VisionLanguageModel, read_image
+from pictures import read_image
+from vision import VisionLanguageModel
 
 STAGES = ("pretrain", "sft", "vision_pretrain", "vision_sft", "clip_pretrain")
 REPEATS = 5  # every figure is the median of so many

@@ -9,8 +9,9 @@ import torch
 from common.config import UserError
 from data import Batch
 from model import KVCache, generate, generate_batch
+from pictures import to_pixels
 from tokenizer import user_turn
-from vision import VisionLanguageModel, to_pixels
+from vision import VisionLanguageModel
 
 BLIND = ("this checkpoint cannot see: it is a text model; "
          "a vision_pretrain or vision_sft checkpoint takes pictures")

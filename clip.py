@@ -35,6 +35,7 @@ class CLIPConfig:
     end_id: int = 49407  # the text's features are read at the first token with this id
     embed_dim: int = 768
     activation: str = "quick_gelu"  # OpenAI's; "gelu" is a little faster to train
+    fit: str = "pad"  # how a picture becomes a square: "pad" (LLaVA's) or "crop" (CLIP's own)
 
     @property
     def n_patches(self):

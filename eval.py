@@ -27,7 +27,8 @@ from common.config import UserError, parse, read_json, run_main
 from common.distributed import peak_memory_gb, setup
 from data import Text, check_tokenizer
 from packing import Captions, Chats
-from vision import open_model, read_image
+from pictures import read_image
+from vision import open_model
 
 ANSWER_TOKENS = 64  # longest answer that is scored
 

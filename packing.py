@@ -16,7 +16,7 @@ import torch
 
 from common.config import UserError
 from data import Batch, read_array
-from vision import read_image, to_pixels
+from pictures import read_image, to_pixels
 
 # ------------------------------------------------------------------------------------------ chats
 

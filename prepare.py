@@ -30,13 +30,13 @@ import world
 from common.checkpoint import write_json
 from common.config import UserError, parse, run_main
 from common.distributed import peak_memory_gb
+from pictures import fit, read_image
 from prep.demo import captioned, distinct, questioned, words_of
 from prep.fineweb import fetch_shards
 from prep.journal import Record, digest, read_all, splits_of
 from prep.rows import check_quality, messages_of, picture_finder, text_of, texts_of
 from prep.sources import pieces, sources_of
 from prep.storage import ChatWriter, NewFolder, Shards, write_chats, write_manifest, write_text
-from vision import fit, read_image
 
 SMALLEST_VOCABULARY = 256 + len(tokenizers.SPECIALS)  # every byte, and the specials
 VOCABULARY_TEXT = 200_000_000  # characters that a vocabulary is trained on, at most

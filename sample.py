@@ -17,7 +17,8 @@ import torch
 from chat import BLIND, Conversation
 from common.config import UserError, parse, run_main
 from common.distributed import pick_device
-from vision import open_model, read_image
+from pictures import read_image
+from vision import open_model
 
 
 @dataclass

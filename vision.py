@@ -8,64 +8,18 @@ Letters for shapes: B rows, T positions, C the decoder's width, M images, P patc
 """
 
 import dataclasses
-import io
-import warnings
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 import tokenizer as tokenizers
-from clip import CLIP, MEAN, CLIPConfig, VisionTower, normalise
+from clip import CLIP, CLIPConfig, VisionTower, normalise
 from common import checkpoint
 from common.config import UserError, read_json
 from model import GPT, GPTConfig
-
-MAX_PIXELS = 50_000_000  # a larger picture is refused before it is decoded
-PADDING = tuple(round(255 * channel) for channel in MEAN)  # grey that CLIP sees as zero
-
-
-def read_image(source, name=None):
-    """A PIL image (RGB, upright) from a path or bytes; UserError if it cannot be read."""
-    name = name or source
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow only warns at a bomb; the check below refuses
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise UserError(f"{name}: {width} x {height} is more than "
-                                    f"{MAX_PIXELS // 10**6} megapixels")
-                if image.mode.startswith("I"):  # 16 bits: convert() would clip them to white
-                    image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-                image = ImageOps.exif_transpose(image)
-                if image.mode in ("P", "LA", "PA", "RGBA"):  # transparent means white
-                    image = image.convert("RGBA")
-                    white = Image.new("RGBA", image.size, "white")
-                    image = Image.alpha_composite(white, image)
-                return image.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"there is no picture {name}") from None
-    except UserError:
-        raise
-    except Exception as error:  # Pillow's many decoders raise whatever they stumble over
-        raise UserError(f"{name} is not a readable picture: {error}") from None
-
-
-def fit(image, size):
-    """The picture inside a square of `size` pixels, its proportions kept, the rest padded."""
-    if image.size == (size, size):
-        return image
-    return ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=PADDING)
-
-
-def to_pixels(images, size):
-    """PIL images to one uint8 tensor (M, S, S, 3)."""
-    return torch.from_numpy(np.stack([np.asarray(fit(image, size)) for image in images]))
 
 
 class Projector(nn.Module):

@@ -10,7 +10,8 @@ from common import checkpoint
 from common.config import UserError
 from data import Batch
 from model import GPT, GPTConfig
-from vision import PADDING, VisionLanguageModel, describe, fit, join, read_image, to_pixels
+from pictures import PADDING, fit, read_image, to_pixels
+from vision import VisionLanguageModel, describe, join
 
 TEXT = GPTConfig(vocab_size=64, n_layer=2, n_head=2, n_embd=32, max_positions=64)
 SIGHT = CLIPConfig(image_size=32, patch_size=16, vision_width=32, vision_layers=3, vision_heads=2,

@@ -1,0 +1,101 @@
+"""Picture files to pixels: whatever people have on their disks, upright, in RGB, in a square.
+
+A square is made as CLIP and LLaVA make theirs: bicubic, the shorter sides padded with the grey that
+CLIP sees as zero ("pad"), or the longer ones cut off ("crop").
+
+Letters for shapes: M images, S pixels.
+"""
+
+import io
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from clip import MEAN
+from common.config import UserError
+
+MAX_PIXELS = 50_000_000  # a larger picture is refused before it is decoded
+PADDING = tuple(int(255 * channel) for channel in MEAN)
+SHARPNESS = 1.4  # a JPEG is decoded no finer than this many times the size it is wanted in
+WIDEST = 8  # times as wide as high, or the other way round; what is beyond is cut off
+
+
+class PictureError(UserError):
+    """A picture that cannot be used; `reason` says why in a few words, the message names it."""
+
+    def __init__(self, reason, message):
+        super().__init__(message)
+        self.reason = reason
+
+
+def read_image(source, name=None, size=0, how="pad"):
+    """A PIL image (RGB, upright) from a path or bytes; PictureError if it cannot be read.
+
+    With a size it will be fitted into, a large JPEG is decoded at a half, a quarter or an eighth.
+    """
+    name = name or source
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow only warns at a bomb; the check below refuses
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise PictureError("a picture that is too large", f"{name}: {width} x {height} "
+                                       f"is more than {MAX_PIXELS // 10**6} megapixels")
+                share = SHARPNESS * size / (max if how == "pad" else min)(width, height)
+                if 0 < share < 1:
+                    image.draft(None, (int(width * share) or 1, int(height * share) or 1))
+                if image.mode.startswith("I"):  # 16 bits: convert() would clip them to white
+                    image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+                image = ImageOps.exif_transpose(image)
+                if image.mode in ("P", "LA", "PA", "RGBA"):  # transparent means white
+                    image = image.convert("RGBA")
+                    white = Image.new("RGBA", image.size, "white")
+                    image = Image.alpha_composite(white, image)
+                return image.convert("RGB")
+    except FileNotFoundError:
+        raise PictureError("a missing picture", f"there is no picture {name}") from None
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's many decoders raise whatever they stumble over
+        kind = "a truncated" if "truncated" in str(error).lower() else "an unreadable"
+        raise PictureError(f"{kind} picture",
+                           f"{name} is not a readable picture: {error}") from None
+
+
+def fit(image, size, how="pad"):
+    """The picture in a square of `size` pixels: padded ("pad") or its middle ("crop"); or all of
+    it with its shorter side that long ("short")."""
+    width, height = image.size
+    if how == "pad":
+        side = max(width, height)
+        if side > 2 * WIDEST * size:  # a coarse, quick step first
+            image = image.reduce(side // (WIDEST * size))
+            width, height = image.size
+            side = max(width, height)
+        if width != height:
+            square = Image.new("RGB", (side, side), PADDING)
+            square.paste(image, ((side - width) // 2, (side - height) // 2))
+            image = square
+        return image if side == size else image.resize((size, size), Image.Resampling.BICUBIC)
+    short = min(width, height)
+    if max(width, height) > WIDEST * short:
+        width, height = min(width, WIDEST * short), min(height, WIDEST * short)
+        image = middle(image, width, height)
+    if short != size:
+        width, height = int(size * width / short), int(size * height / short)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return image if how == "short" or width == height else middle(image, size, size)
+
+
+def middle(image, width, height):
+    """The middle of a picture, of that many pixels."""
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def to_pixels(images, size, how="pad"):
+    """PIL images to one uint8 tensor (M, S, S, 3)."""
+    return torch.from_numpy(np.stack([np.asarray(fit(image, size, how)) for image in images]))
