@@ -226,7 +226,7 @@ class RandomChats:
     def n_images(self, i):
         return 1 if self.image_size else 0
 
-    def images(self, i):
+    def images(self, i, size=0, how="pad"):
         return [read_image(self.jpeg)] if self.image_size else []
 
     def chat(self, i):

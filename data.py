@@ -11,7 +11,7 @@ packing.py reads chats, with and without pictures.
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -34,15 +34,16 @@ class Batch:
     pixels: torch.Tensor | None = None  # (M, S, S, 3) uint8
     image_positions: torch.Tensor | None = None  # (M * P,)
     n_targets: int = 0  # supervised positions of the whole step, in all processes
+    lost: list = field(default_factory=list)  # why chats were left out: pictures that are gone
 
     def to(self, device):
         """Itself, its tensors moved to the device (from pinned memory, so without a wait)."""
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in (part.name for part in fields(self)):
+            value = getattr(self, name)
             if isinstance(value, torch.Tensor) and device.type == "cuda":
-                setattr(self, field.name, value.pin_memory().to(device, non_blocking=True))
+                setattr(self, name, value.pin_memory().to(device, non_blocking=True))
             elif isinstance(value, torch.Tensor):
-                setattr(self, field.name, value.to(device))
+                setattr(self, name, value.to(device))
         return self
 
 

@@ -3,37 +3,58 @@
 On disk (made by prepare.py, with a manifest.json of counts and sha256 sums beside the splits):
 
     {train,val}/    ids.npy, supervised.npy, offsets.npy    chats end to end
-                    images.bin, image_offsets.npy, first_image.npy    where there are pictures;
+                    images_*.bin, image_offsets.npy, first_image.npy    where there are pictures:
+                    their encoded bytes end to end, or their names where they stayed elsewhere;
                     one <|image|> id stands for a picture
 """
 
 import bisect
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common.config import UserError
+from common.config import UserError, read_json
 from data import Batch, read_array
-from pictures import read_image, to_pixels
+from pictures import PictureError, blank, read_image, to_pixels
 
 # ------------------------------------------------------------------------------------------ chats
 
 
 class Chats:
-    """Chats of one split as ids, with their pictures; prepare.py writes it, see the top."""
+    """Chats of one split as ids, with their pictures; prepare.py writes it, see the top.
+
+    manifest: what prepare.py says of the data set; empty for one made by hand.
+    """
 
     def __init__(self, folder, split):
-        self.folder = Path(folder) / split
+        self.root, self.split, self.folder = Path(folder), split, Path(folder) / split
         self.ids = read_array(self.folder / "ids.npy", np.uint16)
         self.supervised = read_array(self.folder / "supervised.npy", np.bool_)
         self.offsets = read_array(self.folder / "offsets.npy", np.int64)
-        self.has_images = (self.folder / "images.bin").is_file()
+        manifest = self.root / "manifest.json"
+        self.manifest = read_json(manifest) if manifest.is_file() else {}
+        shards = sorted(self.folder.glob("images*.bin"))
+        self.has_images = bool(shards)
         if self.has_images:
             self.first_image = read_array(self.folder / "first_image.npy", np.int64)
             self.image_offsets = read_array(self.folder / "image_offsets.npy", np.int64)
-            self.bytes = np.memmap(self.folder / "images.bin", np.uint8, "r")
+            self.shards = [os.open(path, os.O_RDONLY) for path in shards]
+            self.shard_starts = np.cumsum([0, *(path.stat().st_size for path in shards)])
+            if self.shard_starts[-1] != self.image_offsets[-1]:
+                raise UserError(f"the pictures in {self.folder} are {self.shard_starts[-1]} bytes, "
+                                f"and {self.image_offsets[-1]} were written; prepare them again")
+            stored = self.manifest.get("pictures", {})
+            self.find = None
+            if not stored.get("copied", True):
+                import archives  # TODO
+
+                self.find = archives.open_pictures(stored["root"])
+
+    def __reduce__(self):  # other processes open the files again
+        return Chats, (self.root, self.split)
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -46,20 +67,36 @@ class Chats:
     def n_images(self, i):
         return int(self.first_image[i + 1] - self.first_image[i]) if self.has_images else 0
 
-    def images(self, i):
-        """The pictures of chat i, as PIL images."""
-        if not self.has_images:
-            return []
-        numbers = range(self.first_image[i], self.first_image[i + 1])
-        return [read_image(self.bytes[self.image_offsets[n] : self.image_offsets[n + 1]].tobytes(),
-                           f"picture {n} of {self.folder}") for n in numbers]
+    def images(self, i, size=0, how="pad"):
+        """The pictures of chat i, as PIL images; size and how as in pictures.read_image."""
+        numbers = range(*self.first_image[i : i + 2]) if self.has_images else ()
+        found = []
+        for n in numbers:
+            source, name = self._bytes(n), f"picture {n} of {self.folder}"
+            if self.find is not None:
+                name = source.decode()
+                source = self._found(name)
+            found.append(read_image(source, name, size, how))
+        return found
+
+    def _bytes(self, n):
+        """What is stored of picture n, read rather than mapped: pages of a map would count."""
+        start, end = self.image_offsets[n : n + 2].tolist()
+        shard = int(np.searchsorted(self.shard_starts, start, side="right")) - 1
+        return os.pread(self.shards[shard], end - start, start - int(self.shard_starts[shard]))
+
+    def _found(self, name):
+        try:
+            return self.find(name)
+        except ValueError as reason:
+            raise PictureError(str(reason), f"{name}: {reason}") from None
 
 
 class Share:
     """`count` chats of a Chats, drawn by a seed, some more than once if there are too few."""
 
     def __init__(self, chats, count, seed):
-        self.folder, self._chats = chats.folder, chats
+        self.folder, self.manifest, self._chats = chats.folder, chats.manifest, chats
         generator = np.random.default_rng(seed)
         rounds = -(-count // max(1, len(chats))) if len(chats) else 0
         order = [generator.permutation(len(chats)) for _ in range(rounds)]
@@ -71,22 +108,28 @@ class Share:
     def chat(self, i):
         return self._chats.chat(self._chosen[i])
 
-    def images(self, i):
-        return self._chats.images(self._chosen[i])
+    def images(self, i, size=0, how="pad"):
+        return self._chats.images(self._chosen[i], size, how)
 
 
 class Packed:
     """Rows of T positions, filled with whole chats of one or more Chats.
 
     A chat longer than T is cut behind its last answer that fits (`cut` counts them); one whose
-    first answer does not fit, or that has nothing to learn, is left out (`left_out`).
+    first answer does not fit, or that has nothing to learn, is left out (`left_out`). A picture is
+    n_patches positions, its pixels fitted into a square of image_size as `how` says.
     """
 
-    def __init__(self, sources, T, tokenizer, n_patches=0, image_size=0, seed=0):
+    def __init__(self, sources, T, tokenizer, n_patches=0, image_size=0, how="pad", seed=0):
         self.name = " + ".join(str(chats.folder) for chats in sources)
         self.T, self.tokenizer = T, tokenizer
-        self.n_patches, self.image_size = n_patches, image_size
+        self.n_patches, self.image_size, self.how = n_patches, image_size, how
         self.sources = sources
+        for chats in sources:
+            stored = getattr(chats, "manifest", {}).get("pictures", {})
+            if how == "crop" and stored.get("copied", True) and stored.get("fit") == "pad":
+                raise UserError(f"the pictures in {chats.folder} were padded to squares already, "
+                                "and this CLIP wants them cropped; prepare them with --fit=short")
         total = sum(len(chats) for chats in sources)
         # a row a chat: source, chat, how many ids of it, positions, supervised positions, was cut
         self.chats = np.concatenate([self._measure(s) for s in range(len(sources))])
@@ -135,7 +178,8 @@ class Packed:
         B, T, P = len(rows), self.T, self.n_patches
         ids = torch.full((B, T), self.tokenizer.end_of_text)
         positions, segments = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T).int()
-        where, targets, images, image_positions = [], [], [], []
+        where, targets = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        images, image_positions, lost = [], [], []
         for b, row in enumerate(rows):
             start = 0
             for number, c in enumerate(self.rows[row], 1):
@@ -151,15 +195,23 @@ class Packed:
                 targets.append(chat[learnt + 1])
                 slots = np.flatnonzero(chat == self.tokenizer.image)
                 if len(slots):
-                    images += self.sources[s].images(i)[: len(slots) // P]
+                    try:
+                        images += self._images(s, i)[: len(slots) // P]
+                    except PictureError as error:  # gone since it was prepared
+                        lost.append(str(error))
+                        images += [blank(self.image_size)] * (len(slots) // P)
+                        where.pop(), targets.pop()  # so nothing is learnt from it
                     image_positions.append(slots + b * T + start)
                 start += length
         batch = Batch(ids, torch.from_numpy(np.concatenate(targets)),
-                      torch.from_numpy(np.concatenate(where)), positions, segments)
+                      torch.from_numpy(np.concatenate(where)), positions, segments, lost=lost)
         if images:
-            batch.pixels = to_pixels(images, self.image_size)
+            batch.pixels = to_pixels(images, self.image_size, self.how)
             batch.image_positions = torch.from_numpy(np.concatenate(image_positions))
         return batch
+
+    def _images(self, s, i):
+        return self.sources[s].images(i, self.image_size, self.how)
 
 
 def pack(lengths, T, seed, window=4096):
@@ -199,11 +251,11 @@ class Pairs:
 class Captions:
     """Pictures of Chats with the first answer about each as its caption."""
 
-    def __init__(self, chats, tokenizer, image_size, context):
+    def __init__(self, chats, tokenizer, image_size, context, how="pad"):
         if not chats.has_images:
             raise UserError(f"{chats.folder} holds no pictures, so it cannot train CLIP")
         self.name, self.chats, self.tokenizer = str(chats.folder), chats, tokenizer
-        self.image_size, self.context = image_size, context
+        self.image_size, self.how, self.context = image_size, how, context
         self.chosen = [i for i in range(len(chats)) if chats.n_images(i) == 1]
 
     def __len__(self):
@@ -222,8 +274,9 @@ class Captions:
 
     def batch(self, rows):
         captions = [self.caption(i) for i in rows]
-        images = [self.chats.images(self.chosen[i])[0] for i in rows]
+        images = [self.chats.images(self.chosen[i], self.image_size, self.how)[0] for i in rows]
         longest = min(self.context, -(-max(map(len, captions)) // 8) * 8)  # few different shapes
         padded = [ids + [self.tokenizer.end] * (longest - len(ids)) for ids in captions]
         keys = [hash(tuple(ids)) for ids in captions]  # of ints: the same in every process
-        return Pairs(to_pixels(images, self.image_size), torch.tensor(padded), torch.tensor(keys))
+        return Pairs(to_pixels(images, self.image_size, self.how), torch.tensor(padded),
+                     torch.tensor(keys))

@@ -76,7 +76,7 @@ def fit(image, size, how="pad"):
             width, height = image.size
             side = max(width, height)
         if width != height:
-            square = Image.new("RGB", (side, side), PADDING)
+            square = blank(side)
             square.paste(image, ((side - width) // 2, (side - height) // 2))
             image = square
         return image if side == size else image.resize((size, size), Image.Resampling.BICUBIC)
@@ -88,6 +88,11 @@ def fit(image, size, how="pad"):
         width, height = int(size * width / short), int(size * height / short)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return image if how == "short" or width == height else middle(image, size, size)
+
+
+def blank(size):
+    """A picture of nothing, in the grey that CLIP sees as zero."""
+    return Image.new("RGB", (size, size), PADDING)
 
 
 def middle(image, width, height):
