@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 
 import tokenizer as tokenizers
-from clip import CLIP, CLIPConfig, normalise
+from clip import CLIP, CLIPConfig, feature_pulls, normalise
 from common import distributed as system
 from common.config import TrainSettings, UserError, parse, run_main
 from common.optim import make_optimizer
@@ -101,9 +101,13 @@ def training(run, stage, folder, n_steps):
 
     def train(steps):
         for step in steps:
-            for micro, batch in enumerate(loader.step(step)):
+            batches, pulls = loader.step(step), itertools.repeat(None)
+            if stage == "clip_pretrain":
+                batches = list(batches)
+                pulls = feature_pulls(model, batches, run.machine)
+            for micro, (batch, pull) in enumerate(zip(batches, pulls, strict=False)):
                 with run.forward(micro):
-                    loss = loss_of(net, batch)
+                    loss = loss_of(net, batch, pull)
                 run.backward(loss / max(1, batch.n_targets))
             run.update(step)
         return run.loss.item()  # waits for the device
@@ -124,10 +128,10 @@ def training(run, stage, folder, n_steps):
             "filled": getattr(dataset, "filled", 1.0), "gpu_gb": gpu_gb, "host_gb": host_gb}
 
 
-def loss_of(net, batch):
+def loss_of(net, batch, pull=None):
     """The stage's loss: CLIP's of pairs, a vision model's of a batch, a decoder's of its parts."""
-    if not isinstance(batch, Batch):
-        return net(normalise(batch.pixels), batch.ids, batch.keys) * batch.n_targets
+    if pull:
+        return pull(net(normalise(batch.pixels), batch.ids)) * batch.n_targets
     if isinstance(getattr(net, "module", net), VisionLanguageModel):
         return net(batch)
     return net(batch.ids, batch.targets, batch.where, batch.positions, batch.segments)
@@ -167,7 +171,8 @@ def clip_job(stage, folder, run, tokenizer):
     cfg, model = run.cfg, CLIP(clip_of(run.cfg, tokenizer))
     chats = RandomChats(tokenizer, cfg.batch_pairs, 30, cfg.image_size)
     captions = Captions(chats, tokenizer, cfg.image_size, cfg.context)
-    return (model, captions, cfg.batch_pairs, cfg.batch_pairs // run.ranks, "img", cfg.batch_pairs,
+    micro_pairs = cfg.micro_pairs or cfg.batch_pairs // run.ranks
+    return (model, captions, cfg.batch_pairs, micro_pairs, "img", cfg.batch_pairs,
             model.flops_per_pair())
 
 

@@ -6,6 +6,7 @@ this file as it is, and what is trained here opens there, by test.
 Letters for shapes: B batch, P patches, T text positions, C width, E the common space.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -184,19 +185,14 @@ class CLIP(nn.Module):
         """(B, T) -> unit vectors (B, E)."""
         return F.normalize(self.text_projection(self.text_model(ids)).float(), dim=-1)
 
-    def forward(self, pixels, ids, keys):
-        """This process's share of the contrastive loss: nats, mean over the pairs of all.
+    def scale(self):
+        """What cosines are multiplied by to become logits: at most 100, as in the paper."""
+        return self.logit_scale.clamp(max=4.6052).exp()
 
-        pixels (B, 3, S, S), ids (B, T). keys (B,) int64: captions with equal keys are identical,
-        so their pictures are positives for one another and share the target evenly.
-        """
-        images, texts = self.image_features(pixels), self.text_features(ids)
-        scale = self.logit_scale.clamp(max=4.6052).exp()  # at most 100, as in the paper
-        same = (keys[:, None] == gather(keys)).float()  # (B, B of all processes)
-        targets = same / same.sum(-1, keepdim=True)
-        to_texts = F.cross_entropy(scale * images @ gather(texts).T, targets, reduction="sum")
-        to_images = F.cross_entropy(scale * texts @ gather(images).T, targets, reduction="sum")
-        return (to_texts + to_images) / (2 * same.size(1))
+    def forward(self, pixels, ids):
+        """Pictures (B, 3, S, S) and their captions (B, T) to what `contrast` compares: unit vectors
+        (B, E) of both, and the scale."""
+        return self.image_features(pixels), self.text_features(ids), self.scale()
 
     def flops_per_pair(self):
         """Training FLOP an image with its caption: 6 a multiplying weight and position, and 12 C
@@ -237,6 +233,48 @@ class Gather(torch.autograd.Function):
 def gather(rows):
     """(B, ...) of this process to (B of all processes, ...)."""
     return Gather.apply(rows) if dist.is_initialized() and dist.get_world_size() > 1 else rows
+
+
+def contrast(images, texts, scale, keys):
+    """This process's share of the contrastive loss: nats, mean over the pairs of all processes.
+
+    images, texts (B, E): unit vectors of B pairs. keys (B,) int64: captions with equal keys are
+    identical, so their pictures are positives for one another and share the target evenly.
+    """
+    with torch.autocast(images.device.type, enabled=False):  # bf16 rounds logits near 100 to halves
+        same = (keys[:, None] == gather(keys)).float()  # (B, B of all processes)
+        targets = same / same.sum(-1, keepdim=True)
+        to_texts = F.cross_entropy(scale * images @ gather(texts).T, targets, reduction="sum")
+        to_images = F.cross_entropy(scale * texts @ gather(images).T, targets, reduction="sum")
+        return (to_texts + to_images) / (2 * same.size(1))
+
+
+def feature_pulls(model, batches, machine):
+    """What each micro-batch (packing.Pairs) of this process adds to the loss of the whole batch: a
+    function each, of what CLIP.forward makes of it.
+
+    Where there are several, every pair must still be a negative of every other, so the features of
+    all come first, without a graph, and with them the loss and its gradient by each feature. Made
+    once more, in the loop and with a graph, a micro-batch's features are pulled along their part of
+    that gradient: the gradient of all at once, in the memory of one (Gao et al. 2021, "GradCache").
+    """
+    n = len(batches)
+    if n == 1:
+        return [lambda features: contrast(*features, batches[0].keys)]
+    with torch.no_grad(), machine.autocast():
+        parts = [model(normalise(batch.pixels), batch.ids) for batch in batches]
+    images, texts = (torch.cat(part) for part in list(zip(*parts, strict=True))[:2])
+    leaves = [leaf.requires_grad_() for leaf in (images, texts, parts[0][2])]
+    loss = contrast(*leaves, torch.cat([batch.keys for batch in batches]))
+    by_images, by_texts, by_scale = torch.autograd.grad(loss, leaves)
+    gradients = zip(by_images.chunk(n), by_texts.chunk(n), [by_scale / n] * n, strict=True)
+    return [functools.partial(pulled, gradient, loss.detach() / n) for gradient in gradients]
+
+
+def pulled(gradient, value, features):
+    """`value`, with that gradient by the features."""
+    pull = sum((feature * g).sum() for feature, g in zip(features, gradient, strict=True))
+    return value + (pull - pull.detach())
 
 
 def normalise(pixels):

@@ -5,20 +5,21 @@
     python eval.py out/demo/clip_pretrain --data=data/demo
 
 Picture and caption of a pair are pulled together, all other pairs of the batch pushed apart, those
-of every process included. Skip this stage and name openai/clip-vit-large-patch14 as --clip to start
-from a trained one.
+of every process and of every micro-batch included. Skip this stage and name
+openai/clip-vit-large-patch14 as --clip to start from a trained one.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from clip import CLIP, CLIPConfig, caption_choice, normalise
+from clip import CLIP, CLIPConfig, caption_choice, feature_pulls, normalise
 from common.config import TrainSettings, UserError, parse, run_main
 from common.optim import make_optimizer
 from common.run import Run
 from data import Loader, check_tokenizer
 from packing import Captions, Chats
 from vision import describe
+from zero_shot import Labelled, zero_shot
 
 
 @dataclass
@@ -38,6 +39,10 @@ class Config(TrainSettings):
     activation: Literal["gelu", "quick_gelu"] = "gelu"  # quick_gelu is OpenAI's
 
     batch_pairs: int = 4096  # pairs of a step in the whole job; each is the others' negative
+    micro_pairs: int = 0  # most pairs a GPU takes at once, for its memory; 0 for all of its share
+
+    zero_shot: str = ""  # folder of pictures, a subfolder a class, to tell apart; empty for none
+    prompt: str = "a photo of a {}."  # the caption of a class there
 
 
 def main():
@@ -45,13 +50,17 @@ def main():
     if cfg.image_size % cfg.patch_size:
         raise UserError(f"--patch_size={cfg.patch_size} does not divide --image_size="
                         f"{cfg.image_size}")
+    if cfg.micro_pairs < 0:
+        raise UserError(f"--micro_pairs={cfg.micro_pairs}: it must be at least 0")
     run = Run(cfg, "clip_pretrain")
 
     # Data: pictures with the first answer about each as its caption
     tokenizer = check_tokenizer(cfg.data)
     train = Captions(Chats(cfg.data, "train"), tokenizer, cfg.image_size, cfg.context)
     val = Captions(Chats(cfg.data, "val"), tokenizer, cfg.image_size, cfg.context)
-    loader = Loader(train, cfg.batch_pairs, cfg.batch_pairs // run.ranks, run, cfg.seed)
+    labelled = Labelled(cfg.zero_shot, cfg.prompt) if cfg.zero_shot else None
+    micro_pairs = cfg.micro_pairs or cfg.batch_pairs // run.ranks
+    loader = Loader(train, cfg.batch_pairs, micro_pairs, run, cfg.seed)
 
     # Model: both towers are new
     model = CLIP(CLIPConfig(
@@ -63,15 +72,20 @@ def main():
                     model.flops_per_pair())
 
     for step in run.steps():
-        for micro, batch in enumerate(loader.step(step)):
+        batches = list(loader.step(step))  # on a GPU all its pixels at once, in bytes
+        pulls = feature_pulls(model, batches, run.machine)
+        for micro, (batch, pull) in enumerate(zip(batches, pulls, strict=True)):
             with run.forward(micro):
-                loss = net(normalise(batch.pixels), batch.ids, batch.keys)
+                loss = pull(net(normalise(batch.pixels), batch.ids))
             run.backward(loss)
         run.update(step)
         run.progress(step)
         if run.due(step, cfg.eval_every):
             right, loss = caption_choice(model, val, run.machine)
-            run.record(step, val_loss=loss, choice32=right)
+            figures = {"val_loss": loss, "choice32": right}
+            if labelled:
+                figures["zero_shot"] = zero_shot(model, tokenizer, labelled, run.machine)
+            run.record(step, **figures)
         if run.due(step, cfg.save_every):
             run.save(step)
 

@@ -2,11 +2,13 @@
 
     python eval.py out/demo/pretrain --data=data/demo
     python eval.py out/demo/vision_sft --data=data/demo --report=out/demo
+    python eval.py out/full/clip_pretrain --zero_shot=data/imagenet/val
 
 What is scored follows from the checkpoint: text by loss and bits per byte, chats by exact answers,
-CLIP by picking the right caption of 32, pictures by exact answers, also with the pictures shuffled
-among the questions (what remains then was guessed). All answers are greedy. With --report the
-checkpoints it came from are scored as well, and report.md and report.json sum up the pipeline.
+CLIP by picking the right caption of 32 and, with --zero_shot, the right class by its name alone,
+pictures by exact answers, also with the pictures shuffled among the questions (what remains then
+was guessed). All answers are greedy. With --report the checkpoints it came from are scored as well,
+and report.md and report.json sum up the pipeline.
 """
 
 import math
@@ -29,6 +31,7 @@ from data import Text, check_tokenizer
 from packing import Captions, Chats
 from pictures import read_image
 from vision import open_model
+from zero_shot import Labelled, zero_shot
 
 ANSWER_TOKENS = 64  # longest answer that is scored
 
@@ -37,6 +40,8 @@ ANSWER_TOKENS = 64  # longest answer that is scored
 class Config:
     data: str = "data/demo"  # folder with text/, chats/, captions/, scenes/, as far as needed
     items: int = 1000  # most items a task scores
+    zero_shot: str = ""  # folder of pictures, a subfolder a class, for a CLIP; empty for none
+    prompt: str = "a photo of a {}."  # the caption of a class there
     report: str = ""  # folder for report.md and report.json of the whole pipeline; empty for none
     started: float = 0.0  # when the pipeline started (seconds since 1970), for its total time
     device: str = "auto"  # auto, cpu, cuda, mps
@@ -57,21 +62,20 @@ def main():
     scores = {}
     for name in names:
         began = time.time()
-        scores.update(score(name, Path(cfg.data), cfg.items, machine))
+        scores.update(score(name, cfg, machine))
         print(f"({name}: {time.time() - began:.0f} s)", file=sys.stderr)
+    if cfg.zero_shot and "clip_zero_shot" not in scores:
+        raise UserError(f"--zero_shot={cfg.zero_shot} is for a CLIP, which {argv[0]} is not")
     if cfg.report:
         report(argv[0], cfg, scores)
 
 
-def score(name, data, items, machine):
+def score(name, cfg, machine):
     """All scores that a checkpoint and the data allow, as {name: figure}; prints them."""
     model, tokenizer, info = open_model(name, machine.device)
-    scores = {}
+    data, items, scores = Path(cfg.data), cfg.items, {}
     if info["kind"] == "clip":
-        check_tokenizer(data / "captions", tokenizer)
-        pairs = Captions(Chats(data / "captions", "val"), tokenizer, model.config.image_size,
-                         model.config.context)
-        scores["clip_choice32"], _ = caption_choice(model, pairs, machine)
+        scores |= clip_scores(model, tokenizer, data / "captions", cfg, machine)
     if info["stage"] == "pretrain":
         check_tokenizer(data / "text", tokenizer)
         scores |= text_loss(model, tokenizer, data / "text", items, machine)
@@ -91,6 +95,20 @@ def score(name, data, items, machine):
             scores |= {f"{label}/{kind}": share for kind, share in sorted(kinds.items())}
     for label, figure in scores.items():
         print(f"{label:32s} {figure:.4f}")
+    return scores
+
+
+def clip_scores(model, tokenizer, folder, cfg, machine):
+    """How often the right caption is chosen, and the right class where there is --zero_shot."""
+    scores = {}
+    if folder.is_dir() or not cfg.zero_shot:
+        check_tokenizer(folder, tokenizer)
+        pairs = Captions(Chats(folder, "val"), tokenizer, model.config.image_size,
+                         model.config.context)
+        scores["clip_choice32"], _ = caption_choice(model, pairs, machine)
+    if cfg.zero_shot:
+        labelled = Labelled(cfg.zero_shot, cfg.prompt)
+        scores["clip_zero_shot"] = zero_shot(model, tokenizer, labelled, machine)
     return scores
 
 

@@ -1,0 +1,93 @@
+"""Zero-shot classification: a CLIP tells apart the classes of a folder by their names alone.
+
+    folder/tabby_cat/*.jpg    a subfolder a class, called as in a caption, with _ for a space
+    folder/golf_ball/*.jpg
+
+The caption of each class, "a photo of a golf ball.", is compared with each picture, and the nearest
+is the answer (Radford et al. 2021, section 3.1).
+"""
+
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from clip import normalise
+from common.config import UserError
+from pictures import PictureError, read_image, to_pixels
+
+NAMED = 10  # so many of the pictures that cannot be read are named, the others counted
+
+
+class Labelled:
+    """The classes of a folder as captions, and its pictures with the number of their class."""
+
+    def __init__(self, folder, prompt):
+        self.folder = Path(folder)
+        if "{}" not in prompt:
+            raise UserError(f"--prompt={prompt!r} needs a {{}} where the name of the class belongs")
+        if not self.folder.is_dir():
+            raise UserError(f"there is no folder --zero_shot={folder}")
+        classes = sorted(p for p in self.folder.iterdir() if p.is_dir() and p.name[0] != ".")
+        self.captions = [prompt.replace("{}", path.name.replace("_", " ")) for path in classes]
+        self.pictures = [(path, label) for label, of_class in enumerate(classes)
+                         for path in sorted(of_class.rglob("*"))
+                         if path.is_file() and path.name[0] != "."]
+        if len(classes) < 2 or not self.pictures:
+            raise UserError(f"--zero_shot={folder} holds {len(classes)} classes with "
+                            f"{len(self.pictures)} pictures: it needs a subfolder of pictures for "
+                            "each class, and at least two")
+
+
+@torch.no_grad()
+def zero_shot(model, tokenizer, labelled, machine, batch=256):
+    """The share of a Labelled's pictures whose own class is the nearest to them.
+
+    The processes divide the pictures. Those that cannot be read do not count, and are named.
+    """
+    ids = caption_ids(tokenizer, labelled.captions, model.config.context).to(machine.device)
+    with machine.autocast():
+        texts = torch.cat([model.text_features(part) for part in ids.split(batch)])  # (classes, E)
+    mine, lost = labelled.pictures[machine.rank :: machine.ranks], []
+    counts = torch.zeros(2, dtype=torch.long, device=machine.device)  # right, all
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(mine), batch):
+            part = mine[start : start + batch]
+            squares = list(pool.map(lambda item: square(item[0], model.config), part))
+            lost += [str(error) for error in squares if isinstance(error, PictureError)]
+            read = [i for i, pixels in enumerate(squares) if isinstance(pixels, torch.Tensor)]
+            if not read:
+                continue
+            pixels = torch.cat([squares[i] for i in read]).to(machine.device)
+            labels = torch.tensor([part[i][1] for i in read], device=machine.device)
+            with machine.autocast():
+                images = model.image_features(normalise(pixels))
+            right = ((images @ texts.T).argmax(-1) == labels).sum()
+            counts += torch.stack((right, labels.new_tensor(len(read))))
+    if lost:
+        more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
+        print(f"({labelled.folder}: {len(lost)} pictures left out: {'; '.join(lost[:NAMED])}"
+              f"{more})", file=sys.stderr)
+    right, n = machine.sum(counts).tolist()
+    if n == 0:
+        raise UserError(f"not one picture of --zero_shot={labelled.folder} can be read")
+    return right / n
+
+
+def square(path, config):
+    """A picture as uint8 pixels (1, S, S, 3), or the PictureError that says why not."""
+    size, how = config.image_size, config.fit
+    try:
+        return to_pixels([read_image(path, size=size, how=how)], size, how)
+    except PictureError as error:
+        return error
+
+
+def caption_ids(tokenizer, captions, context):
+    """Captions as CLIP was trained on, packing.Captions', as one tensor (captions, T)."""
+    rows = [[tokenizer.end_of_text, *tokenizer.encode(text)[: context - 2], tokenizer.end]
+            for text in captions]
+    longest = max(map(len, rows))
+    return torch.tensor([ids + [tokenizer.end] * (longest - len(ids)) for ids in rows])
