@@ -1,17 +1,22 @@
 """The claims of clip.py: OpenAI's CLIP under its own names, and the loss that trains one."""
 
 import math
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from clip import CLIP, CLIPConfig, caption_choice, contrast, normalise
+from common.config import UserError
 from common.distributed import Machine
 from packing import Pairs
 from pictures import to_pixels
+from vision import read_transformers_clip
 
 MACHINE = Machine(torch.device("cpu"), torch.float32)
 TINY = CLIPConfig(image_size=8, patch_size=4, vision_width=16, vision_layers=2, vision_heads=2,
@@ -105,6 +110,118 @@ def test_a_clip_trained_with_gelu_opens_there_too():
     found = theirs(input_ids=ids, pixel_values=pixels)
     same(ours.image_features(pixels), found.image_embeds, scale=0.1)
     same(ours.text_features(ids), found.text_embeds, scale=0.1)
+
+
+def draw_weight(name, p):
+    """Random values at which every layer says something: products of unit variance give attention
+    preferences, while the initial values of transformers leave it all but uniform."""
+    if p.ndim < 2:
+        p.uniform_(-0.2, 0.2).add_(float("norm" in name and "weight" in name))
+        return
+    inputs = 1 if name.endswith(("token_embedding.weight", "position_embedding.weight")) else (
+        p[0].numel())
+    width = (3 / inputs) ** 0.5  # of variance 1 / inputs
+    p.uniform_(-width, width)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """All of ViT-L/14 as transformers writes it to a folder: (ours read from there, theirs)."""
+    shared = {"projection_dim": 768}
+    config = transformers.CLIPConfig(
+        **shared,
+        vision_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+                           num_attention_heads=16, patch_size=14, **shared),
+        text_config=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, **shared))
+    with torch.device("meta"):
+        theirs = transformers.CLIPModel(config).to(torch.bfloat16).eval()
+    theirs.to_empty(device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            draw_weight(name, p)
+        for positions in theirs.buffers():
+            positions.copy_(torch.arange(positions.size(-1)))
+    folder = tmp_path_factory.mktemp("clip")
+    theirs.save_pretrained(folder)
+    info, weights = read_transformers_clip(folder)
+    shutil.rmtree(folder)  # of 0.9 GB
+    with torch.device("meta"):
+        ours = CLIP(CLIPConfig(**info["clip"])).eval()
+    ours.load_state_dict(weights, strict=True, assign=True)
+    return ours, theirs.float()
+
+
+def alike(found, expected):
+    """The lowest cosine between the vectors of two tensors."""
+    return F.cosine_similarity(found.float(), expected, dim=-1).min().item()
+
+
+@torch.no_grad()
+def test_the_whole_vit_l_14_gives_the_features_of_transformers_in_fp32_and_in_bf16(full):
+    ours, theirs = full
+    assert sum(p.numel() for p in ours.parameters()) == 427_616_513  # OpenAI's
+    pixels = normalise(random_images(1, 224))
+    ids = torch.tensor([[49406, 320, 1125, 539, 49407, 49407], [49406, 518, 9, 9, 9, 49407]])
+    hidden = theirs.vision_model(pixels, output_hidden_states=True)
+    patches, image = hidden.hidden_states[-2][:, 1:], theirs.visual_projection(hidden.pooler_output)
+    text = theirs.get_text_features(ids).pooler_output
+    assert F.cosine_similarity(*text, dim=0) < 0.9  # they do differ among themselves
+    assert F.cosine_similarity(patches[0, :-1], patches[0, 1:], dim=-1).mean() < 0.9
+    for dtype, lowest in ((torch.float32, 0.9999), (torch.bfloat16, 0.999)):
+        with Machine(torch.device("cpu"), dtype).autocast():
+            assert alike(ours.vision_model.patches(pixels), patches) >= lowest
+            assert alike(ours.image_features(pixels), image) >= lowest
+            assert alike(ours.text_features(ids), text) >= lowest
+
+
+@pytest.mark.parametrize("patch_size", [32, 16])
+@torch.no_grad()
+def test_smaller_clips_open_from_what_transformers_writes_of_them(patch_size, tmp_path):
+    """B/32 is its default, most of which it leaves out of config.json; here of two layers."""
+    torch.manual_seed(0)
+    two = {"num_hidden_layers": 2}
+    theirs = transformers.CLIPModel(transformers.CLIPConfig(
+        vision_config=dict(patch_size=patch_size, **two), text_config=two)).eval()
+    for name, p in theirs.named_parameters():
+        draw_weight(name, p)
+    theirs.save_pretrained(tmp_path)
+    info, weights = read_transformers_clip(tmp_path)
+    ours = CLIP(CLIPConfig(**info["clip"])).eval()
+    ours.load_state_dict(weights, strict=True)
+    assert (ours.config.vision_width, ours.config.text_width, ours.config.patch_size) == (
+        768, 512, patch_size)
+    pixels, ids = normalise(random_images(1, 224)), torch.tensor([[49406, 320, 1125, 49407]])
+    found = theirs(input_ids=ids, pixel_values=pixels)
+    assert alike(ours.image_features(pixels), found.image_embeds) >= 0.9999
+    assert alike(ours.text_features(ids), found.text_embeds) >= 0.9999
+
+
+@pytest.mark.parametrize("files", [("pytorch_model.bin",), (
+    "model.safetensors.index.json", "model-00001-of-00002.safetensors")])
+def test_weights_in_files_that_are_not_read_are_one_sentence(files, tmp_path):
+    transformers.CLIPConfig().save_pretrained(tmp_path)
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        read_transformers_clip(tmp_path)
+
+
+SIZES = [(640, 480), (333, 500), (225, 224), (224, 225), (224, 224), (1000, 100), (100, 60)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("how", ["crop", "pad"])
+def test_pictures_are_prepared_as_clip_and_llava_do(how, size):
+    """Cut to the middle as CLIP, or padded as LLaVA: to the last bit."""
+    processor = CLIPImageProcessorPil() if how == "crop" else LlavaImageProcessorPil(do_pad=True)
+    width, height = size
+    shades = random_images(1, 40)[0].numpy()
+    picture = Image.fromarray(shades).resize((width, height), Image.Resampling.BICUBIC)
+    expected = processor(picture, return_tensors="pt").pixel_values
+    found = normalise(to_pixels([picture], 224, how))
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_pixels_are_centred_and_scaled_as_clip_expects():
