@@ -6,6 +6,7 @@
     python prepare.py chat --dataset=Magpie-Align/Magpie-Phi3-Pro-1M-v0.1 --out=data/magpie
     python prepare.py images --files=llava.json --image_root=images.zip --out=data/captions
     python prepare.py fineweb --shards=10 --out=data/fineweb  # text that is tokenised already
+    python prepare.py check llava.json --image_root=images.zip  # before paying for a GPU
 
 A data set appears under its name only when it is whole. Killed or stopped, the same command goes on
 from where it was. Rows that cannot be used are counted by reason, the first ones named, and left
@@ -31,6 +32,7 @@ from common.checkpoint import write_json
 from common.config import UserError, parse, run_main
 from common.distributed import peak_memory_gb
 from pictures import fit, read_image
+from prep.check import Check, check, data_first
 from prep.demo import captioned, distinct, questioned, words_of
 from prep.fineweb import fetch_shards
 from prep.journal import Record, digest, read_all, splits_of
@@ -330,7 +332,7 @@ def fineweb(cfg):
 
 
 COMMANDS = {"demo": (Demo, demo), "text": (Text, text), "chat": (Chat, chat),
-            "images": (Images, images), "fineweb": (FineWeb, fineweb)}
+            "images": (Images, images), "fineweb": (FineWeb, fineweb), "check": (Check, check)}
 
 
 def main():
@@ -342,7 +344,7 @@ def main():
     if sys.argv[1] not in COMMANDS:
         raise UserError(f"prepare.py {sys.argv[1]}: expected one of {', '.join(COMMANDS)}")
     config, command = COMMANDS[sys.argv[1]]
-    command(parse(config, sys.argv[2:]))
+    command(parse(config, data_first(sys.argv[2:]) if command is check else sys.argv[2:]))
 
 
 if __name__ == "__main__":
