@@ -1,18 +1,19 @@
-"""How fast: a training step of any stage, decoding, and nanoGPT beside us.
+"""How fast: a training step of any stage, decoding, and other people's steps beside ours.
 
     python bench.py configs/full/pretrain.py                     # any stage's config and settings
     torchrun --standalone --nproc_per_node=8 bench.py configs/full/sft.py --micro_rows=16
     python bench.py configs/full/pretrain.py --decode=True       # tokens a second of generation
+    python bench.py configs/full/sft.py --profile=True           # what a step spends its time on
     python bench.py --peer=nanoGPT/model.py                      # its model.py and ours, in turn
+    python bench.py configs/full/vision_pretrain.py --peer=transformers
 
 The data are random but go the whole way: packed into rows, pictures decoded. One line for people,
 one of JSON.
 """
 
 import dataclasses
-import gc
+import functools
 import importlib
-import importlib.util
 import io
 import itertools
 import json
@@ -21,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+import timeit
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,17 +33,17 @@ from PIL import Image
 import tokenizer as tokenizers
 from clip import CLIP, CLIPConfig, feature_pulls, normalise
 from common import distributed as system
-from common.config import TrainSettings, UserError, parse, run_main
+from common.config import UserError, parse, run_main
 from common.optim import make_optimizer
 from common.run import Run
 from data import Batch, Loader, check_tokenizer
 from model import GPT, GPTConfig, KVCache, generate
 from packing import Captions, Packed
-from pictures import read_image
+from peers import REPEATS, WARM, beside_nanogpt, beside_transformers
+from pictures import fit, read_image
 from vision import VisionLanguageModel
 
 STAGES = ("pretrain", "sft", "vision_pretrain", "vision_sft", "clip_pretrain")
-REPEATS = 5  # every figure is the median of so many
 
 
 @dataclass
@@ -50,7 +52,8 @@ class Config:
 
     steps: int = 4  # steps of a measurement; there are five, after two steps that do not count
     decode: bool = False  # measure generation instead of training
-    peer: str = ""  # path of nanoGPT's model.py, to measure its training step beside ours
+    profile: bool = False  # print the operations that take the most time of a step instead
+    peer: str = ""  # path of nanoGPT's model.py, or transformers: measure its step beside ours
 
 
 def main():
@@ -58,24 +61,25 @@ def main():
     mine = [flag for flag in sys.argv[1:] if flag.split("=")[0] in own or flag == "--help"]
     theirs = [flag for flag in sys.argv[1:] if flag not in mine]
     bench = parse(Config, mine)
-    if bench.peer:
-        return show(**beside(bench.peer))
-    if not theirs or Path(theirs[0]).stem not in STAGES:
-        raise UserError("say which config to time, like configs/full/pretrain.py; its name must be "
-                        f"a stage's: {', '.join(STAGES)}")
+    if bench.peer not in ("", "transformers"):
+        return show(**beside_nanogpt(bench.peer))
+    stages = [stage for stage in STAGES if not bench.peer or stage.startswith("vision")]
+    if not theirs or Path(theirs[0]).stem not in stages:
+        raise UserError("say which config to time, like configs/full/vision_pretrain.py; its name "
+                        f"must be a stage's: {', '.join(stages)}")
     stage, folder = Path(theirs[0]).stem, Path(theirs[0]).parent
     cfg = parse(importlib.import_module(stage).Config, theirs)
     if bench.decode:
         return show(**decoding(cfg, folder))
     with tempfile.TemporaryDirectory() as out:
         cfg = dataclasses.replace(cfg, out=out, resume=False, tracker="none")
-        run = Run(cfg, stage)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)  # there is nothing to save
-        figures = training(run, stage, folder, bench.steps)
-        if run.machine.is_main:
+        if bench.peer:
+            return show(**beside_transformers(functools.partial(Training, cfg, stage, folder)))
+        training = Training(cfg, stage, folder)
+        figures = (profile if bench.profile else timing)(training, bench.steps)
+        if training.run.machine.is_main:
             show(**figures)
-        run.machine.leave()
+        training.run.machine.leave()
 
 
 def show(**figures):
@@ -90,42 +94,108 @@ def show(**figures):
 # ----------------------------------------------------------------------------------- training step
 
 
-def training(run, stage, folder, n_steps):
-    """Figures of training steps of `stage`, its other parts as the configs in `folder` say."""
-    cfg, tokenizer = run.cfg, tokenizer_of(run.cfg)
-    make = clip_job if stage == "clip_pretrain" else text_job if stage == "pretrain" else chat_job
-    model, dataset, rows, micro_rows, unit, per_step, flops = make(stage, folder, run, tokenizer)
-    model.to(run.device).train()
-    loader = Loader(dataset, rows, micro_rows, run, cfg.seed)
-    net = run.start(model, make_optimizer(model, cfg), tokenizer, {}, unit, per_step, flops)
+class Training:
+    """Training steps of `stage`, its other parts as the configs in `folder` say."""
 
-    def train(steps):
+    def __init__(self, cfg, stage, folder):
+        self.run = run = Run(cfg, stage)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)  # there is nothing to save
+        make = {"clip_pretrain": clip_job, "pretrain": text_job}.get(stage, chat_job)
+        tokenizer = tokenizer_of(cfg)
+        (self.model, self.dataset, self.rows, micro_rows, self.unit, self.per_step,
+         self.flops) = make(stage, folder, run, tokenizer)
+        self.model.to(run.device).train()
+        self.loader = Loader(self.dataset, self.rows, micro_rows, run, cfg.seed)
+        self.net = run.start(self.model, make_optimizer(self.model, cfg), tokenizer, {}, self.unit,
+                             self.per_step, self.flops)
+        self.watched, self.waited, self.images = False, 0.0, 0  # see batches
+
+    def take(self, steps):
+        """Train for these steps, and wait for the device."""
         for step in steps:
-            batches, pulls = loader.step(step), itertools.repeat(None)
-            if stage == "clip_pretrain":
+            batches, pulls = self.batches(step), itertools.repeat(None)
+            if self.run.stage == "clip_pretrain":
                 batches = list(batches)
-                pulls = feature_pulls(model, batches, run.machine)
+                pulls = feature_pulls(self.model, batches, self.run.machine)
             for micro, (batch, pull) in enumerate(zip(batches, pulls, strict=False)):
-                with run.forward(micro):
-                    loss = loss_of(net, batch, pull)
-                run.backward(loss / max(1, batch.n_targets))
-            run.update(step)
-        return run.loss.item()  # waits for the device
+                with self.run.forward(micro):
+                    loss = loss_of(self.net, batch, pull)
+                self.run.backward(loss / max(1, batch.n_targets))
+            self.run.update(step)
+        return self.run.loss.item()
 
-    train(range(2))  # compiles, allocates
+    def batches(self, step):
+        """The loader's batches; while `watched`, the device has done all its work when one is asked
+        for, `waited` sums the seconds until it came and `images` its pictures."""
+        loader = self.loader.step(step)
+        while True:
+            if self.watched:
+                self.run.loss.item()
+            asked, batch = time.perf_counter(), next(loader, None)
+            if batch is None:
+                return
+            if self.watched:
+                self.waited += time.perf_counter() - asked
+                self.images += 0 if batch.pixels is None else len(batch.pixels)
+            yield batch
+
+
+def timing(training, n_steps):
+    """The figures of a training step: the median of five times n_steps."""
+    run, dataset, unit, per_step = training.run, training.dataset, training.unit, training.per_step
+    size = getattr(dataset, "image_size", 0)
+    more = decode_speed(size, dataset.how) if size else {}  # while nothing else is at work
+    training.take(range(WARM))  # compiles, allocates
     seconds = []
-    for i in range(REPEATS):
+    for i in range(REPEATS + 1):
+        training.watched = i == REPEATS  # the last time is for `waited`
         began = time.perf_counter()
-        train(range(2 + i * n_steps, 2 + (i + 1) * n_steps))
+        training.take(range(WARM + i * n_steps, WARM + (i + 1) * n_steps))
         seconds.append((time.perf_counter() - began) / n_steps)
-    median = statistics.median(seconds)
+    watched, median = seconds.pop(), statistics.median(seconds[:REPEATS])
+    if size:
+        images = run.machine.sum(torch.tensor(training.images, device=run.device)).item()
+        more.update(img_per_step=images / n_steps, img_per_s=images / n_steps / median)
     gpu_gb, host_gb = system.peak_memory_gb(run.device)
-    return {"stage": stage, "machine": f"{run.ranks} x {run.machine.name}",
+    return {"stage": run.stage, "machine": f"{run.ranks} x {run.machine.name}",
             "precision": str(run.machine.dtype)[6:],
-            "parameters_M": sum(p.numel() for p in model.parameters()) / 1e6,
+            "parameters_M": sum(p.numel() for p in training.model.parameters()) / 1e6,
             f"{unit}_per_step": per_step, "ms": median * 1e3, "slowest_ms": max(seconds) * 1e3,
-            f"{unit}_per_s": per_step / median, "mfu": per_step * flops / median / run.peak,
-            "filled": getattr(dataset, "filled", 1.0), "gpu_gb": gpu_gb, "host_gb": host_gb}
+            f"{unit}_per_s": per_step / median, "rows_per_s": training.rows / median,
+            "mfu": per_step * training.flops / median / run.peak,
+            "filled": getattr(dataset, "filled", 1.0), **more,
+            "waited": training.waited / n_steps / watched, "gpu_gb": gpu_gb, "host_gb": host_gb}
+
+
+def decode_speed(size, how):
+    """Pictures a second that a core makes ready: photos, and squares as prepare.py stores them."""
+
+    def ready(file):
+        return np.asarray(fit(read_image(file, "a photo", size, how), size, how))
+
+    figures = {}
+    for name, shape in {"decode": (640, 480), "stored": (size, size)}.items():
+        seconds = timeit.repeat(functools.partial(ready, jpeg(*shape)), repeat=REPEATS, number=20)
+        figures[f"{name}_img_per_s_per_core"] = 20 / statistics.median(seconds)
+    return figures
+
+
+def profile(training, n_steps):
+    """Print the ten operations that take the most time of a step, the device's own time where
+    there is a GPU; returns the time of all of them."""
+    on_gpu = training.run.device.type == "cuda"
+    training.take(range(WARM))
+    with torch.profiler.profile() as found:
+        training.take(range(WARM, WARM + n_steps))
+    name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    times = {event.key: getattr(event, name) / 1e3 / n_steps for event in found.key_averages()
+             if event.device_type == torch.autograd.DeviceType.CPU and not event.is_user_annotation}
+    total = sum(times.values())
+    lines = [f"{times[key]:10.2f}  {times[key] / total:5.1%}  {key}"
+             for key in sorted(times, key=times.get, reverse=True)[:10]]
+    print(" ms a step  share  operation", *lines, sep="\n")
+    return {"stage": training.run.stage, "operations_ms": total}
 
 
 def loss_of(net, batch, pull=None):
@@ -152,16 +222,15 @@ def text_job(stage, folder, run, tokenizer):
 def chat_job(stage, folder, run, tokenizer):
     cfg = run.cfg
     decoder = decoder_of(sibling(folder, "pretrain"), tokenizer)
-    flops, patches, model = decoder.flops_per_token(cfg.context), 0, decoder
+    flops, model, patches, size = decoder.flops_per_token(cfg.context), decoder, 0, 0
     if stage != "sft":
         clip_config = clip_of(sibling(folder, "clip_pretrain"), tokenizer)
         model = VisionLanguageModel(decoder.config, clip_config)
-        patches = clip_config.n_patches
+        patches, size = clip_config.n_patches, clip_config.image_size
     if stage == "vision_pretrain":
         model.decoder.requires_grad_(False)
         flops *= 2 / 3  # no weight gradients
     length = {"sft": cfg.context // 5, "vision_pretrain": 40, "vision_sft": 200}[stage]
-    size = clip_config.image_size if patches else 0
     chats = RandomChats(tokenizer, 4 * run.rows(), length, size)
     packed = Packed([chats], cfg.context, tokenizer, patches, size)
     return model, packed, run.rows(), cfg.micro_rows, "tok", cfg.batch_tokens, flops
@@ -193,6 +262,18 @@ def clip_of(cfg, tokenizer):
         tokenizer.end, cfg.embed_dim, cfg.activation)
 
 
+def jpeg(width, height):
+    """A JPEG file of quality 90, with coarse and fine detail about as in a photo."""
+    rng, photo = np.random.default_rng(0), np.zeros((height, width, 3), np.float32)
+    for scale in (64, 16, 4, 1):
+        shape = (-(-height // scale), -(-width // scale), 3)
+        grain = Image.fromarray(rng.integers(0, 256, shape).astype(np.uint8))
+        photo += np.asarray(grain.resize((width, height), Image.BICUBIC)) * scale**0.5
+    file = io.BytesIO()
+    Image.fromarray((photo / 15).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
 class RandomText:
     """Windows of random ids."""
 
@@ -215,15 +296,11 @@ class RandomText:
 class RandomChats:
     """Chats of random ids, half of them an answer, each with a picture where there is a size."""
 
-    folder, has_images = "random chats", True
+    folder, has_images, manifest = "random chats", True, {}
 
     def __init__(self, tokenizer, n, length, image_size=0):
         self.tokenizer, self.n, self.length, self.image_size = tokenizer, n, length, image_size
-        shades = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
-        file = io.BytesIO()
-        side = image_size or 8
-        Image.fromarray(shades).resize((side, side), Image.BICUBIC).save(file, "JPEG", quality=90)
-        self.jpeg = file.getvalue()
+        self.jpeg = jpeg(image_size or 8, image_size or 8)
 
     def __len__(self):
         return self.n
@@ -271,85 +348,6 @@ def decoding(cfg, folder, n_tokens=200):
     return {"decoding": f"{decoder.n_params() / 1e6:.1f} M", "machine": machine.name,
             "precision": str(machine.dtype)[6:], "tok_per_s": 1 / median, "ms": median * 1e3,
             "share_of_bandwidth": moved / median / system.memory_bandwidth(machine)}
-
-
-# ---------------------------------------------------------------------------------------- the peer
-
-
-def beside(path):
-    """Our training step and that of nanoGPT's model.py at `path`, in one process and in turn.
-
-    6 layers of width 256, 4 heads, 16 rows of 256 tokens, GPT-2's padded vocabulary, AdamW there
-    and Muon here, gradients clipped. Peak memory is measured with one model alone.
-    """
-    ids = torch.randint(50257, (16, 257))
-    kinds = {"ours": lambda: our_step(ids)}
-    for name, how in {"eager": (False, False), "compiled": (True, False),
-                      "compiled_bf16": (True, True)}.items():
-        kinds[name] = lambda how=how: peer_step(path, ids, *how)
-    figures = {"machine": system.setup("cpu").name}
-    for name in ("ours", "eager"):
-        step = kinds[name]()
-        step()
-        gc.collect()
-        system.release_free_memory()
-        system.reset_peak_memory()
-        step()
-        figures[f"{name}_peak_gb"] = system.peak_memory_gb()[1]
-        del step
-    steps = {name: make() for name, make in kinds.items()}
-    seconds = {name: [] for name in steps}
-    for i in range(REPEATS + 2):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            if i >= 2:
-                seconds[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    for name, median in medians.items():
-        figures[f"{name}_tok_per_s"] = 16 * 256 / median
-    for name in ("eager", "compiled", "compiled_bf16"):
-        figures[f"times_{name}"] = medians[name] / medians["ours"]
-    figures["memory_of_eager"] = figures["ours_peak_gb"] / figures["eager_peak_gb"]
-    return figures
-
-
-def our_step(ids):
-    model, cfg = GPT(GPTConfig(50304, 6, 4, 256, 256)), TrainSettings()
-    machine, optimizer = system.setup("cpu"), make_optimizer(model, cfg)
-
-    def step():
-        with machine.autocast():
-            loss = model(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step(skip=~torch.isfinite(norm))
-        optimizer.zero_grad()
-
-    return step
-
-
-def peer_step(path, ids, compiled, bf16):
-    spec = importlib.util.spec_from_file_location("peer", path)
-    if spec is None or not Path(path).is_file():
-        raise UserError(f"--peer={path} is no Python file; it should be nanoGPT's model.py")
-    peer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(peer)
-    model = peer.GPT(peer.GPTConfig(block_size=256, vocab_size=50304, n_layer=6, n_head=4,
-                                    n_embd=256, dropout=0.0, bias=False))
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
-    net = torch.compile(model) if compiled else model
-    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-    def step():
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            _, loss = net(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
 
 
 if __name__ == "__main__":
