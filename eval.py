@@ -64,8 +64,6 @@ def main():
         began = time.time()
         scores.update(score(name, cfg, machine))
         print(f"({name}: {time.time() - began:.0f} s)", file=sys.stderr)
-    if cfg.zero_shot and "clip_zero_shot" not in scores:
-        raise UserError(f"--zero_shot={cfg.zero_shot} is for a CLIP, which {argv[0]} is not")
     if cfg.report:
         report(argv[0], cfg, scores)
 
@@ -76,6 +74,8 @@ def score(name, cfg, machine):
     data, items, scores = Path(cfg.data), cfg.items, {}
     if info["kind"] == "clip":
         scores |= clip_scores(model, tokenizer, data / "captions", cfg, machine)
+    elif cfg.zero_shot and not cfg.report:
+        raise UserError(f"--zero_shot={cfg.zero_shot} is for a CLIP, which {name} is not")
     if info["stage"] == "pretrain":
         check_tokenizer(data / "text", tokenizer)
         scores |= text_loss(model, tokenizer, data / "text", items, machine)
