@@ -2,7 +2,8 @@
 
 Which rows a step reads is a pure function of (seed, step), the same for any number of processes, so
 going on at any step needs no state. A data set has a length and `batch(rows)`; the one Loader asks
-for this process's share of each step and has the next batch on the device before it is wanted.
+for this process's share of each step and has the next batch ready before it is wanted: made by a
+thread, or by worker processes where pictures have to be decoded for a GPU.
 
     text/     *train*.npy, *val*.npy      1-D uint16 token shards, documents behind <|endoftext|>
 
@@ -12,10 +13,12 @@ packing.py reads chats, with and without pictures.
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 import tokenizer as tokenizers
 from common import hub
@@ -38,33 +41,62 @@ class Batch:
 
     def to(self, device):
         """Itself, its tensors moved to the device (from pinned memory, so without a wait)."""
+        if device.type == "cuda":
+            self.pin_memory()
+        return self._each(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+
+    def pin_memory(self):
+        """Itself, its tensors in memory that a GPU can read by itself."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change):
         for name in (part.name for part in fields(self)):
             value = getattr(self, name)
-            if isinstance(value, torch.Tensor) and device.type == "cuda":
-                setattr(self, name, value.pin_memory().to(device, non_blocking=True))
-            elif isinstance(value, torch.Tensor):
-                setattr(self, name, value.to(device))
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, change(value))
         return self
 
 
 class Loader:
-    """Batches of a step, for this process. rows: how many the whole job reads a step."""
+    """Batches of a step, for this process. rows: how many the whole job reads a step.
 
-    def __init__(self, dataset, rows, micro_rows, run, seed):
+    workers: processes that make batches; with 0 a thread does.
+    """
+
+    def __init__(self, dataset, rows, micro_rows, run, seed, workers=0):
         if len(dataset) == 0:
             raise UserError(f"the data set {dataset.name} is empty")
         self.dataset, self.rows, self.run, self.seed = dataset, rows, run, seed
         self.accumulate, self.micro_rows = run.split(rows, micro_rows)
-        self.worker = ThreadPoolExecutor(1)
+        self.workers, self.worker = workers, ThreadPoolExecutor(1)
         self.ahead = {}  # (step, micro) -> the future of its batch
+        self.stream, self.stream_at = None, None  # of the workers: batches, the next one's number
 
     def step(self, step):
         """Yield this process's micro-batches of `step`."""
         for micro in range(self.accumulate):
-            self._submit(step, micro)
-            last = micro + 1 == self.accumulate
-            self._submit(*((step + 1, 0) if last else (step, micro + 1)))
-            yield self._wait(step, micro)
+            if self.workers:
+                batch = self._from_workers(step * self.accumulate + micro)
+            else:
+                self._submit(step, micro)
+                last = micro + 1 == self.accumulate
+                self._submit(*((step + 1, 0) if last else (step, micro + 1)))
+                batch = self._wait(step, micro)
+            if getattr(batch, "lost", None):
+                self.run.lost(batch.lost)
+            yield batch
+
+    def _from_workers(self, number):
+        """The micro-batch of that number, counted from the beginning of the run."""
+        if number != self.stream_at:
+            numbers = ((n, self._rows(*divmod(n, self.accumulate))) for n in count(number))
+            self.stream = iter(DataLoader(
+                RowLists(self.dataset), batch_size=None, sampler=numbers, num_workers=self.workers,
+                pin_memory=self.run.device.type == "cuda", generator=torch.Generator()))
+        self.stream_at = number + 1
+        batch = next(self.stream)
+        batch.n_targets = self.dataset.n_targets(self.rows_of(number // self.accumulate))
+        return batch.to(self.run.device)
 
     def _submit(self, step, micro):
         if (step, micro) not in self.ahead:
@@ -86,11 +118,14 @@ class Loader:
             self._submit(step, micro)
 
     def _make(self, step, micro):
-        everyone = self.rows_of(step)
-        share = everyone.reshape(self.accumulate, self.run.ranks, self.micro_rows)
-        batch = self.dataset.batch(share[micro, self.run.machine.rank].tolist())
-        batch.n_targets = self.dataset.n_targets(everyone)
+        batch = self.dataset.batch(self._rows(step, micro))
+        batch.n_targets = self.dataset.n_targets(self.rows_of(step))
         return batch.to(self.run.device)
+
+    def _rows(self, step, micro):
+        """The rows (list of int) of this process's micro-batch."""
+        share = self.rows_of(step).reshape(self.accumulate, self.run.ranks, self.micro_rows)
+        return share[micro, self.run.machine.rank].tolist()
 
     def rows_of(self, step):
         """The rows (numpy) that the whole job reads in `step`; every epoch has its own order.
@@ -109,6 +144,16 @@ class Loader:
             seed = (self.seed, epoch, group)
             found[mine] = first + shuffled(places[mine] - first, last - first, seed)
         return found
+
+
+class RowLists:
+    """What PyTorch's DataLoader asks of a data set: a batch for each (number, rows)."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, item):
+        return self.dataset.batch(item[1])
 
 
 def shuffled(places, n, seed):
@@ -133,7 +178,7 @@ def shuffled(places, n, seed):
     return found.astype(np.int64)
 
 
-def validation_loss(run, dataset, micro_rows, loss_of, max_rows=512):
+def validation_loss(machine, dataset, micro_rows, loss_of, max_rows=512):
     """Mean loss in nats over the first rows of `dataset`, the same ones every time.
 
     loss_of(batch) gives the loss summed over the batch's supervised positions.
@@ -142,15 +187,15 @@ def validation_loss(run, dataset, micro_rows, loss_of, max_rows=512):
     if n == 0:
         raise UserError(f"{dataset.name} has nothing to validate on")
     total = torch.zeros(2, dtype=torch.float64)
-    for start in range(0, n, run.ranks * micro_rows):
-        mine = start + run.machine.rank * micro_rows
+    for start in range(0, n, machine.ranks * micro_rows):
+        mine = start + machine.rank * micro_rows
         rows = list(range(mine, min(mine + micro_rows, n)))
-        batch = dataset.batch(rows or [0]).to(run.device)  # sharded weights need every process
-        with torch.no_grad(), run.machine.autocast():
+        batch = dataset.batch(rows or [0]).to(machine.device)  # sharded weights need every process
+        with torch.no_grad(), machine.autocast():
             loss = loss_of(batch)
         if rows:
             total += torch.tensor([loss.item(), batch.targets.numel()])
-    total = run.machine.sum(total.to(run.device) if run.device.type == "cuda" else total)
+    total = machine.sum(total.to(machine.device) if machine.device.type == "cuda" else total)
     return (total[0] / total[1]).item()
 
 

@@ -10,7 +10,7 @@ On disk (made by prepare.py, with a manifest.json of counts and sha256 sums besi
 
 import bisect
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +126,7 @@ class Packed:
         self.n_patches, self.image_size, self.how = n_patches, image_size, how
         self.sources = sources
         for chats in sources:
-            stored = getattr(chats, "manifest", {}).get("pictures", {})
+            stored = chats.manifest.get("pictures", {})
             if how == "crop" and stored.get("copied", True) and stored.get("fit") == "pad":
                 raise UserError(f"the pictures in {chats.folder} were padded to squares already, "
                                 "and this CLIP wants them cropped; prepare them with --fit=short")
@@ -150,6 +150,18 @@ class Packed:
         left = f"; {self.left_out} chats too long or with nothing to learn left out"
         return (f"{self.name}: {len(self.chats)} chats in {len(self)} rows of {self.T}, "
                 f"{self.filled:.1%} filled{cut}{left if self.left_out else ''}")
+
+    def notes(self):
+        """Lines for the report: the summary, and what prepare.py left out, by reason."""
+        lines = [self.summary()]
+        for chats in self.sources:
+            reasons = chats.manifest.get("left_out", {})
+            if reasons:
+                total = sum(reason["rows"] for reason in reasons.values())
+                lines.append(f"{chats.folder.parent}: {total} rows were left out when it was "
+                             "prepared: " + ", ".join(f"{found['rows']} {reason}" for reason, found
+                                                      in reasons.items()))
+        return lines
 
     def _measure(self, s):
         """The table of source s, see __init__, a few thousand chats at a time."""
@@ -244,8 +256,9 @@ class Pairs:
     ids: torch.Tensor  # (B, context), ended and padded with the end id
     keys: torch.Tensor  # (B,) equal for identical captions
     n_targets: int = 0
+    lost: list = field(default_factory=list)
 
-    to = Batch.to
+    to, pin_memory, _each = Batch.to, Batch.pin_memory, Batch._each
 
 
 class Captions:
@@ -274,9 +287,15 @@ class Captions:
 
     def batch(self, rows):
         captions = [self.caption(i) for i in rows]
-        images = [self.chats.images(self.chosen[i], self.image_size, self.how)[0] for i in rows]
+        images, lost = [], []
+        for i in rows:
+            try:
+                images += self.chats.images(self.chosen[i], self.image_size, self.how)
+            except PictureError as error:  # gone since it was prepared
+                lost.append(str(error))
+                images.append(blank(self.image_size))
         longest = min(self.context, -(-max(map(len, captions)) // 8) * 8)  # few different shapes
         padded = [ids + [self.tokenizer.end] * (longest - len(ids)) for ids in captions]
         keys = [hash(tuple(ids)) for ids in captions]  # of ints: the same in every process
         return Pairs(to_pixels(images, self.image_size, self.how), torch.tensor(padded),
-                     torch.tensor(keys))
+                     torch.tensor(keys), lost=lost)

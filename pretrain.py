@@ -78,7 +78,7 @@ def main():
         run.progress(step)
         if run.due(step, cfg.eval_every):
             run.record(step, val_loss=validation_loss(
-                run, val, cfg.micro_rows, lambda b: model(b.ids, b.targets), cfg.val_rows))
+                run.machine, val, cfg.micro_rows, lambda b: model(b.ids, b.targets), cfg.val_rows))
         if run.due(step, cfg.save_every):
             run.save(step)
 

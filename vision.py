@@ -46,6 +46,8 @@ class VisionLanguageModel(nn.Module):
         self.decoder = GPT(decoder_config)
         self.vision_tower = VisionTower(clip_config).requires_grad_(False)
         self.projector = Projector(clip_config.vision_width, decoder_config.n_embd)
+        # what packing.Packed has to know: positions a picture, pixels, how they become a square
+        self.pictures = clip_config.n_patches, clip_config.image_size, clip_config.fit
 
     def forward(self, batch):
         """Cross-entropy of a data.Batch, in nats, summed over its supervised positions."""
@@ -67,9 +69,9 @@ class VisionLanguageModel(nn.Module):
 
     def image_tokens(self, pixels):
         """uint8 pixels (M, S, S, 3) to the decoder's embeddings (M, P, C) of the pictures."""
-        with torch.no_grad():
+        with torch.inference_mode():
             features = self.vision_tower.patches(normalise(pixels))
-        return self.projector(features)
+        return self.projector(features.clone())  # no gradient may pass what inference mode made
 
 
 def open_model(name, device="cpu", kinds=("decoder", "vision", "clip"), dtype=None):

@@ -15,7 +15,8 @@ from common.checkpoint import lineage
 from common.config import TrainSettings, UserError, parse, run_main
 from common.optim import make_optimizer
 from common.run import Run
-from data import Loader, check_tokenizer, validation_loss
+from data import Loader, check_tokenizer
+from looking import Looking, blind
 from packing import Chats, Packed
 from vision import describe, join
 
@@ -29,7 +30,8 @@ class Config(TrainSettings):
     context: int = 1024  # positions of a training row, image tokens included
     batch_tokens: int = 65_536  # positions of a step in the whole job
     micro_rows: int = 16  # rows a GPU takes at once: what fits its memory
-    val_rows: int = 64  # validation rows, always the same ones
+    val_chats: int = 512  # held-out chats of an evaluation, always the same ones
+    workers: int = -1  # processes that decode pictures; -1 for the cores that a GPU leaves over
 
 
 def main():
@@ -43,11 +45,11 @@ def main():
 
     # Data: captions, packed into rows
     check_tokenizer(cfg.data, tokenizer)
-    pictures = (model.clip_config.n_patches, model.clip_config.image_size)
-    train = Packed([Chats(cfg.data, "train")], cfg.context, tokenizer, *pictures)
-    val = Packed([Chats(cfg.data, "val")], cfg.context, tokenizer, *pictures)
-    loader = Loader(train, run.rows(), cfg.micro_rows, run, cfg.seed)
-    run.log.say(train.summary())
+    train = Packed([Chats(cfg.data, "train")], cfg.context, tokenizer, *model.pictures)
+    val = Chats(cfg.data, "val")
+    looking = Looking(val, cfg.val_chats, cfg.context, tokenizer, *model.pictures)
+    loader = Loader(train, run.rows(), cfg.micro_rows, run, cfg.seed, run.workers())
+    run.note(*train.notes())
     if cfg.context > model.decoder.config.max_positions:
         raise UserError(f"--context={cfg.context} is more than the model's max_positions, "
                         f"{model.decoder.config.max_positions}")
@@ -65,12 +67,13 @@ def main():
         run.update(step)
         run.progress(step)
         if run.due(step, cfg.eval_every):
-            run.record(step, val_loss=validation_loss(run, val, cfg.micro_rows, model,
-                                                      cfg.val_rows))
+            losses = looking.losses(run.machine, model, cfg.micro_rows)
+            run.record(step, **losses)
+            run.log.say(blind(losses))
         if run.due(step, cfg.save_every):
             run.save(step)
 
-    run.finish(sample_answers(model, tokenizer, val.sources[0], 3))
+    run.finish(sample_answers(model, tokenizer, val, 3))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from common.config import TrainSettings, UserError, parse, run_main
 from common.optim import make_optimizer
 from common.run import Run
 from data import Loader, check_tokenizer, validation_loss
+from looking import Looking, blind
 from packing import Chats, Packed, Share
 from vision import describe, open_model
 
@@ -30,7 +31,9 @@ class Config(TrainSettings):
     context: int = 1024  # positions of a training row, image tokens included
     batch_tokens: int = 65_536  # positions of a step in the whole job
     micro_rows: int = 16  # rows a GPU takes at once: what fits its memory
-    val_rows: int = 64  # validation rows, always the same ones
+    val_chats: int = 512  # held-out chats of an evaluation, always the same ones
+    workers: int = -1  # processes that decode pictures; -1 for the cores that a GPU leaves over
+    projector_lr: float = 1.0  # the projector's learning rates, as a multiple of the decoder's
 
 
 def main():
@@ -43,21 +46,22 @@ def main():
 
     # Data: chats about pictures, and some without
     check_tokenizer(cfg.data, tokenizer)
-    pictures = (model.clip_config.n_patches, model.clip_config.image_size)
-    sources = [Chats(cfg.data, "train")]
+    sources, val_text = [Chats(cfg.data, "train")], None
     if cfg.text_data:
         check_tokenizer(cfg.text_data, tokenizer)
         texts = Chats(cfg.text_data, "train")
         sources.append(Share(texts, round(len(sources[0]) * cfg.text_share), cfg.seed))
-    train = Packed(sources, cfg.context, tokenizer, *pictures)
-    val = Packed([Chats(cfg.data, "val")], cfg.context, tokenizer, *pictures)
-    loader = Loader(train, run.rows(), cfg.micro_rows, run, cfg.seed)
-    run.log.say(train.summary())
+        val_text = Packed([Chats(cfg.text_data, "val")], cfg.context, tokenizer)
+    train = Packed(sources, cfg.context, tokenizer, *model.pictures)
+    val = Chats(cfg.data, "val")
+    looking = Looking(val, cfg.val_chats, cfg.context, tokenizer, *model.pictures)
+    loader = Loader(train, run.rows(), cfg.micro_rows, run, cfg.seed, run.workers())
+    run.note(*train.notes())
     if cfg.context > model.decoder.config.max_positions:
         raise UserError(f"--context={cfg.context} is more than the model's max_positions, "
                         f"{model.decoder.config.max_positions}")
 
-    optimizer = make_optimizer(model, cfg)
+    optimizer = make_optimizer(model, cfg, {"projector.": cfg.projector_lr})
     net = run.start(model, optimizer, tokenizer, {**describe(model), "lineage": lineage(info)},
                     "tok", cfg.batch_tokens, model.decoder.flops_per_token(cfg.context))
 
@@ -69,12 +73,16 @@ def main():
         run.update(step)
         run.progress(step)
         if run.due(step, cfg.eval_every):
-            run.record(step, val_loss=validation_loss(run, val, cfg.micro_rows, model,
-                                                      cfg.val_rows))
+            losses = looking.losses(run.machine, model, cfg.micro_rows)
+            if val_text:
+                losses["val_text_loss"] = validation_loss(run.machine, val_text, cfg.micro_rows,
+                                                          model, 64)
+            run.record(step, **losses)
+            run.log.say(blind(losses))
         if run.due(step, cfg.save_every):
             run.save(step)
 
-    run.finish(sample_answers(model, tokenizer, val.sources[0], 3))
+    run.finish(sample_answers(model, tokenizer, val, 3))
 
 
 if __name__ == "__main__":

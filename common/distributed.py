@@ -138,6 +138,13 @@ def device_name(device):
     return device.type
 
 
+def cores():
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def compile_blocks(model):
     """Compile the repeated blocks of `model` in place: one compilation serves all of a kind, and
     parameter names stay as they are."""

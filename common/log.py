@@ -38,8 +38,8 @@ class Log:
         path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
 
     def say(self, text):
-        """Print one line, from the main process only."""
-        if self.enabled:
+        """Print one line, from the main process only; nothing of an empty one."""
+        if self.enabled and text:
             print(text, flush=True)
 
     def add(self, step, figures):
@@ -70,8 +70,8 @@ class Log:
         axes.legend()
         figure.savefig(self.folder / "loss.png", dpi=110)
 
-    def report(self, stage, machine, settings, figures, samples):
-        """Write report.md: command, commit, machine, figures, curve, samples."""
+    def report(self, stage, machine, settings, figures, samples, notes=()):
+        """Write report.md: command, commit, machine, figures, curve, notes, samples."""
         if not self.enabled:
             return
         gpu_gb, host_gb = peak_memory_gb(machine.device)
@@ -86,6 +86,8 @@ class Log:
         lines = [f"# {stage}: {self.folder}", "", "| what | figure |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in facts.items()]
         lines += ["", "![loss](loss.png)", ""]
+        if notes:
+            lines += ["## Data", "", *(f"- {note}" for note in notes), ""]
         if samples:
             lines += ["## Samples", ""]
             for sample in samples:

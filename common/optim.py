@@ -170,34 +170,40 @@ def rows_kept(pieces, p):
     return like(torch.cat(found).to(p.device), p)
 
 
-def make_optimizer(model, cfg):
+def make_optimizer(model, cfg, factors=None):
     """Optimizers for the parameters of `model` that require a gradient.
 
     Weight decay is for matrices that multiply; embeddings, norms and biases go without, unless
-    cfg.decay is "all".
+    cfg.decay is "all". factors: {how names begin: what their learning rates are multiplied by}.
     """
-    matrices, embeddings, plain = [], [], []
+    decay_rest = cfg.weight_decay if cfg.decay == "all" else 0.0
+    kinds = {"inner": (cfg.muon_lr, cfg.weight_decay),
+             "embedding": (cfg.embedding_lr or cfg.lr, decay_rest), "plain": (cfg.lr, decay_rest),
+             "matrix": (cfg.lr, cfg.weight_decay)}
+    groups = {}  # (kind, factor) -> parameters
     for name, p in model.named_parameters():
         if p.requires_grad:
-            kind = plain if p.ndim < 2 else embeddings if is_embedding(name) else matrices
-            kind.append(p)
-    heads = [p for name, p in model.named_parameters() if p.requires_grad and is_head(name)]
-    decay_rest = cfg.weight_decay if cfg.decay == "all" else 0.0
-    adamw = [dict(params=embeddings, lr=cfg.embedding_lr or cfg.lr, weight_decay=decay_rest),
-             dict(params=plain, weight_decay=decay_rest)]
-    members = []
-    if cfg.optimizer == "muon":
-        inner = [p for p in matrices if not any(p is head for head in heads)]
-        if inner:
-            members.append(Muon(inner, cfg.muon_lr, cfg.momentum, cfg.weight_decay))
-        adamw.append(dict(params=heads, weight_decay=cfg.weight_decay))
-    else:
-        adamw.append(dict(params=matrices, weight_decay=cfg.weight_decay))
-    adamw = [group for group in adamw if group["params"]]
+            factor = next((f for start, f in (factors or {}).items() if name.startswith(start)), 1)
+            groups.setdefault((kind_of(name, p, cfg.optimizer), factor), []).append(p)
+    muon, adamw = [], []
+    for kind, (lr, decay) in kinds.items():
+        for factor in sorted({f for k, f in groups if k == kind}):
+            group = dict(params=groups[kind, factor], lr=lr * factor, weight_decay=decay)
+            (muon if kind == "inner" else adamw).append(group)
+    members = [Muon(muon, cfg.muon_lr, cfg.momentum)] if muon else []
     if adamw:
         betas = (cfg.beta1, cfg.beta2)
         members.append(torch.optim.AdamW(adamw, lr=cfg.lr, betas=betas, fused=True))
     return Optimizers(members)
+
+
+def kind_of(name, p, optimizer):
+    """Whose a parameter is: Muon's ("inner"), or AdamW's as a matrix, an embedding or the rest."""
+    if p.ndim < 2:
+        return "plain"
+    if is_embedding(name):
+        return "embedding"
+    return "inner" if optimizer == "muon" and not is_head(name) else "matrix"
 
 
 def is_embedding(name):

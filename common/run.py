@@ -30,6 +30,7 @@ from common import checkpoint
 from common.config import UserError
 from common.distributed import (
     compile_blocks,
+    cores,
     peak_flops,
     peak_memory_gb,
     release_free_memory,
@@ -41,7 +42,7 @@ from common.shard import number_of_shard, shard, unshard, whole, whole_weights
 
 WARM_STEPS = 5  # after these nothing new lives long
 LOWEST = dict(max_steps=1, context=1, batch_tokens=1, batch_pairs=1, micro_rows=1, val_rows=1,
-              seed=0)
+              val_chats=1, seed=0, workers=-1)
 STOPPED_EARLY = 75  # exit status of a run that saved and can go on (EX_TEMPFAIL of sysexits.h)
 
 
@@ -60,6 +61,7 @@ class Run:
         self.settings = dataclasses.asdict(cfg)
         self.log = Log(self.folder, self.machine.is_main, cfg.tracker, self.settings)
         self.metrics, self.stop_signal, self.asked, self.saved = {}, None, 0.0, None
+        self.notes, self.n_lost = [], 0
         self.began = time.time()  # of the whole run; moved back on resuming, for the cost
         self.clock = time.perf_counter()  # of this process, for --time_limit
         torch.manual_seed(cfg.seed)
@@ -88,6 +90,26 @@ class Run:
             raise UserError(f"--batch_tokens={self.cfg.batch_tokens} is not a multiple of "
                             f"--context={self.cfg.context}")
         return self.cfg.batch_tokens // self.cfg.context
+
+    def workers(self):
+        """How many processes make batches: --workers, or for a GPU the cores left over to it."""
+        if self.cfg.workers >= 0:
+            return self.cfg.workers
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return max(1, min(8, cores() // here - 1)) if self.device.type == "cuda" else 0
+
+    def note(self, *lines):
+        """Say lines that the report should have as well."""
+        for line in lines:
+            self.log.say(line)
+        self.notes += lines
+
+    def lost(self, reasons):
+        """Count chats whose pictures could not be read any more; the first are named."""
+        for reason in reasons:
+            self.n_lost += 1
+            if self.n_lost <= 5:
+                self.log.say(f"left out: {reason}")
 
     def start(self, model, optimizer, tokenizer, info, unit="tok", per_step=0, flops=0):
         """Resume if there is something to resume; returns the network to call in the loop.
@@ -325,8 +347,10 @@ class Run:
         figures["steps"] = self.cfg.max_steps
         if hasattr(self, "rate"):
             figures["speed"] = f"{self.rate:,.0f} {self.unit}/s"
+        if self.n_lost:
+            self.note(f"{self.n_lost} times a chat was left out because a picture had gone")
         self.log.plot()
-        self.log.report(self.stage, self.machine, self.settings, figures, samples)
+        self.log.report(self.stage, self.machine, self.settings, figures, samples, self.notes)
         self.log.say(f"done: {self.folder} (report.md, loss.png, log.jsonl, the checkpoint)")
         self.machine.leave()
 

@@ -25,6 +25,7 @@ DEMO = ("--stories=400", "--chats=150", "--captions=120", "--conversations=120",
 COMMON = (f"--max_steps={STEPS}", "--save_every=2", "--eval_every=3", "--log_every=1",
           "--device=cpu", "--precision=fp32")
 ROWS = ("--micro_rows=4", "--val_rows=8")
+PICTURES = ("--micro_rows=4", "--val_chats=24", "--workers=0")
 TINY = {
     "clip_pretrain": ("--image_size=32", "--patch_size=8", "--vision_width=32",
                       "--vision_layers=2", "--vision_heads=2", "--text_width=32",
@@ -33,8 +34,8 @@ TINY = {
     "pretrain": ("--n_layer=2", "--n_head=2", "--n_embd=32", "--max_positions=256",
                  "--context=64", "--batch_tokens=512", *ROWS),
     "sft": ("--context=128", "--batch_tokens=1024", *ROWS),
-    "vision_pretrain": ("--context=128", "--batch_tokens=1024", *ROWS),
-    "vision_sft": ("--context=128", "--batch_tokens=1024", "--text_share=0.5", *ROWS),
+    "vision_pretrain": ("--context=128", "--batch_tokens=1024", *PICTURES),
+    "vision_sft": ("--context=128", "--batch_tokens=1024", "--text_share=0.5", *PICTURES),
 }
 
 

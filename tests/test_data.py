@@ -200,8 +200,8 @@ def test_rows_that_processes_cannot_share_evenly_are_refused(numbers):
 
 def test_the_validation_loss_is_the_mean_over_the_same_first_rows(numbers):
     """Each row counts alike, also in the last batch, which is shorter."""
-    def mean_id(micro_rows):
-        return data.validation_loss(Job(), numbers, micro_rows, lambda b: b.targets.sum(), 10)
+    def mean_id(rows):
+        return data.validation_loss(Job().machine, numbers, rows, lambda b: b.targets.sum(), 10)
     expected = np.mean([numbers.window(i)[1:] for i in range(10)])
     assert [mean_id(n) for n in (10, 4, 3)] == pytest.approx([expected] * 3)
 
