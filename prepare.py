@@ -13,12 +13,10 @@ from where it was. Rows that cannot be used are counted by reason, the first one
 out.
 """
 
-import io
 import json
 import random
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Literal
@@ -31,14 +29,14 @@ import world
 from common.checkpoint import write_json
 from common.config import UserError, parse, run_main
 from common.distributed import peak_memory_gb
-from pictures import fit, read_image
 from prep.check import Check, check, data_first
+from prep.conversations import write_chats_about_pictures, write_chats_about_text
 from prep.demo import captioned, distinct, questioned, words_of
 from prep.fineweb import fetch_shards
 from prep.journal import Record, digest, read_all, splits_of
-from prep.rows import check_quality, messages_of, picture_finder, text_of, texts_of
+from prep.rows import text_of, texts_of
 from prep.sources import pieces, sources_of
-from prep.storage import ChatWriter, NewFolder, Shards, write_chats, write_manifest, write_text
+from prep.storage import NewFolder, Shards, check_size, write_chats, write_manifest, write_text
 
 SMALLEST_VOCABULARY = 256 + len(tokenizers.SPECIALS)  # every byte, and the specials
 VOCABULARY_TEXT = 200_000_000  # characters that a vocabulary is trained on, at most
@@ -107,13 +105,18 @@ class Chat(Rows):
 
 @dataclass
 class Images(Rows):
-    """Chats or captions about pictures, in LLaVA's form, resized and packed into one file."""
+    """Chats or captions about pictures, in LLaVA's form; up to 4 pictures in a row, or none."""
 
     out: str = "data/images"  # folder to make
     max_chats: int = 0  # chats to take at most, the first ones; 0 for all
-    image_root: str = ""  # folder or .zip with the pictures; a path that is not there is sought by
-    # its base name
-    image_size: int = 224  # pixels of the square the pictures are fitted into
+    image_root: str = ""  # folder, .zip, .tar, .tar.zst or .tar.gz with the pictures, or several of
+    # them: a list with commas, a pattern; a name that is not there is sought by its base name
+    image_size: int = 224  # pixels of the square that pictures are fitted into, or the short side
+    fit: Literal["pad", "short"] = "pad"  # pad: padded to a square, as LLaVA does; short: all of
+    # the picture with its short side that long, so that training can pad or crop it
+    copy: bool = True  # False: pictures stay where they are, and the data set has their names
+    short_answers: bool = False  # where all answers have 3 words at most, ask for short ones
+    shard_bytes: int = 1_000_000_000  # bytes of pictures in a file
 
 
 @dataclass
@@ -184,12 +187,6 @@ def check_rows(cfg):
         raise UserError(f"--val_share={cfg.val_share} is no share: it must be from 0 to below 1")
 
 
-def check_size(tokenizer, cfg):
-    if tokenizer.n_vocab > 65536:
-        raise UserError(f"the tokenizer {cfg.tokenizer} has {tokenizer.n_vocab} ids, and data sets "
-                        "hold 16-bit ids: at most 65536")
-
-
 # -------------------------------------------------------------------------------------------- text
 
 
@@ -203,8 +200,8 @@ def text(cfg):
     with folder as out:
         tokenizer = text_tokenizer(cfg, folder, sources["rows"])
         check_size(tokenizer, cfg)
-        journals = read_all(folder, cfg, sources, tokenizer, document_maker(cfg, tokenizer),
-                            cfg.max_documents)
+        journals, refused = read_all(folder, cfg, sources, tokenizer,
+                                     document_maker(cfg, tokenizer), cfg.max_documents)
         if len(journals["rows"]) == 0:
             raise UserError(f"{sources['rows'].name} holds no text")
         counts = {}
@@ -215,7 +212,7 @@ def text(cfg):
             shards.close()
             counts[split] = n, shards.tokens
         write_manifest(out, tokenizer, train_tokens=counts["train"][1],
-                       val_tokens=counts["val"][1])
+                       val_tokens=counts["val"][1], left_out=refused.table())
     (n_train, train_tokens), (n_val, val_tokens) = counts["train"], counts["val"]
     print(f"{cfg.out}: {n_train} documents, {train_tokens:,} tokens to train on; "
           f"{n_val} documents, {val_tokens:,} tokens for validation")
@@ -259,70 +256,21 @@ def documents_of(cfg, journals, tokenizer):
             in splits_of(cfg, journals, cfg.max_documents).items()}
 
 
-# ------------------------------------------------------------------------- chats, ready-made tokens
+# --------------------------------------------------------------- chats, pictures, ready-made tokens
 
 
 def chat(cfg):
-    """Tokenise chats, but those that their own columns call poor."""
-
-    def images_of(row):
-        check_quality(row, cfg)
-        return []
-
-    # Turns are so short that threads would only wait for Python's lock: two take 1.6 times as long.
-    write_conversations(cfg, images_of, workers=1)
+    """Chats about text, tokenised."""
+    check_rows(cfg)
+    at_least(cfg, max_chats=0)
+    write_chats_about_text(cfg)
 
 
 def images(cfg):
-    """Chats about pictures, the pictures decoded, fitted into a square and packed as JPEG."""
-    at_least(cfg, image_size=1)
-    find = picture_finder(cfg.image_root)
-
-    def images_of(row):
-        name = row.get("image") or row.get("image_path")
-        if not name:
-            return []
-        if not isinstance(name, str):
-            raise ValueError("not one picture's name")
-        file = io.BytesIO()
-        fit(read_image(find(name), name), cfg.image_size).save(file, "JPEG", quality=90)
-        return [file.getvalue()]
-
-    with warnings.catch_warnings():  # here, because threads share what read_image sets for itself
-        warnings.simplefilter("ignore")
-        write_conversations(cfg, images_of)
-
-
-def write_conversations(cfg, images_of, workers=None):
-    """Tokenise chats, with the pictures that images_of(row) finds as encoded bytes."""
+    """Chats about pictures, tokenised, with the pictures made small."""
     check_rows(cfg)
-    at_least(cfg, max_chats=0)
-    tokenizer = tokenizers.load(cfg.tokenizer)
-    check_size(tokenizer, cfg)
-    sources, folder = sources_of(cfg), NewFolder(cfg.out)
-
-    def make(row):
-        messages, images = messages_of(row), images_of(row)
-        chat = tokenizers.render(tokenizer, messages, len(images))
-        return Record(np.array(chat.ids, np.uint16), chat.supervised, images)
-
-    counts = {}
-    with folder as out:
-        journals = read_all(folder, cfg, sources, tokenizer, make, cfg.max_chats, workers)
-        splits = splits_of(cfg, journals, cfg.max_chats)
-        if len(splits["train"][1]) == 0:
-            raise UserError(f"{sources['rows'].name} holds no chat that can be used")
-        if len(splits["val"][1]) == 0:
-            raise UserError("no chat is left for validation; say --val_files or a --val_share")
-        for split, (journal, numbers) in splits.items():
-            writer = ChatWriter(out / split)
-            for i in np.sort(numbers):  # the loader shuffles; here reading in order is quicker
-                writer.append(journal.ids(i), journal.supervised(i), journal.images(i))
-            counts[split] = writer.close()
-        write_manifest(out, tokenizer, **counts)
-    for split, count in counts.items():
-        print(f"{cfg.out}/{split}: {count['chats']} chats, {count['tokens']:,} tokens, "
-              f"{count['images']} pictures")
+    at_least(cfg, max_chats=0, image_size=1, shard_bytes=1)
+    write_chats_about_pictures(cfg)
 
 
 def fineweb(cfg):

@@ -20,6 +20,7 @@ import numpy as np
 
 from common.checkpoint import write_json
 from common.config import UserError, read_json
+from pictures import PictureError
 from prep.sources import Refused, parsed
 
 FILES = {"ids": np.uint16, "supervised": np.bool_, "images": np.uint8, "starts": np.int64,
@@ -170,8 +171,8 @@ def fill(journal, source, make, limit=0, workers=None):
     """Read the rows of `source` behind the journal's and append make(row) of each, in order.
 
     make runs in threads, on all cores unless workers says otherwise: decoding and tokenising let go
-    of Python's lock. It refuses a row by a ValueError with the reason. Where limit is above 0,
-    reading ends soon after that many records are there.
+    of Python's lock. It refuses a row by a ValueError or PictureError with the reason. Where limit
+    is above 0, reading ends soon after that many records are there.
     """
     if journal.complete:
         return
@@ -181,7 +182,8 @@ def fill(journal, source, make, limit=0, workers=None):
     def take(left):
         """Append what is ready until `left` batches wait; True once that is enough."""
         while len(waiting) > left and not (limit and len(journal) > limit):
-            journal.append(waiting.popleft().result())
+            journal.append(waiting[0].result())  # it stays the first where it raises an error
+            waiting.popleft()
             progress.show()
         return limit and len(journal) > limit  # one more than the limit: the last may go on
 
@@ -192,7 +194,7 @@ def fill(journal, source, make, limit=0, workers=None):
                 break
         take(0)
         journal.commit(complete=True)
-    except UserError:  # the source failed
+    except UserError:  # the source failed; or a row did, and take raises its error again
         take(0)
         journal.commit()
         raise
@@ -229,12 +231,12 @@ def work(make, batch):
     for where, row, _ in batch:
         try:
             records.append(make(parsed(row)))
+        except PictureError as error:
+            refused.append((error.reason, where))
         except ValueError as error:
             refused.append((str(error), where))
         except TypeError:
             refused.append(("a row of another form", where))
-        except UserError:
-            refused.append(("an unreadable picture", where))
     return Part(pack(records), refused, len(batch), sum(int(item[2]) for item in batch))
 
 
@@ -268,6 +270,10 @@ class Progress:
         self.journal, self.total, self.limit = journal, source.total, limit
         self.began = self.said = time.monotonic()
         self.bytes_before, self.share_before = journal.bytes, self._share()
+        self.pictures_before = self._pictures()
+
+    def _pictures(self):
+        return self.journal.lengths.get("image_starts", 0)
 
     def _share(self):
         """How much of the work is done, 0 to 1, or None where nobody knows."""
@@ -284,6 +290,8 @@ class Progress:
         if share is not None and share > self.share_before:
             rest = seconds * (1 - share) / (share - self.share_before)
             left = f", {rest / 60:.0f} min left" if rest >= 90 else f", {rest:.0f} s left"
+        if pictures := self._pictures() - self.pictures_before:
+            left = f", {pictures / seconds:.0f} pictures/s{left}"
         print(f"{journal.rows:,} rows, {journal.lengths['ids']:,} tokens, "
               f"{(journal.bytes - self.bytes_before) / seconds / 1e6:.1f} MB/s{left}", flush=True)
 
@@ -292,9 +300,10 @@ class Progress:
 
 
 def read_all(folder, cfg, sources, tokenizer, make, limit, workers=None):
-    """Journals, filled, of all sources: {name: journal}; prints which rows were left out."""
-    later = ("out", "files", "val_files", "val_share", "seed", "shard_tokens")  # changes no record
-    kept = {name: value for name, value in asdict(cfg).items() if name not in later}
+    """Journals, filled, of all sources: {name: journal}, and which rows were left out, printed."""
+    later = ("out", "files", "val_files", "val_share", "seed", "shard_tokens", "shard_bytes")
+    kept = {name: value for name, value in asdict(cfg).items()
+            if name not in later}  # they change no record
     journals, refused = {}, Refused()
     try:
         for name, source in sources.items():
@@ -306,7 +315,7 @@ def read_all(folder, cfg, sources, tokenizer, make, limit, workers=None):
         for journal in journals.values():
             refused.add_all(journal.refused)
         refused.show()
-    return journals
+    return journals, refused
 
 
 def splits_of(cfg, journals, limit):

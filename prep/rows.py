@@ -1,13 +1,13 @@
 """What a row means: a text, a chat, a picture. A ValueError says why a row cannot be used."""
 
-import zipfile
-import zlib
-from pathlib import Path
-
-from common.config import UserError
+from archives import open_pictures as picture_finder  # noqa: F401
 from prep.sources import Piece, parsed
+from tokenizer import IMAGE_MARK
 
 QUALITIES = ("very poor", "poor", "average", "good", "excellent")
+MAX_PICTURES = 4  # of a row
+SHORT_ANSWER = "Answer with a word or a short phrase."
+SHORT_WORDS = 3
 
 
 def text_of(row, field):
@@ -91,38 +91,36 @@ def check_quality(row, cfg):
 # ---------------------------------------------------------------------------------------- pictures
 
 
-def picture_finder(root):
-    """A function from a row's picture name to its bytes, in a folder or a zip."""
-    if str(root).endswith(".zip"):
-        try:
-            archive = zipfile.ZipFile(root)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"cannot read the pictures in {root}: {error}") from None
-        names = {**{Path(name).name: name for name in archive.namelist()},
-                 **{name: name for name in archive.namelist()}}
+def pictures_of(row, messages):
+    """The pictures of a row, each its name or its bytes, or a ValueError.
 
-        def from_zip(name):
-            found = names.get(name) or names.get(Path(name).name)
-            if found is None:
-                raise ValueError("a missing picture")
-            try:
-                return archive.read(found)
-            except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError,
-                    NotImplementedError):
-                raise ValueError("an unreadable picture") from None
+    They stand in `image`, `images` or `image_path`: one or a list, as parquet has them or as names.
+    Where messages have <image> marks, there must be one for each.
+    """
+    found = row.get("image") or row.get("images") or row.get("image_path") or []
+    found = [picture_of(item) for item in (found if isinstance(found, list) else [found])]
+    if len(found) > MAX_PICTURES:
+        raise ValueError(f"more than {MAX_PICTURES} pictures")
+    marks = sum(m["content"].count(IMAGE_MARK) for m in messages if m["role"] == "user")
+    if marks not in (0, len(found)):
+        raise ValueError(f"pictures and {IMAGE_MARK} marks do not match")
+    return found
 
-        return from_zip
-    if not Path(root or ".").is_dir():
-        raise UserError(f"there is no folder of pictures {root}; say --image_root=FOLDER or a .zip")
 
-    def from_folder(name):
-        for path in (Path(root or ".") / name, Path(root or ".") / Path(name).name):
-            try:
-                return path.read_bytes()
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            except (OSError, ValueError):  # a ValueError for a name that no file can have
-                raise ValueError("an unreadable picture") from None
-        raise ValueError("a missing picture")
+def picture_of(item):
+    """The name or the bytes of one picture; parquet files and the hub have {bytes, path}."""
+    if isinstance(item, dict):
+        item = item.get("bytes") or item.get("path")
+    if not (item and isinstance(item, str | bytes)):
+        raise ValueError("a picture that is neither a name nor bytes")
+    return item
 
-    return from_folder
+
+def ask_shortly(messages):
+    """The messages, the first question asking for a short answer if all answers are short."""
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    if any(len(answer.split()) > SHORT_WORDS for answer in answers):
+        return messages
+    first = next(i for i, m in enumerate(messages) if m["role"] == "user")
+    question = "\n".join(filter(None, (messages[first]["content"], SHORT_ANSWER)))
+    return [*messages[:first], {"role": "user", "content": question}, *messages[first + 1 :]]

@@ -5,13 +5,13 @@ names the row for the user, and a line of JSON stays unparsed bytes until `parse
 rows is quick and parsing happens where the tokenising happens.
 """
 
-import glob
 import json
 import re
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from archives import local_paths
 from common.config import UserError
 
 BLOCK = 1 << 20  # how much of a long file is read at once
@@ -38,6 +38,11 @@ class Refused:
         self.counts.update(other.counts)
         for reason, where in other.first.items():
             self.first[reason] = (self.first[reason] + where)[:5]
+
+    def table(self):
+        """{reason: how many rows, and the first of them}, the most frequent first."""
+        return {reason: {"rows": n, "first": self.first[reason]}
+                for reason, n in self.counts.most_common()}
 
     def show(self):
         for reason, n in self.counts.most_common():
@@ -91,16 +96,11 @@ class Files:
 
 
 def paths_of(patterns):
-    """The files that comma-separated patterns name, sorted; UserError if one names none."""
-    paths = []
-    for pattern in patterns.split(","):
-        found = sorted(glob.glob(pattern.strip()))
-        if not found:
-            raise UserError(f"no file matches {pattern.strip()}")
-        folders = [path for path in found if Path(path).is_dir()]
-        if folders:
-            raise UserError(f"{folders[0]} is a folder; name files, like {folders[0]}/*.jsonl")
-        paths += map(Path, found)
+    """The files that comma-separated patterns name; UserError if one names none, or a folder."""
+    paths = local_paths(patterns)
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name files, like {path}/*.jsonl")
     return paths
 
 
@@ -114,7 +114,7 @@ def read_parquet(path, skip):
             if skip >= n_rows:
                 return skip - n_rows
             size = path.stat().st_size / n_rows
-            for batch in file.iter_batches(256):
+            for batch in file.iter_batches(max(1, min(256, int(16 * BLOCK / size)))):
                 rows = batch.slice(min(len(batch), max(0, skip - number)))
                 for i, row in enumerate(rows.to_pylist(), number + len(batch) - len(rows) + 1):
                     yield f"{path.name}:{i}", row, size
@@ -209,6 +209,8 @@ class Dataset:
         try:
             data = datasets.load_dataset(self.name, self.subset or None, split=self.split,
                                          streaming=True)
+            if data.features and "Image(" in repr(data.features):
+                data = data.decode(False)  # pictures as bytes
             for number, row in enumerate(data.skip(skip) if skip else data, skip + 1):
                 yield f"{self.name}:{number}", row, size_of(row)
         except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
@@ -241,9 +243,12 @@ def retried(open_rows, skip, name, waits=WAITS, say=print):
             failures += 1
 
 
-def size_of(row):
-    """About how many bytes of text a row has."""
-    return sum(len(value) for value in row.values() if isinstance(value, str))
+def size_of(value):
+    """About how many bytes of text and pictures a row has."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    values = value.values() if isinstance(value, dict) else value
+    return sum(map(size_of, values)) if isinstance(values, list | type({}.values())) else 0
 
 
 def source_of(cfg):

@@ -23,16 +23,16 @@ class NewFolder:
         folder = NewFolder("data/books")
         with folder as out:      # out is an empty folder, put in place at the end
 
-    Beside `out`, folder.writing can hold journals (journal.py). Where something ends the block
-    early, journals that have rows stay, and the same command goes on from them. With keep, what is
-    in `out` stays too.
+    Beside `out`, folder.writing can hold journals (journal.py), and archives unpacked into
+    folder.unpacked (unpack.py). Where something ends the block early, those and the journals that
+    have rows stay, and the same command goes on from them. With keep, what is in `out` stays too.
     """
 
     def __init__(self, path, keep=False):
         self.keep = keep
         self.path = Path(path).absolute()
         self.writing = self.path.with_name(f".writing-{self.path.name}")
-        self.whole = self.writing / "whole"
+        self.whole, self.unpacked = self.writing / "whole", self.writing / "unpacked"
         if self.path.exists() and not (self.path / "manifest.json").is_file():
             raise UserError(f"{path} is there already and is no data set of prepare.py's, so it is "
                             "not replaced; choose another --out")
@@ -60,7 +60,8 @@ class NewFolder:
                 flush(self.whole)
                 shutil.rmtree(self.path, ignore_errors=True)
                 self.whole.rename(self.path)
-            elif any(self.writing.glob("whole/*" if self.keep else "*/progress.json")):
+            elif any(any(self.writing.glob(pattern)) for pattern in (
+                    "whole/*" if self.keep else "*/progress.json", "unpacked/*")):
                 print(f"what is done so far is kept in {self.writing}; "
                       "the same command goes on from there", flush=True)
                 return self._as_user_error(error)
@@ -83,6 +84,13 @@ def write_manifest(folder, tokenizer, **counts):
         "tokenizer_name": tokenizer.name, "tokenizer": tokenizer.fingerprint,
         **counts, "sha256": sums(folder),
     })  # fmt: skip
+
+
+def check_size(tokenizer, cfg):
+    """UserError if the ids of the tokenizer that cfg names do not fit into a data set."""
+    if tokenizer.n_vocab > 65536:
+        raise UserError(f"the tokenizer {cfg.tokenizer} has {tokenizer.n_vocab} ids, and data sets "
+                        "hold 16-bit ids: at most 65536")
 
 
 class Array:
@@ -141,10 +149,34 @@ def write_text(folder, split, documents, tokenizer, shard_tokens=100_000_000):
     return shards.tokens
 
 
+class ImageShards:
+    """Pictures' bytes end to end in the files images_000000.bin, ..., of shard_bytes at most.
+
+    A picture is never split over two files; one that is larger than that has a file of its own.
+    """
+
+    def __init__(self, folder, shard_bytes):
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.shard, self.n_shards, self.bytes = None, 0, 0
+
+    def append(self, image):
+        if self.shard is None or self.shard.tell() + len(image) > self.shard_bytes:
+            self.close()
+            path = self.folder / f"images_{self.n_shards:06d}.bin"
+            self.shard = open(path, "wb")  # noqa: SIM115 (closed by close)
+            self.n_shards += 1
+        self.shard.write(image)
+        self.bytes += len(image)
+
+    def close(self):
+        if self.shard is not None:
+            self.shard.close()
+
+
 class ChatWriter:
     """Writes chats and their pictures' encoded bytes into the files that packing.Chats reads."""
 
-    def __init__(self, folder, tokenizer=None):
+    def __init__(self, folder, tokenizer=None, shard_bytes=1_000_000_000):
         self.folder, self.tokenizer = folder, tokenizer
         folder.mkdir(parents=True)
         dtypes = {"ids": np.uint16, "supervised": np.bool_, "offsets": np.int64,
@@ -153,7 +185,7 @@ class ChatWriter:
                        for name, dtype in dtypes.items()}
         for name in "offsets", "first_image", "image_offsets":
             self.arrays[name].append([0])
-        self.images = open(folder / "images.bin", "wb")  # noqa: SIM115 (closed by close)
+        self.images = ImageShards(folder, shard_bytes)
 
     def add(self, messages, images=()):
         """Append a chat given as messages."""
@@ -166,8 +198,8 @@ class ChatWriter:
         self.arrays["supervised"].append(supervised)
         self.arrays["offsets"].append([self.arrays["ids"].size])
         for image in images:
-            self.images.write(image)
-            self.arrays["image_offsets"].append([self.images.tell()])
+            self.images.append(image)
+            self.arrays["image_offsets"].append([self.images.bytes])
         self.arrays["first_image"].append([self.arrays["image_offsets"].size - 1])
 
     def close(self):
@@ -177,7 +209,7 @@ class ChatWriter:
             array.close()
         n_images = self.arrays["image_offsets"].size - 1
         if n_images == 0:
-            for name in "images.bin", "first_image.npy", "image_offsets.npy":
+            for name in "first_image.npy", "image_offsets.npy":
                 (self.folder / name).unlink()
         return {"chats": self.arrays["offsets"].size - 1, "tokens": self.arrays["ids"].size,
                 "images": n_images}

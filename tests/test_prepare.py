@@ -281,8 +281,8 @@ def pictures():
         "thin.png": encoded(Image.new("RGB", (900, 1), (250, 10, 10)), "PNG"),
         "cut.jpg": encoded(noise, "JPEG")[:1000],
         "cut.png": encoded(noise, "PNG")[:1000], "text.jpg": b"not a picture", "empty.jpg": b"",
-        "large.png": encoded(Image.new("1", (8000, 7000)), "PNG"),
-        "larger.png": encoded(Image.new("1", (8001, 7000)), "PNG"),
+        "large.png": encoded(Image.new("1", (8000, 6251)), "PNG"),
+        "larger.png": encoded(Image.new("1", (8000, 7000)), "PNG"),
     }
 
 
@@ -363,12 +363,19 @@ def test_pictures_that_cannot_be_used_are_counted_and_named(root, album, vocabul
         "", "gif.jpg")]
     rows += [asked("red.png", "<image> and <image>?"), asked("gif.jpg", "No mark?")]
     found, said = images_of(album, vocabulary, rows, tmp_path / "out", root)
-    assert [len(found.images(i)) for i in range(len(found))] == [1, 0, 1, 1]
+    assert [len(found.images(i)) for i in range(len(found))] == [1, 1, 1]
     left_out = {reason: (int(n), where) for n, reason, where in
                 re.findall(r"left out (\d+) rows: (.*) \((.*)\)", said)}
     assert left_out["a missing picture"][1].startswith("rows.json:2")
-    assert left_out["an unreadable picture"][1].startswith("rows.json:3, rows.json:4, rows.json:5")
-    assert sum(n for n, _ in left_out.values()) == 11
+    assert left_out["a truncated picture"] == (2, "rows.json:3, rows.json:4")
+    assert left_out["an unreadable picture"] == (2, "rows.json:5, rows.json:6")
+    assert left_out["a picture that is too large"] == (2, "rows.json:7, rows.json:8")
+    assert left_out["pictures and <image> marks do not match"][0] == 3
+    assert left_out["a picture that is neither a name nor bytes"] == (1, "rows.json:10")
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())["left_out"]
+    assert {reason: n for reason, (n, _) in left_out.items()} == {
+        reason: entry["rows"] for reason, entry in manifest.items()}
+    assert manifest["a missing picture"]["first"] == ["rows.json:2", "rows.json:11"]
     assert not re.search(r"\.(png|jpg)", " ".join(left_out)), "a reason for each name"
     assert not re.search("object has no|unhashable|PathLike|Errno", said), "Python's own words"
 

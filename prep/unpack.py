@@ -1,0 +1,58 @@
+"""Compressed tars made plain: once, for all the pictures that are wanted of them."""
+
+import hashlib
+import io
+import os
+import time
+
+from archives import BLOCK, Joined
+from prep.journal import SAY_SECONDS
+
+
+def unpacked(paths, codec, folder):
+    """The path of a plain tar, made in `folder`, with what a compressed one holds.
+
+    A compressed tar can be read only from its start, and pictures are wanted in the order of the
+    rows: so it is unpacked to one file whose members are found by their places. After a stop, what
+    is there already is compared with what it should be, and not written again.
+    """
+    key = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    key = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    done, half = folder / f"{key}.tar", folder / f"{key}.part"
+    if done.is_file():
+        return done
+    folder.mkdir(exist_ok=True)
+    half.touch()
+    source, at, said = Joined(paths), 0, time.monotonic()
+    with open(half, "r+b") as file:
+        for block in blocks(source, codec, paths[0]):
+            if file.read(len(block)) != block:
+                file.seek(at)
+                file.write(block)
+                file.truncate()
+            at += len(block)
+            if time.monotonic() - said > SAY_SECONDS:
+                said = time.monotonic()
+                print(f"unpacking {paths[0]}: {at / 1e9:.1f} GB, {source.at / source.size:.0%} "
+                      "done", flush=True)
+        file.flush()
+        os.fsync(file.fileno())
+    half.rename(done)
+    return done
+
+
+def blocks(source, codec, name):
+    """Yield the bytes of a compressed stream, up to where it is damaged."""
+    import pyarrow  # it brings zstd along, on any Python
+
+    file = pyarrow.PythonFile(io.BufferedReader(source, BLOCK), "r")
+    stream = pyarrow.CompressedInputStream(file, codec)
+    while True:
+        try:
+            block = stream.read(BLOCK)
+        except OSError:
+            print(f"the end of {name} is missing or damaged; what comes before it is used")
+            return
+        if not block:
+            return
+        yield block
