@@ -15,6 +15,7 @@ embed_dim = 768
 context = 77
 
 batch_pairs = 4096
+micro_pairs = 128  # activations are 0.23 GB a pair: with weights and optimizer about 40 GB
 max_steps = 20_000
 warmup = 0.05
 cooldown = 0.6
