@@ -46,7 +46,8 @@ class Check:
     context: int = 1024  # positions of a training row
     patches: int = 256  # positions that a picture takes in it: 256 for ViT-L/14 at 224 pixels
     image_size: int = 224  # pixels of the square that pictures are fitted into
-    fit: Literal["pad", "crop"] = "pad"  # how they are: the shorter sides padded, or the longer cut
+    fit: Literal["pad", "short"] = "pad"  # how they are, as in prepare.py images
+    short_answers: bool = False  # as in prepare.py images
     batch_tokens: int = 65_536  # positions of a training step
 
     sheet: str = "contact_sheet.png"  # 16 rows drawn at random, as a picture; empty for none
@@ -80,7 +81,7 @@ def check(cfg):
             return show(cfg, data)
         tally = look_at_all(cfg, data)
         figures = tally.figures(data)
-        tiles = [data.look(*item, keep=True) for item in tally.drawn if cfg.sheet]
+        tiles = measured(cfg, data, tally.drawn if cfg.sheet else [], keep=True)
     print_figures(figures)
     try:
         if cfg.sheet:
@@ -138,13 +139,13 @@ class Tally:
 
     def __init__(self, cfg):
         self.cfg, self.rng = cfg, np.random.default_rng(cfg.seed)
-        self.rows, self.bytes, self.lengths = 0, 0, {"ids": 0}
+        self.rows, self.bytes, self.lengths = 0, 0, {"ids": 0, "image_starts": 0}
         self.problems, self.notes, self.keys = Refused(), Refused(), set()
         self.measures = {name: array("q") for name in (
             "ids of a row", "positions of a row", "picture width", "picture height")}
         self.used, self.n_good = array("q"), dict.fromkeys(
             ("rows", "no picture", "one picture", "several", "turns", "answers", "pictures"), 0)
-        self.drawn = []  # (where, row), each row as likely as any other
+        self.drawn = []  # (where, row, bytes), each row as likely as any other
 
     def __len__(self):
         return self.rows
@@ -152,11 +153,12 @@ class Tally:
     def add(self, item, row):
         self.rows, self.bytes = self.rows + 1, self.bytes + item[2]
         if len(self.drawn) < TILES:
-            self.drawn.append(item[:2])
+            self.drawn.append(item)
         elif (spot := self.rng.integers(self.rows)) < TILES:
-            self.drawn[spot] = item[:2]
+            self.drawn[spot] = item
         if row.lengths:
             self.lengths["ids"] += row.lengths[0]
+            self.lengths["image_starts"] += len(row.sizes)
             self.measures["ids of a row"].append(row.lengths[0])
             self.measures["positions of a row"].append(row.lengths[1])
             for width, height in row.sizes:
@@ -182,13 +184,13 @@ class Tally:
         smaller = zip(self.measures["picture width"], self.measures["picture height"], strict=True)
         side = max if cfg.fit == "pad" else min
         training_rows = len(pack(self.used.tolist(), cfg.context, cfg.seed))
-        notes = listed(self.notes)
+        notes = self.notes.table()
         if self.n_good["no picture"] == n_good:  # a data set of text: that is no news of a row
             notes.pop(NO_PICTURE, None)
         a_step = max(1, cfg.batch_tokens // cfg.context)
         return {
-            "data": data.name, "rows": self.rows, "good": self.n_good,
-            "left_out": listed(self.problems), "notes": notes,
+            "data": data.name, "items": cfg.items, "rows": self.rows, "good": self.n_good,
+            "left_out": self.problems.table(), "notes": notes,
             "left_out_when_made": data.left_out,
             "percentiles": {name: dict(zip(QUANTILES, np.percentile(
                 values, list(QUANTILES.values()), method="nearest").tolist(), strict=True))
@@ -214,9 +216,3 @@ class Tally:
             return (f"only {good:,} of {rows:,} rows are good; training leaves the others out"
                     f"{hint or ', so look at the reasons first'}")
         return f"{good:,} of {rows:,} rows are good; training leaves the others out"
-
-
-def listed(refused):
-    """{reason: how many rows, and the first of them}, the most frequent first."""
-    return {reason: {"rows": n, "first": refused.first[reason]}
-            for reason, n in refused.counts.most_common()}

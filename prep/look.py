@@ -6,6 +6,7 @@ check.py asks both the same: rows(skip), and look(where, row).
 
 import hashlib
 import io
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,19 +15,19 @@ import numpy as np
 from PIL import Image
 
 import tokenizer as tokenizers
+from archives import open_pictures
 from common.checkpoint import file_sum
 from common.config import UserError, read_json
 from data import check_tokenizer
 from packing import Chats, Packed
 from pictures import PictureError, read_image
 from prep.journal import SAY_SECONDS
-from prep.rows import messages_of, picture_finder
+from prep.rows import ask_shortly, messages_of, pictures_of
 from prep.sources import parsed, source_of
+from prep.unpack import unpacked
 
 NO_PICTURE, SEVERAL = "no picture: a chat about text", "more than one picture"
 UNMARKED = "a picture without <image> in the text: it goes to the start of the first question"
-STRAY = "<image> in the text, but no picture: the mark stays there as text"
-UNMATCHED = "<image> marks and pictures that do not match"
 COPY = "a copy of an earlier row: the same text and picture"
 
 
@@ -40,6 +41,7 @@ class Row:
     ids: np.ndarray | None = None  # int64, one <|image|> id a picture
     supervised: np.ndarray | None = None
     images: list = field(default_factory=list)  # PIL, where they are to be kept
+    text: str = ""  # how a row that cannot be used begins, where that is to be kept
     sizes: list = field(default_factory=list)  # (width, height) of its pictures
     key: bytes = b""  # the same for rows with the same text and pictures
     lengths: tuple = ()  # ids, positions, turns, answers
@@ -53,8 +55,16 @@ class Originals:
         self.cfg, self.source = cfg, source_of(cfg)
         self.name, self.total = self.source.name, self.source.total
         self.tokenizer = tokenizers.load(cfg.tokenizer)
-        self.find = picture_finder(cfg.image_root)
-        self.left_out = {}
+        self.temporary, self.left_out = [], {}
+        self.find = open_pictures(cfg.image_root, self._unpack)
+
+    def _unpack(self, paths, codec):
+        """A plain tar for a compressed one, here and not in /tmp, which may be small."""
+        try:
+            self.temporary.append(tempfile.TemporaryDirectory(prefix=".unpacked-", dir="."))
+            return unpacked(paths, codec, Path(self.temporary[-1].name))
+        except OSError as error:
+            raise UserError(f"cannot unpack {paths[0]} in this folder: {error}") from None
 
     def rows(self, skip=0):
         return self.source.rows(skip)
@@ -67,50 +77,44 @@ class Originals:
             if isinstance(row, dict) and isinstance(row.get("id"), str | int):
                 found.name += f" (id {str(row['id'])[:60]})"
             messages = messages_of(row)
-            pictures = pictures_of(row, self.find)
-            for name, content in pictures:
-                image, size = decode(content, name, self.cfg)
+            pictures = pictures_of(row, messages)
+            for source in pictures:
+                content = source if isinstance(source, bytes) else self.find(source)
+                image, size = decode(content, self.cfg)
                 found.sizes.append(size)
                 found.images += [image] if keep else []
-        except UserError as error:
-            found.problem = getattr(error, "reason", "an unreadable picture")
+            messages = ask_shortly(messages) if self.cfg.short_answers else messages
+            chat = tokenizers.render(self.tokenizer, messages, len(pictures))
+        except PictureError as error:
+            found.problem = error.reason
         except ValueError as error:
             found.problem = str(error)
         except TypeError:
             found.problem = "a row of another form"
         if found.problem:
-            return found
-        try:
-            chat = tokenizers.render(self.tokenizer, messages, len(pictures))
-        except ValueError:
-            found.problem = UNMATCHED
+            found.text = repr(row)[:400] if keep else ""
             return found
         found.ids, found.supervised = np.array(chat.ids), np.array(chat.supervised)
         found.notes = notes_of(messages, len(pictures))
-        found.key = hashlib.blake2b(repr((messages, [name for name, _ in pictures])).encode(
-            errors="replace"), digest_size=8).digest()
+        names = [hashlib.blake2b(p).digest() if isinstance(p, bytes) else p for p in pictures]
+        found.key = hashlib.blake2b(repr((messages, names)).encode(errors="replace"),
+                                    digest_size=8).digest()
         return found
 
 
-def decode(content, name, cfg):
+def decode(content, cfg):
     """A picture as training sees it, before it is fitted, and the (width, height) it came with."""
-    image = read_image(content, name, cfg.image_size, cfg.fit)
+    image = read_image(content, "a picture", cfg.image_size, cfg.fit)
     with Image.open(io.BytesIO(content)) as header:
         width, height = header.size
     turned = (width > height) != (image.width > image.height)  # a camera held upright
     return image, (height, width) if turned else (width, height)
 
 
-def pictures_of(row, find):
-    """[(name, encoded bytes)] of the pictures of a row."""
-    name = row.get("image") or row.get("image_path")
-    return [(name, find(name))] if name else []
-
-
 def notes_of(messages, n_images):
+    """What is worth knowing of a row that can be used."""
     marked = any(tokenizers.IMAGE_MARK in m["content"] for m in messages if m["role"] == "user")
-    notes = {NO_PICTURE: n_images == 0, SEVERAL: n_images > 1,
-             UNMARKED: n_images and not marked, STRAY: marked and not n_images}
+    notes = {NO_PICTURE: n_images == 0, SEVERAL: n_images > 1, UNMARKED: n_images and not marked}
     return [note for note, true in notes.items() if true]
 
 
@@ -194,9 +198,9 @@ class Rendered:
         return self.rows[i].ids, self.rows[i].supervised
 
 
-def measured(cfg, data, batch):
-    """The Rows of a batch, without their ids; whether they fit is asked of what training uses."""
-    rows = [data.look(where, row) for where, row, _ in batch]
+def measured(cfg, data, batch, keep=False):
+    """The Rows of a batch, with what is in them or not; training's own code says what fits."""
+    rows = [data.look(where, row, keep) for where, row, _ in batch]
     good, tokenizer = [row for row in rows if not row.problem], data.tokenizer
     packed = Packed([Rendered(good)], cfg.context, tokenizer, cfg.patches) if good else None
     for _, i, _, positions, _, cut in packed.chats if good else ():
@@ -212,6 +216,6 @@ def measured(cfg, data, batch):
         if not row.used:
             row.problem = (f"its first answer ends beyond {cfg.context:,} positions" if answers
                            else "nothing to learn in it")
-    for row in rows:
+    for row in rows if not keep else ():
         row.ids = row.supervised = None
     return rows

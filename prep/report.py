@@ -17,7 +17,8 @@ INK, GREY, RED, BLUE = "#202020", "#808080", "#b00020", "#1a4fa0"
 def print_figures(figures):
     """The figures of check.Tally, aligned."""
     good, left_out = figures["good"], figures["rows"] - figures["good"]["rows"]
-    print(f"{figures['data']}\n")
+    part = f", the first {figures['items']:,} rows alone" if figures["items"] else ""
+    print(f"{figures['data']}{part}\n")
     for name, n in (("rows", figures["rows"]), ("  left out", left_out),
                     ("  good", good["rows"]), ("    without a picture", good["no picture"]),
                     ("    with one picture", good["one picture"]),
@@ -41,9 +42,11 @@ def print_reasons(title, reasons):
     if reasons:
         print(f"\n{title}")
     for reason, found in reasons.items():
-        names = ", ".join(found["first"]) + ", ..." * (found["rows"] > len(found["first"]))
+        names = [name.replace(" ", "\0") for name in found["first"]]  # a name is not broken
+        names = ", ".join(names + ["..."] * (found["rows"] > len(names)))
         print(f"{found['rows']:>8,}  {reason}")
-        print(textwrap.fill(names, 96, initial_indent=INDENT, subsequent_indent=INDENT))
+        print(textwrap.fill(names, 96, initial_indent=INDENT, subsequent_indent=INDENT,
+                            break_long_words=False).replace("\0", " "))
 
 
 def print_percentiles(figures):
@@ -112,6 +115,7 @@ def draw_sheet(path, tokenizer, rows):
             y += paste(sheet, row.images, (x, y), width) + 4
         if row.problem:
             y = write(draw, font, (x, y), f"left out: {row.problem}", width, 3, RED)
+            y = write(draw, font, (x, y + 3), row.text, width, 8, GREY) if row.text else y
         turns = [] if row.ids is None else turns_of(tokenizer, row.ids)
         for i, (role, text) in enumerate(turns):
             room = (bottom - y) // LINE
@@ -153,7 +157,7 @@ def write(draw, font, at, text, width, lines, colour):
         if len(wrapped) > lines:
             break
     if len(wrapped) > lines:
-        wrapped = wrapped[:lines]
+        wrapped[lines - 1 :] = [" ".join(wrapped[lines - 1 :])]
         while font.getlength(f"{wrapped[-1]} ...") > width:
             wrapped[-1] = wrapped[-1][:-1]
         wrapped[-1] += " ..."

@@ -1,10 +1,13 @@
 """The claims of prepare.py check: every problem is counted and named, and nothing is made up."""
 
+import gc
 import io
 import json
 import shutil
+import tarfile
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from conftest import run
 from PIL import Image
@@ -40,8 +43,10 @@ def planted():
         "an unreadable picture": [row("text.jpg", ask, "Red."), row("empty.jpg", ask, "Red.")],
         "a truncated picture": [row("cut.jpg", ask, "Red.")] * 3,
         "a picture that is too large": [row("large.png", ask, "Red.")],
-        look.UNMATCHED: [row("red.png", "<image> <image>", "Two."),
-                         row("red.png", ask, "Red.", ask, "Red.")],
+        "pictures and <image> marks do not match": [
+            row("red.png", "<image> <image>", "Two."), row("red.png", ask, "Red.", ask, "Red."),
+            row("", "Say <image>.", "I see none.")],
+        "more than 4 pictures": [row(["red.png"] * 5, "What are they?", "Red.")],
         "an empty answer": [row("red.png", ask, " ")] * 4,
         "turns out of order": [{"image": "red.png", "conversations": row(0, "a", "b")[
             "conversations"][::-1]}],
@@ -50,7 +55,7 @@ def planted():
         "longer than 96 positions: cut behind an answer": [row("red.png", ask, "Cut.", long, "b")],
         look.NO_PICTURE: [row("", f"Say {i}.", str(i), id=f"text{i}") for i in range(3)],
         look.UNMARKED: [row("red.png", f"What {i}?", "Red.") for i in range(2)],
-        look.STRAY: [row("", "Say <image>.", "I see none.")],
+        look.SEVERAL: [row(["red.png"] * n, "<image>" * n, "Red.") for n in (2, 3)],
         look.COPY: [row("red.png", ask, "Red 3."), row("", "Say 0.", "0")],
     }
 
@@ -98,19 +103,19 @@ def test_every_problem_is_counted_and_the_first_five_are_named(corpus, checked):
         first[kind] = [f"rows.jsonl:{start + i}" + (f" (id {found['id']})" if "id" in found else "")
                        for i, found in enumerate(rows)]
         start += len(rows)
-    problems = list(kinds)[1:9]
+    problems = list(kinds)[1:10]
     assert report["left_out"] == {
         "not a line of JSON": {"rows": 1, "first": [f"rows.jsonl:{start}"]},
         **{kind: {"rows": len(kinds[kind]), "first": first[kind][:5]} for kind in problems}}
-    texts = [*first[look.NO_PICTURE], *first[look.STRAY], first[look.COPY][1]]
-    notes = {**{kind: first[kind] for kind in list(kinds)[9:]}, look.NO_PICTURE: texts}
+    texts = [*first[look.NO_PICTURE], first[look.COPY][1]]
+    notes = {**{kind: first[kind] for kind in list(kinds)[10:]}, look.NO_PICTURE: texts}
     assert report["notes"] == {kind: {"rows": len(names), "first": names[:5]}
                                for kind, names in notes.items()}
     n_rows = sum(map(len, kinds.values())) + 1
     n_good = n_rows - 1 - sum(len(kinds[kind]) for kind in problems)
     assert report["rows"] == n_rows and report["good"] == {
-        "rows": n_good, "no picture": 5, "one picture": n_good - 5, "several": 0,
-        "turns": 2 * n_good + 2, "answers": n_good + 1, "pictures": n_good - 5}
+        "rows": n_good, "no picture": 4, "one picture": n_good - 6, "several": 2,
+        "turns": 2 * n_good + 2, "answers": n_good + 1, "pictures": n_good - 1}
     for kind, rows in {**report["left_out"], **report["notes"]}.items():
         assert f"{rows['rows']:>8}  {kind}\n" in said
     assert said.splitlines()[-1] == report["verdict"] == (
@@ -124,8 +129,7 @@ def test_the_reasons_and_counts_are_those_of_prepare_itself(corpus, checked, tmp
                  f"--image_root={corpus}/pictures", "--image_size=32", f"--out={tmp_path}/out")
     assert f"train: {report['good']['rows'] - 1} chats" in result.out  # and one for validation
     for reason, found in report["left_out"].items():
-        if "picture" not in reason or "missing" in reason:
-            assert f"left out {found['rows']} rows: {reason} (" in result.out
+        assert f"left out {found['rows']} rows: {reason} (" in result.out
 
 
 def test_lengths_sizes_and_steps_are_those_of_training(corpus, checked):
@@ -148,13 +152,29 @@ def test_lengths_sizes_and_steps_are_those_of_training(corpus, checked):
     assert report["left_out"] == report["notes"] == {} and "left out  " in said
     assert report["pictures_enlarged"] == 0
     assert checked(corpus / "good.jsonl", image_size=41)[0]["pictures_enlarged"] == 20
-    assert checked(corpus / "good.jsonl", fit="crop")[0]["pictures_enlarged"] == 20
+    assert checked(corpus / "good.jsonl", fit="short")[0]["pictures_enlarged"] == 20
 
 
 def test_where_most_pictures_are_missing_the_place_is_doubted(corpus, checked, tmp_path):
     report, _ = checked(corpus / "good.jsonl", image_root=str(tmp_path))
     assert report["verdict"] == ("none of 20 rows is good: this cannot be trained on; most "
                                  "pictures are missing: is --image_root right?")
+
+
+def test_pictures_are_found_in_archives_and_in_the_rows(corpus, checked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected, _ = checked(corpus / "good.jsonl")
+    with tarfile.open("pictures.tar.gz", "w:gz") as archive:
+        archive.add(corpus / "pictures", "pictures")
+    content = (corpus / "pictures/red.png").read_bytes()
+    rows = [{**found, "image": {"bytes": content, "path": None}} for found in planted()["good"]]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "good.parquet")
+    for settings in (dict(image_root="pictures.tar.gz"),
+                     dict(files="good.parquet", image_root="")):
+        report, _ = checked(corpus / "good.jsonl", **settings)
+        assert {**report, "data": expected["data"]} == expected
+    gc.collect()
+    assert not list(tmp_path.glob(".unpacked-*"))
 
 
 # ------------------------------------------------------------------------------- a folder of ours
@@ -180,7 +200,8 @@ def test_a_folder_that_prepare_made_is_looked_at_as_training_reads_it(made, chec
     assert report["left_out"]["its first answer ends beyond 96 positions"]["rows"] == 2
     assert report["notes"]["longer than 96 positions: cut behind an answer"]["rows"] == packed.cut
     assert report["notes"][look.COPY]["rows"] == 2
-    assert report["notes"][look.NO_PICTURE]["rows"] == report["good"]["no picture"] == 5
+    assert report["notes"][look.NO_PICTURE]["rows"] == report["good"]["no picture"] == 4
+    assert report["notes"][look.SEVERAL]["rows"] == report["good"]["several"] == 2
     assert set(report["percentiles"]["picture width"].values()) == {32}
     assert checked(made, items=3)[0]["rows"] == 3
 
@@ -193,6 +214,22 @@ def test_what_was_left_out_when_it_was_made_is_said_again(made, checked, tmp_pat
     report, said = checked(tmp_path / "copy")
     assert report["left_out_when_made"] == manifest["left_out"]
     assert "left out when it was made\n       7  a missing picture\n" in said
+
+
+def test_pictures_that_stayed_elsewhere_and_are_gone_are_named(corpus, checked, tmp_path):
+    shutil.copytree(corpus / "pictures", tmp_path / "pictures")
+    shutil.copy(corpus / "pictures/red.png", tmp_path / "pictures/blue.png")
+    rows = [*planted()["good"], row("blue.png", "<image>What?", "Blue.")]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    result = run("prepare.py", "images", f"--files={tmp_path}/a.json", f"--tokenizer={corpus}",
+                 f"--image_root={tmp_path}/pictures", "--copy=False", f"--out={tmp_path}/out")
+    assert result.status == 0, result.err
+    assert checked(tmp_path / "out")[0]["verdict"].startswith("all 21 rows are good")
+    (tmp_path / "pictures/blue.png").unlink()
+    report, _ = checked(tmp_path / "out")
+    (name,) = report["left_out"]["a missing picture"]["first"]
+    assert report["good"]["rows"] == 20 and name.startswith(("train:", "val:"))
+    assert report["verdict"] == "20 of 21 rows are good; training leaves the others out"
 
 
 def test_a_changed_or_missing_file_is_named(made, tmp_path):
