@@ -27,7 +27,7 @@ from common.config import UserError
 from pictures import PictureError
 
 MAX_BYTES = 1 << 28  # a larger file is refused before it is read
-BLOCK = 1 << 20
+BLOCK = 1 << 20  # read at once
 EXACT = 1 << 30  # more than any number of folders that agree
 CODECS = {b"\x28\xb5\x2f\xfd": "zstd", b"\x1f\x8b": "gzip"}  # by the first bytes of a file
 LOCAL_HEADER = struct.Struct("<6xHH4xLLLHH")  # zip: flags, method, CRC, sizes, lengths of two names
@@ -121,7 +121,7 @@ def base(name):
 
 
 def likeliest(names, wanted):
-    """(how many of its last parts agree with the wanted name's, the name) of the best of some."""
+    """(how many folders of it agree with the wanted name's, the name) of the best of some."""
     def agreeing(name):
         pairs = zip(reversed(name.split("/")), reversed(wanted.split("/")), strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -137,9 +137,8 @@ class Folder:
         self.bases = None if search else {}
 
     def find(self, wanted):
-        for name, score in (wanted, EXACT), (base(wanted), 1):
-            if name and ".." not in name.split("/") and os.path.exists(self.path / name):
-                return score, name
+        if wanted and ".." not in wanted.split("/") and os.path.exists(self.path / wanted):
+            return EXACT, wanted
         with self.lock:  # many threads ask
             if self.bases is None:
                 self.bases = self._search()
@@ -330,8 +329,8 @@ def local_paths(patterns):
 
 def by_numbers(path):
     """A key that puts part-10 behind part-9."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part)
-            for part in re.split(r"(\d+)", str(path))], str(path)
+    parts = re.split(r"(\d+)", str(path))  # text and numbers in turn
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], str(path)
 
 
 def fetched(pattern):
@@ -341,12 +340,10 @@ def fetched(pattern):
     owner, name, file = [*pattern.removeprefix(hub.PREFIX).split("/", 2), "", ""][:3]
     if not file:
         raise UserError(f"{pattern} names no file; say it like hf://OWNER/NAME/chat.json")
-    repository = f"{owner}/{name}"
+    repository, files = f"{owner}/{name}", [file]
     try:
-        files = [file]
         if glob.has_magic(file):
-            every = HfApi().list_repo_files(repository, repo_type="dataset")
-            files = fnmatch.filter(every, file)
+            files = fnmatch.filter(HfApi().list_repo_files(repository, repo_type="dataset"), file)
         return [hf_hub_download(repository, file, repo_type="dataset") for file in files]
     except Exception as error:  # whatever the library's network layer of the day raises
         raise UserError(f"cannot fetch {pattern} from the Hugging Face hub: {hub.first_line(error)}"

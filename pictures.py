@@ -11,7 +11,7 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from clip import MEAN
 from common.config import UserError
@@ -19,6 +19,7 @@ from common.config import UserError
 MAX_PIXELS = 50_000_000  # a larger picture is refused before it is decoded
 PADDING = tuple(int(255 * channel) for channel in MEAN)
 SHARPNESS = 1.4  # a JPEG is decoded no finer than this many times the size it is wanted in
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # bytes; pictures come with stories
 WIDEST = 8  # times as wide as high, or the other way round; what is beyond is cut off
 
 
@@ -59,6 +60,8 @@ def read_image(source, name=None, size=0, how="pad"):
         raise PictureError("a missing picture", f"there is no picture {name}") from None
     except UserError:
         raise
+    except Image.DecompressionBombError as error:
+        raise PictureError("a picture that is too large", f"{name}: {error}") from None
     except Exception as error:  # Pillow's many decoders raise whatever they stumble over
         kind = "a truncated" if "truncated" in str(error).lower() else "an unreadable"
         raise PictureError(f"{kind} picture",

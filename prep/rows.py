@@ -1,6 +1,5 @@
 """What a row means: a text, a chat, a picture. A ValueError says why a row cannot be used."""
 
-from archives import open_pictures as picture_finder  # noqa: F401
 from prep.sources import Piece, parsed
 from tokenizer import IMAGE_MARK
 
