@@ -7,8 +7,7 @@
     python bench.py --peer=nanoGPT/model.py                      # its model.py and ours, in turn
     python bench.py configs/full/vision_pretrain.py --peer=transformers
 
-The data are random but go the whole way: packed into rows, pictures decoded. One line for people,
-one of JSON.
+The data are random but go the whole way: packed into rows, pictures decoded. The last line is JSON.
 """
 
 import dataclasses
@@ -106,7 +105,8 @@ class Training:
         (self.model, self.dataset, self.rows, micro_rows, self.unit, self.per_step,
          self.flops) = make(stage, folder, run, tokenizer)
         self.model.to(run.device).train()
-        self.loader = Loader(self.dataset, self.rows, micro_rows, run, cfg.seed)
+        workers = run.workers() if hasattr(cfg, "workers") else 0
+        self.loader = Loader(self.dataset, self.rows, micro_rows, run, cfg.seed, workers)
         self.net = run.start(self.model, make_optimizer(self.model, cfg), tokenizer, {}, self.unit,
                              self.per_step, self.flops)
         self.watched, self.waited, self.images = False, 0.0, 0  # see batches
@@ -170,26 +170,23 @@ def timing(training, n_steps):
 
 def decode_speed(size, how):
     """Pictures a second that a core makes ready: photos, and squares as prepare.py stores them."""
-
-    def ready(file):
-        return np.asarray(fit(read_image(file, "a photo", size, how), size, how))
-
     figures = {}
     for name, shape in {"decode": (640, 480), "stored": (size, size)}.items():
-        seconds = timeit.repeat(functools.partial(ready, jpeg(*shape)), repeat=REPEATS, number=20)
+        file = jpeg(*shape)
+        seconds = timeit.repeat(lambda file=file: fit(read_image(file, "", size, how), size, how),
+                                repeat=REPEATS, number=20)
         figures[f"{name}_img_per_s_per_core"] = 20 / statistics.median(seconds)
     return figures
 
 
 def profile(training, n_steps):
-    """Print the ten operations that take the most time of a step, the device's own time where
-    there is a GPU; returns the time of all of them."""
-    on_gpu = training.run.device.type == "cuda"
+    """Print the ten operations that take the most time of a step: the GPU's time, if any."""
     training.take(range(WARM))
     with torch.profiler.profile() as found:
         training.take(range(WARM, WARM + n_steps))
-    name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    times = {event.key: getattr(event, name) / 1e3 / n_steps for event in found.key_averages()
+    kind = {"cuda": "device"}.get(training.run.device.type, "cpu")
+    times = {event.key: getattr(event, f"self_{kind}_time_total") / 1e3 / n_steps
+             for event in found.key_averages()
              if event.device_type == torch.autograd.DeviceType.CPU and not event.is_user_annotation}
     total = sum(times.values())
     lines = [f"{times[key]:10.2f}  {times[key] / total:5.1%}  {key}"
@@ -220,8 +217,7 @@ def text_job(stage, folder, run, tokenizer):
 
 
 def chat_job(stage, folder, run, tokenizer):
-    cfg = run.cfg
-    decoder = decoder_of(sibling(folder, "pretrain"), tokenizer)
+    cfg, decoder = run.cfg, decoder_of(sibling(folder, "pretrain"), tokenizer)
     flops, model, patches, size = decoder.flops_per_token(cfg.context), decoder, 0, 0
     if stage != "sft":
         clip_config = clip_of(sibling(folder, "clip_pretrain"), tokenizer)
@@ -231,7 +227,7 @@ def chat_job(stage, folder, run, tokenizer):
         model.decoder.requires_grad_(False)
         flops *= 2 / 3  # no weight gradients
     length = {"sft": cfg.context // 5, "vision_pretrain": 40, "vision_sft": 200}[stage]
-    chats = RandomChats(tokenizer, 4 * run.rows(), length, size)
+    chats = RandomChats(tokenizer, max(4096, 4 * run.rows()), length, size)  # rows fill up
     packed = Packed([chats], cfg.context, tokenizer, patches, size)
     return model, packed, run.rows(), cfg.micro_rows, "tok", cfg.batch_tokens, flops
 
@@ -315,8 +311,7 @@ class RandomChats:
         rng, t = np.random.default_rng(i), self.tokenizer
         half = int(self.length * rng.uniform(0.4, 1.6)) // 2
         ids = rng.integers(0, t.end_of_text, 2 * half + 4)
-        ids[0], ids[1], ids[half], ids[half + 1], ids[-1] = (
-            t.end_of_text, t.user, t.end, t.assistant, t.end)
+        ids[[0, 1, half, half + 1, -1]] = t.end_of_text, t.user, t.end, t.assistant, t.end
         if self.image_size:
             ids[2] = t.image
         return ids, np.arange(len(ids)) > half + 1

@@ -67,6 +67,9 @@ def beside_nanogpt(path):
     6 layers of width 256, 4 heads, 16 rows of 256 tokens, GPT-2's padded vocabulary, AdamW there
     and Muon here, gradients clipped. Peak memory is measured with one model alone.
     """
+    if not Path(path).is_file() or Path(path).suffix != ".py":
+        raise UserError(f"--peer={path} is no Python file; it should be nanoGPT's model.py, or "
+                        "the word transformers")
     machine, ids = system.setup("cpu"), torch.randint(50257, (16, 257))
     kinds = {"ours": lambda: our_text_step(machine, ids),
              "eager": lambda: nanogpt_step(path, ids, compiled=False, bf16=False),
@@ -99,9 +102,6 @@ def our_text_step(machine, ids):
 
 def nanogpt_step(path, ids, compiled, bf16):
     spec = importlib.util.spec_from_file_location("peer", path)
-    if spec is None or not Path(path).is_file():
-        raise UserError(f"--peer={path} is no Python file; it should be nanoGPT's model.py, or "
-                        "the word transformers")
     peer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(peer)
     model = peer.GPT(peer.GPTConfig(block_size=256, vocab_size=50304, n_layer=6, n_head=4,
@@ -165,8 +165,9 @@ def beside_transformers(make_ours):
 
 
 def our_packed_step(training):
-    """prepare(i) of a bench.Training. A step ends when the next one's data are there too, or they
-    would be decoded on the peer's time."""
+    """prepare(i) of a bench.Training. A step ends when the next one's data are there too, or the
+    loader's thread would decode them on the peer's time (as worker processes do, where a GPU has
+    them: on cores of their own)."""
 
     def prepare(i):
         def step():
@@ -240,6 +241,10 @@ def unpack(batch):
 def llava_step(model, cfg, machine, steps):
     """prepare(i) for the unpacked micro-batches in steps[i]; the settings are ours where both have
     them."""
+    if cfg.compile:
+        for layer in (*model.model.vision_tower.encoder.layers, *model.model.language_model.layers):
+            layer.repeated = True  # compiled as ours are
+        system.compile_blocks(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
                                   weight_decay=cfg.weight_decay, fused=True)

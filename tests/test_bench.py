@@ -36,6 +36,36 @@ def test_a_step_of_every_stage_can_be_timed(configs, stage):
     assert figures[f"{unit}_per_s"] == pytest.approx(rate, rel=1e-3)
     assert 0 < figures["mfu"] < 1 and figures["host_gb"] > 0
     assert figures["slowest_ms"] >= figures["ms"] > 0
+    assert 0 <= figures["waited"] < 1
+    sees = stage not in ("pretrain", "sft")
+    assert ("img_per_s" in figures) == ("decode_img_per_s_per_core" in figures) == sees
+    if sees:
+        rate = figures["img_per_step"] / figures["ms"] * 1e3
+        assert figures["img_per_s"] == pytest.approx(rate, rel=1e-3)
+        assert figures["img_per_step"] > 1
+        assert figures["stored_img_per_s_per_core"] > figures["decode_img_per_s_per_core"] > 0
+
+
+def test_a_vision_step_can_be_timed_beside_that_of_transformers(configs):
+    figures = figures_of(run("bench.py", configs / "vision_pretrain.py", *SMALL,
+                             *TINY["vision_pretrain"], "--peer=transformers"))
+    ratio = figures["ours_img_per_s"] / figures["transformers_img_per_s"]
+    assert figures["times_transformers"] == pytest.approx(ratio, rel=1e-3)
+    assert figures["img_per_step"] > 4 and figures["transformers_positions"] > 0
+    ratio = figures["ours_peak_gb"] / figures["transformers_peak_gb"]
+    assert figures["memory_of_transformers"] == pytest.approx(ratio, rel=1e-2)
+
+
+def test_the_operations_that_take_the_most_time_are_listed(configs):
+    flags = ("--context=64", "--batch_tokens=512", "--profile=True")
+    result = run("bench.py", configs / "pretrain.py", *SMALL, *flags)
+    figures = figures_of(result)
+    lines = [line.split() for line in result.out.splitlines()]
+    table = lines[lines.index(["ms", "a", "step", "share", "operation"]) + 1 : -2]
+    times = [float(line[0]) for line in table]
+    assert len(times) == 10 and times == sorted(times, reverse=True)
+    assert "aten::mm" in [line[2] for line in table]
+    assert 0 < sum(times) <= figures["operations_ms"] * 1.01
 
 
 def test_decoding_can_be_timed(configs):
@@ -49,6 +79,7 @@ def test_decoding_can_be_timed(configs):
     (("configs/full/nothing.py",), "its name must be a stage's"),
     (("configs/full/sft.py", "--stepz=3"), "there is no setting 'stepz'"),
     (("--peer=nowhere.py",), "--peer=nowhere.py is no Python file"),
+    (("configs/full/sft.py", "--peer=transformers"), "its name must be a stage's: vision_pretrain"),
 ])
 def test_mistakes_are_named(argv, complaint, monkeypatch):
     monkeypatch.chdir(ROOT)
