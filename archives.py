@@ -235,10 +235,8 @@ class Joined(io.RawIOBase):
         while size > 0 and at < self.size:
             k = bisect.bisect_right(self.starts, at) - 1
             part = os.pread(self.files[k].fileno(), size, at - self.starts[k])
-            if not part:
-                break  # the file has become shorter
             parts.append(part)
-            at, size = at + len(part), size - len(part)
+            at, size = at + len(part), size - len(part) if part else 0  # a file that was cut short
         return b"".join(parts)
 
     def readinto(self, buffer):
@@ -292,7 +290,8 @@ def scanned(file):
 
 def tar_members(paths):
     """Yield (name, place) of the files of a tar; behind a damaged header the next one is sought."""
-    file, whole = Joined(paths), True
+    file = Joined(paths)
+    whole = file.size % tarfile.BLOCKSIZE == 0
     try:
         with tarfile.open(fileobj=io.BufferedReader(Joined(paths), BLOCK), mode="r:",
                           ignore_zeros=True) as archive:
@@ -300,7 +299,7 @@ def tar_members(paths):
                 archive.members = []  # else it would keep all of them
                 if member.isreg():
                     yield member.name, (member.offset_data, member.size, member.size, None, 0)
-                whole = archive.offset <= file.size
+                whole = whole and archive.offset <= file.size
     except (tarfile.TarError, EOFError):
         whole = False
     if not whole:

@@ -96,7 +96,8 @@ def pictures_of(row, messages):
     They stand in `image`, `images` or `image_path`: one or a list, as parquet has them or as names.
     Where messages have <image> marks, there must be one for each.
     """
-    found = row.get("image") or row.get("images") or row.get("image_path") or []
+    fields = map(row.get, ("image", "images", "image_path"))
+    found = next((value for value in fields if value not in (None, "", [])), [])
     found = [picture_of(item) for item in (found if isinstance(found, list) else [found])]
     if len(found) > MAX_PICTURES:
         raise ValueError(f"more than {MAX_PICTURES} pictures")
@@ -109,8 +110,8 @@ def pictures_of(row, messages):
 def picture_of(item):
     """The name or the bytes of one picture; parquet files and the hub have {bytes, path}."""
     if isinstance(item, dict):
-        item = item.get("bytes") or item.get("path")
-    if not (item and isinstance(item, str | bytes)):
+        item = item.get("path") if item.get("bytes") is None else item["bytes"]
+    if not isinstance(item, str | bytes) or item == "":
         raise ValueError("a picture that is neither a name nor bytes")
     return item
 

@@ -35,6 +35,7 @@ def unpacked(paths, codec, folder):
                 said = time.monotonic()
                 print(f"unpacking {paths[0]}: {at / 1e9:.1f} GB, {source.at / source.size:.0%} "
                       "done", flush=True)
+        file.truncate(at)
         file.flush()
         os.fsync(file.fileno())
     half.rename(done)
