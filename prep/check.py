@@ -5,6 +5,7 @@ DATA is a file of rows, or a folder that prepare.py made. Every row goes the way
 only its name and a few numbers are kept, so a data set of any size takes little memory.
 """
 
+import os
 import warnings
 from array import array
 from collections import deque
@@ -74,7 +75,7 @@ def check(cfg):
     for path in cfg.sheet, cfg.report:
         if path and not Path(path).absolute().parent.is_dir():
             raise UserError(f"there is no folder for {path}; make it first")
-    data = Made(cfg) if Path(cfg.files or ".x").is_dir() and not cfg.dataset else Originals(cfg)
+    data = Made(cfg) if os.path.isdir(cfg.files) and not cfg.dataset else Originals(cfg)
     with warnings.catch_warnings():  # here, because threads share what read_image sets for itself
         warnings.simplefilter("ignore")
         if cfg.show:

@@ -75,7 +75,8 @@ class Originals:
         try:
             row = parsed(row)
             if isinstance(row, dict) and isinstance(row.get("id"), str | int):
-                found.name += f" (id {str(row['id'])[:60]})"
+                name = " ".join(str(row["id"])[:60].split()).encode(errors="replace").decode()
+                found.name += f" (id {name})"
             messages = messages_of(row)
             pictures = pictures_of(row, messages)
             for source in pictures:

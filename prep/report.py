@@ -141,23 +141,24 @@ def paste(sheet, images, at, width):
 
 def write(draw, font, at, text, width, lines, colour):
     """Text in at most so many lines, ended by ... if there is more; returns where it ends."""
-    words, wrapped = " ".join(text[:2000].split()).split(" "), [""]
+    words, wrapped = text[:1000].split(), [""]
     for word in words:
-        while word:
+        while word and len(wrapped) <= lines:
             line = f"{wrapped[-1]} {word}".strip()
             if font.getlength(line) <= width:
                 wrapped[-1], word = line, ""
             elif wrapped[-1]:
                 wrapped.append("")
             else:  # a word wider than the tile
-                n = next(n for n in range(len(word), 0, -1)
+                n = next(n for n in range(min(len(word), width // 2), 0, -1)
                          if n == 1 or font.getlength(word[:n]) <= width)
                 wrapped[-1], word = word[:n], word[n:]
                 wrapped += [""] if word else []
         if len(wrapped) > lines:
+            wrapped[-1] = word
             break
     if len(wrapped) > lines:
-        wrapped[lines - 1 :] = [" ".join(wrapped[lines - 1 :])]
+        wrapped[lines - 1 :] = [" ".join(wrapped[lines - 1 :])[: width // 2]]
         while font.getlength(f"{wrapped[-1]} ...") > width:
             wrapped[-1] = wrapped[-1][:-1]
         wrapped[-1] += " ..."

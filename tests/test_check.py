@@ -155,6 +155,15 @@ def test_lengths_sizes_and_steps_are_those_of_training(corpus, checked):
     assert checked(corpus / "good.jsonl", fit="short")[0]["pictures_enlarged"] == 20
 
 
+def test_strange_ids_and_texts_end_nothing(corpus, checked, tmp_path):
+    rows = [row("red.png", text, text, id=i) for text in ("\ud800", "a\0b", "🦊" * 400, "x" * 3000)
+            for i in ("\ud800\n\n x", 7, None, ["a"], {"b": 1})]
+    (tmp_path / "a.json").write_text(json.dumps([*rows, {**rows[0], "image": "gone.png"}, 7]))
+    report, _ = checked(tmp_path / "a.json", sheet=str(tmp_path / "sheet.png"), context=8000)
+    assert report["good"]["rows"] == 20
+    assert report["left_out"]["a missing picture"]["first"] == ["a.json:21 (id ? x)"]
+
+
 def test_where_most_pictures_are_missing_the_place_is_doubted(corpus, checked, tmp_path):
     report, _ = checked(corpus / "good.jsonl", image_root=str(tmp_path))
     assert report["verdict"] == ("none of 20 rows is good: this cannot be trained on; most "
