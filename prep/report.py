@@ -66,7 +66,7 @@ def print_percentiles(figures):
 
 
 def print_tokens(tokenizer, row, patches):
-    """The ids of a check.Row one a line: where, what, and whether the assistant learns to say it.
+    """The ids of a look.Row one a line: where, what, and whether the assistant learns to say it.
 
     Special tokens stand bare, ordinary text in quotes: a data set cannot write the former.
     """
@@ -101,10 +101,13 @@ def turns_of(tokenizer, ids):
 
 
 def draw_sheet(path, tokenizer, rows):
-    """A PNG of some check.Rows: a tile each, the pictures on top, the turns below."""
+    """A PNG of some look.Rows: a tile each, the pictures on top, the turns below."""
+    from matplotlib import font_manager  # its font has accents and Greek; Pillow's has not
+
     n_lines = -(-len(rows) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * TILE[0], n_lines * TILE[1]), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 11)
     for number, row in enumerate(rows):
         left, top = number % COLUMNS * TILE[0], number // COLUMNS * TILE[1]
         draw.rectangle((left, top, left + TILE[0] - 1, top + TILE[1] - 1), outline="#d0d0d0")
