@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from attention import attend, compute_dtype, packed_mask
+
 # Elements of the logits that exist at a time in training: 128 MB of bf16 on a CPU, 512 on a GPU.
 LOGITS_AT_ONCE = {"cpu": 2**26, "mps": 2**26, "cuda": 2**28}
 
@@ -94,17 +96,18 @@ class GPT(nn.Module):
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.mlp.down.weight)
 
-    def forward(self, ids, targets=None, where=None, positions=None, segments=None,
+    def forward(self, ids, targets=None, where=None, positions=None, segments=None, bounds=None,
                 embeddings=None):
         """Logits, or with `targets` the cross-entropy in nats, summed over what is supervised.
 
         ids (B, T), or instead of them embeddings (B, T, C), are the input. Without `where`, targets
         (B, T) holds the id that follows each position. With it, only the N flat positions `where`
         (into B * T) are supervised and targets is (N,): the head sees no other position.
-        segments (B, T) number the documents of packed rows: no attention crosses them.
+        segments (B, T) number the documents of packed rows, bounds (N + 1,) say where they begin
+        (attention.packed_mask): no attention crosses them.
         """
         x = self.token_embedding(ids) if embeddings is None else embeddings
-        x = self.hidden(x, positions, packed_mask(segments))
+        x = self.hidden(x, positions, packed_mask(segments, bounds, compute_dtype(x)))
         if targets is None:
             return self.head(x)
         x = x.flatten(0, 1)
@@ -209,12 +212,6 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-def compute_dtype(x):
-    """What matrix products of x come out in: autocast's type where it is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 def rotary_table(D, n_positions, theta):
     """Angles (n_positions, D / 2) of rotary embedding, half-split form: columns i and i + D/2 of a
     head turn together (Su et al. 2021, as in GPT-NeoX and LLaMA)."""
@@ -226,32 +223,6 @@ def rotate(x, cos, sin):
     """Turn x (..., T, D) by its positions; cos and sin (T, D / 2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-def attend(q, k, v, mask=None, causal=False):
-    """Softmax attention of q (B, H, T, D) over k and v (B, H, S, D); mask (B, 1, T, S) is True
-    where a query may look, causal means T == S and no look ahead.
-
-    Short training sequences on a CPU are multiplied out: PyTorch's fused kernel takes 1.7 to 5
-    times as long there, forward and backward together, up to about 200 positions (docs/log.md).
-    """
-    if q.device.type != "cpu" or not q.requires_grad or q.size(-2) > 200:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    scores = (q * q.size(-1) ** -0.5) @ k.mT
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1) @ v
-
-
-def packed_mask(segments):
-    """(B, 1, T, T), True where query i may see key j: same document, not later. None for None."""
-    if segments is None:
-        return None
-    T = segments.size(1)
-    same = segments[:, None, :, None] == segments[:, None, None, :]
-    return same & torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
 
 
 class KVCache:

@@ -54,7 +54,8 @@ def main():
                     "tok", cfg.batch_tokens, model.flops_per_token(cfg.context))
 
     def loss_of(batch, model):
-        return model(batch.ids, batch.targets, batch.where, batch.positions, batch.segments)
+        return model(batch.ids, batch.targets, batch.where, batch.positions, batch.segments,
+                     batch.bounds)
 
     for step in run.steps():
         for micro, batch in enumerate(loader.step(step)):

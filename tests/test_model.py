@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils import deterministic
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+import attention
 import model as gpt
 from model import GPT, GPTConfig, KVCache, generate, generate_batch, pick
 
@@ -355,3 +356,37 @@ def test_the_same_seed_draws_the_same():
     rows = some_ids(200, 96).float() / 50
     a, b, c = (pick(rows, 1.0, generator=torch.Generator().manual_seed(s)) for s in (4, 4, 5))
     assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+# --------------------------------------------------------------------------- documents by bounds
+
+
+def documents_apart(q, k, v, bounds, bounds_k, longest, longest_k, **causal):
+    """What PyTorch's kernel for documents promises, one document after the other."""
+    assert bounds is bounds_k and longest == longest_k and causal in (
+        {"window_size": (-1, 0)}, {"is_causal": True})
+    assert (bounds.diff() > 0).all() and bounds.diff().max() <= longest
+    parts = [torch.nn.functional.scaled_dot_product_attention(
+        *(x[a:b].transpose(0, 1)[None] for x in (q, k, v)), is_causal=True)[0].transpose(0, 1)
+        for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
+    return torch.cat(parts)
+
+
+def test_bounds_of_documents_say_what_the_mask_says(monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(64, 2, 2, 16, 32)).requires_grad_()
+    for block in model.blocks:  # or they are the identity
+        torch.nn.init.normal_(block.attention.out.weight, std=0.3)
+    ids = torch.randint(64, (2, 9))
+    segments = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1] * 9])
+    bounds = torch.tensor([0, 4, 7, 9, 18], dtype=torch.int32)
+    where = torch.tensor([0, 1, 2, 5, 9, 12, 17])
+    expected = model(ids, ids.flatten()[where], where, segments=segments, bounds=bounds)
+    monkeypatch.setattr(attention, "varlen_attn", documents_apart)
+    monkeypatch.setattr(attention, "takes_bounds", lambda device, dtype: True)
+    found = model(ids, ids.flatten()[where], where, segments=segments, bounds=bounds)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_cpu_takes_a_mask():
+    assert not attention.takes_bounds(torch.device("cpu"), torch.bfloat16)
