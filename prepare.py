@@ -5,6 +5,8 @@
     python prepare.py text --dataset=HuggingFaceFW/fineweb-edu --subset=sample-10BT --out=data/edu
     python prepare.py chat --dataset=Magpie-Align/Magpie-Phi3-Pro-1M-v0.1 --out=data/magpie
     python prepare.py images --files=llava.json --image_root=images.zip --out=data/captions
+    python prepare.py images --files=hf://liuhaotian/LLaVA-CC3M-Pretrain-595K/chat.json \
+        --image_root=hf://liuhaotian/LLaVA-CC3M-Pretrain-595K/images.zip --out=data/captions
     python prepare.py fineweb --shards=10 --out=data/fineweb  # text that is tokenised already
     python prepare.py check llava.json --image_root=images.zip  # before paying for a GPU
 
@@ -62,7 +64,7 @@ class Demo:
 class Rows:
     """What text, chats and pictures have in common: where the rows are and which are held out."""
 
-    files: str = ""  # paths or patterns, separated by commas
+    files: str = ""  # paths or patterns, separated by commas; hf://OWNER/NAME/FILE for the hub's
     dataset: str = ""  # instead of files: a data set of the Hugging Face hub, or a folder of one
     subset: str = ""  # which configuration of the data set, where it has several
     split: str = "train"  # which split of the data set
@@ -95,8 +97,8 @@ class Chat(Rows):
 
     out: str = "data/chat"  # folder to make
     max_chats: int = 0  # chats to take at most, the first ones; 0 for all
-    min_quality: Literal["very poor", "poor", "average", "good", "excellent"] = "average"  # lowest
-    # input_quality to keep
+    # lowest input_quality to keep
+    min_quality: Literal["very poor", "poor", "average", "good", "excellent"] = "average"
     min_reward: float = -10.0  # lowest instruct_reward to keep
     drop_duplicates: bool = True  # of near-copies keep only the one that min_similar_uuid names
     language: str = "EN"  # the only value of the column language to keep; empty for all
@@ -109,11 +111,13 @@ class Images(Rows):
 
     out: str = "data/images"  # folder to make
     max_chats: int = 0  # chats to take at most, the first ones; 0 for all
-    image_root: str = ""  # folder, .zip, .tar, .tar.zst or .tar.gz with the pictures, or several of
-    # them: a list with commas, a pattern; a name that is not there is sought by its base name
+    # folder, .zip, .tar, .tar.zst or .tar.gz with the pictures, or several: paths and patterns with
+    # commas between them; a name that is not there is sought by its base name
+    image_root: str = ""
     image_size: int = 224  # pixels of the square that pictures are fitted into, or the short side
-    fit: Literal["pad", "short"] = "pad"  # pad: padded to a square, as LLaVA does; short: all of
-    # the picture with its short side that long, so that training can pad or crop it
+    # pad: padded to a square, as LLaVA does; short: all of the picture with its short side that
+    # long, so that training can pad or crop it
+    fit: Literal["pad", "short"] = "pad"
     copy: bool = True  # False: pictures stay where they are, and the data set has their names
     short_answers: bool = False  # where all answers have 3 words at most, ask for short ones
     shard_bytes: int = 1_000_000_000  # bytes of pictures in a file

@@ -75,9 +75,9 @@ def prepared(source, find, cfg):
     return file.getvalue()
 
 
-def write_conversations(cfg, reader, shard_bytes=0, workers=None, **said):
+def write_conversations(cfg, reader, shard_bytes=0, workers=None, **manifest):
     """Tokenise chats. reader(folder) gives a function from a row to (messages, encoded pictures);
-    what else is said goes into the manifest."""
+    manifest: what else manifest.json should say."""
     tokenizer = tokenizers.load(cfg.tokenizer)
     check_size(tokenizer, cfg)
     sources, folder = sources_of(cfg), NewFolder(cfg.out)
@@ -100,8 +100,8 @@ def write_conversations(cfg, reader, shard_bytes=0, workers=None, **said):
             writer = ChatWriter(out / split, shard_bytes=shard_bytes)
             for i in np.sort(numbers):  # the loader shuffles; here reading in order is quicker
                 writer.append(journal.ids(i), journal.supervised(i), journal.images(i))
-            said[split] = writer.close()
-        write_manifest(out, tokenizer, **said, left_out=refused.table())
-    for split in splits:
-        print(f"{cfg.out}/{split}: {said[split]['chats']} chats, {said[split]['tokens']:,} tokens, "
-              f"{said[split]['images']} pictures")
+            manifest[split] = writer.close()
+        write_manifest(out, tokenizer, **manifest, left_out=refused.table())
+    for split, count in ((split, manifest[split]) for split in splits):
+        print(f"{cfg.out}/{split}: {count['chats']} chats, {count['tokens']:,} tokens, "
+              f"{count['images']} pictures")

@@ -133,6 +133,9 @@ def test_rows_without_text_are_counted_and_named(vocabulary, tmp_path):
     assert re.search(r"left out \d+ rows: no text in the field text \(a.jsonl:2, a.jsonl:3, "
                      r"a.jsonl:4", said)
     assert re.search(r"left out \d+ rows: not a line of JSON \(a.jsonl:6, a.jsonl:7", said)
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["left_out"]["no text in the field text"] == {
+        "rows": 6, "first": ["a.jsonl:2", "a.jsonl:3", "a.jsonl:4", "a.jsonl:2", "a.jsonl:3"]}
 
 
 def test_where_nothing_can_be_used_the_reasons_are_said_too(vocabulary, tmp_path):
