@@ -1,14 +1,16 @@
-"""Softmax attention, and which kernel computes it.
+"""Softmax attention, and which way of computing it.
 
 Packed rows hold several documents, and none may look into another. A mask of (T, T) says so to any
-kernel; on newer GPUs the bounds of the documents say it to a kernel that then skips the rest, which
-at 2,048 positions and documents of 290 is six sevenths of the work.
+kernel, which then computes what the mask hides: at 512 positions and documents of 85, five sixths.
+The bounds of the documents save that: newer GPUs have a kernel that takes them; elsewhere documents
+are laid beside each other, padded to the longest, where that is less work than the mask.
 
-Letters for shapes: B rows, H heads, T queries, S keys, D head size, N documents.
+Letters for shapes: B rows, H heads, T queries, S keys, D head size, N documents, L longest of them.
 """
 
 import functools
 import inspect
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,13 @@ def compute_dtype(x):
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+class Apart(NamedTuple):
+    """Documents laid beside each other: in place of a mask."""
+
+    index: torch.Tensor  # (N, L) flat positions into B * T; behind a document's end any
+    back: torch.Tensor  # (B * T,) where in N * L each position is
+
+
 def attend(q, k, v, mask=None, causal=False):
     """Softmax attention of q (B, H, T, D) over k and v (B, H, S, D); mask (B, 1, T, S) is True
     where a query may look, or comes from packed_mask; causal means T == S and no look ahead.
@@ -35,6 +44,8 @@ def attend(q, k, v, mask=None, causal=False):
     Short training sequences on a CPU are multiplied out: PyTorch's fused kernel takes 1.7 to 5
     times as long there, forward and backward together, up to about 200 positions (docs/log.md).
     """
+    if isinstance(mask, Apart):
+        return attend_apart(q, k, v, mask)
     if mask is not None and mask.dtype == torch.int32:
         return attend_documents(q, k, v, mask)
     if q.device.type != "cpu" or not q.requires_grad or q.size(-2) > 200:
@@ -47,20 +58,71 @@ def attend(q, k, v, mask=None, causal=False):
     return scores.softmax(-1) @ v
 
 
-def packed_mask(segments, bounds=None, dtype=torch.float32):
+def packed_mask(segments, bounds=None, longest=0, dtype=torch.float32):
     """What attend takes as the mask of packed rows: query i sees key j of the same document, not
     later. None for None.
 
     segments (B, T): the number of the document. bounds (N + 1,) int32: where each begins in the
-    B * T positions one after the other, and the end; instead of a mask where a kernel takes them.
+    B * T positions one after the other, and the end; longest: positions of the longest document.
     """
     if segments is None:
         return None
+    B, T = segments.shape
     if bounds is not None and takes_bounds(segments.device, dtype):
         return bounds
-    T = segments.size(1)
+    if longest and 2 * (len(bounds) - 1) * longest**2 < B * T**2:
+        return apart(bounds.long(), longest, B * T)
     same = segments[:, None, :, None] == segments[:, None, None, :]
     return same & torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
+
+
+def apart(bounds, longest, n):
+    """The Apart of documents with these bounds (N + 1,) among n positions."""
+    steps = torch.arange(longest, device=bounds.device)
+    index = (bounds[:-1, None] + steps).clamp_max(n - 1)
+    positions = torch.arange(n, device=bounds.device)
+    document = torch.searchsorted(bounds, positions, right=True) - 1
+    return Apart(index, document * longest + positions - bounds[document])
+
+
+class Take(torch.autograd.Function):
+    """Rows of x (n, ...) by index; `back` says for each row of x where it went. What index reads
+    besides, behind the ends of documents, is in no result, so its gradient is nothing."""
+
+    @staticmethod
+    def forward(ctx, x, index, back):
+        ctx.save_for_backward(back)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class Return(torch.autograd.Function):
+    """The other way: rows of x by `back`; the gradient of rows that are in no result is zero."""
+
+    @staticmethod
+    def forward(ctx, x, back):
+        ctx.save_for_backward(back)
+        ctx.rows = len(x)
+        return x.index_select(0, back)
+
+    @staticmethod
+    def backward(ctx, grad):
+        found = grad.new_zeros(ctx.rows, *grad.shape[1:])
+        return found.index_copy_(0, ctx.saved_tensors[0], grad), None
+
+
+def attend_apart(q, k, v, documents):
+    """Causal attention inside documents, each a row of its own, padded to the longest."""
+    B, H, T, D = q.shape
+    N, L = documents.index.shape
+    index = documents.index.flatten()
+    q, k, v = (Take.apply(x.transpose(1, 2).reshape(B * T, H * D), index, documents.back)
+               .view(N, L, H, D).transpose(1, 2) for x in (q, k, v))
+    y = attend(q, k, v, causal=True).transpose(1, 2).reshape(N * L, H * D)
+    return Return.apply(y, documents.back).view(B, T, H, D).transpose(1, 2)
 
 
 def attend_documents(q, k, v, bounds):

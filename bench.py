@@ -201,7 +201,8 @@ def loss_of(net, batch, pull=None):
         return pull(net(normalise(batch.pixels), batch.ids)) * batch.n_targets
     if isinstance(getattr(net, "module", net), VisionLanguageModel):
         return net(batch)
-    return net(batch.ids, batch.targets, batch.where, batch.positions, batch.segments, batch.bounds)
+    return net(batch.ids, batch.targets, batch.where, batch.positions, batch.segments, batch.bounds,
+               batch.longest)
 
 
 def tokenizer_of(cfg):

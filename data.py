@@ -35,6 +35,7 @@ class Batch:
     positions: torch.Tensor | None = None  # (B, T), from 0 in every chat
     segments: torch.Tensor | None = None  # (B, T), number of the chat in its row
     bounds: torch.Tensor | None = None  # (N + 1,) int32, where chats and padding begin in B * T
+    longest: int = 0  # positions of the longest of those
     pixels: torch.Tensor | None = None  # (M, S, S, 3) uint8
     image_positions: torch.Tensor | None = None  # (M * P,)
     n_targets: int = 0  # supervised positions of the whole step, in all processes

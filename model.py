@@ -97,17 +97,17 @@ class GPT(nn.Module):
             nn.init.zeros_(block.mlp.down.weight)
 
     def forward(self, ids, targets=None, where=None, positions=None, segments=None, bounds=None,
-                embeddings=None):
+                longest=0, embeddings=None):
         """Logits, or with `targets` the cross-entropy in nats, summed over what is supervised.
 
         ids (B, T), or instead of them embeddings (B, T, C), are the input. Without `where`, targets
         (B, T) holds the id that follows each position. With it, only the N flat positions `where`
         (into B * T) are supervised and targets is (N,): the head sees no other position.
         segments (B, T) number the documents of packed rows, bounds (N + 1,) say where they begin
-        (attention.packed_mask): no attention crosses them.
+        and longest how long they are (attention.packed_mask): no attention crosses them.
         """
         x = self.token_embedding(ids) if embeddings is None else embeddings
-        x = self.hidden(x, positions, packed_mask(segments, bounds, compute_dtype(x)))
+        x = self.hidden(x, positions, packed_mask(segments, bounds, longest, compute_dtype(x)))
         if targets is None:
             return self.head(x)
         x = x.flatten(0, 1)

@@ -191,7 +191,7 @@ class Packed:
         ids = torch.full((B, T), self.tokenizer.end_of_text)
         positions, segments = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T).int()
         where, targets = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        bounds, images, image_positions, lost = [], [], [], []
+        bounds, lengths, padding, images, image_positions, lost = [], [], [], [], [], []
         for b, row in enumerate(rows):
             start = 0
             for number, c in enumerate(self.rows[row], 1):
@@ -203,6 +203,7 @@ class Packed:
                 ids[b, part] = torch.from_numpy(chat[:-1])
                 positions[b, part], segments[b, part] = torch.arange(length), number
                 bounds.append(b * T + start)
+                lengths.append(length)
                 learnt = np.flatnonzero(supervised[1:])
                 where.append(learnt + b * T + start)
                 targets.append(chat[learnt + 1])
@@ -216,11 +217,13 @@ class Packed:
                         where.pop(), targets.pop()  # so nothing is learnt from it
                     image_positions.append(slots + b * T + start)
                 start += length
-            bounds += [b * T + start] if start < T else []  # the padding
-        bounds = torch.tensor([*bounds, B * T], dtype=torch.int32)
+            padding.append((b * T + start, b * T + T))
+        longest = max(lengths)
+        bounds += [at for tail in padding for at in range(*tail, longest)]  # padding, in pieces
+        bounds = torch.tensor([*sorted(bounds), B * T], dtype=torch.int32)
         batch = Batch(ids, torch.from_numpy(np.concatenate(targets)),
                       torch.from_numpy(np.concatenate(where)), positions, segments, bounds,
-                      lost=lost)
+                      longest, lost=lost)
         if images:
             batch.pixels = to_pixels(images, self.image_size, self.how)
             batch.image_positions = torch.from_numpy(np.concatenate(image_positions))

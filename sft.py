@@ -55,7 +55,7 @@ def main():
 
     def loss_of(batch, model):
         return model(batch.ids, batch.targets, batch.where, batch.positions, batch.segments,
-                     batch.bounds)
+                     batch.bounds, batch.longest)
 
     for step in run.steps():
         for micro, batch in enumerate(loader.step(step)):

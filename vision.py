@@ -53,7 +53,7 @@ class VisionLanguageModel(nn.Module):
         """Cross-entropy of a data.Batch, in nats, summed over its supervised positions."""
         embeddings = self.embed(batch.ids, batch.pixels, batch.image_positions)
         return self.decoder(None, batch.targets, batch.where, batch.positions, batch.segments,
-                            batch.bounds, embeddings)
+                            batch.bounds, batch.longest, embeddings)
 
     def embed(self, ids, pixels=None, image_positions=None):
         """Ids (B, T) to embeddings (B, T, C), image tokens replaced by the pictures' features.

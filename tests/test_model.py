@@ -388,5 +388,27 @@ def test_bounds_of_documents_say_what_the_mask_says(monkeypatch):
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("T", [24, 240])
+def test_documents_beside_each_other_attend_as_behind_a_mask(T):
+    """Short enough to be multiplied out, and not; the last document is padding."""
+    torch.manual_seed(0)
+    lengths = [[T // 6, T // 8, T // 6, T // 12], [T // 7] * 3]
+    segments, bounds = torch.zeros(2, T, dtype=torch.int32), []
+    for b, some in enumerate(lengths):
+        starts = [sum(some[:i]) for i in range(len(some) + 1)]
+        for i, length in enumerate(some):
+            segments[b, starts[i] : starts[i] + length] = i + 1
+        bounds += [b * T + at for at in [*starts, *range(starts[-1] + T // 6, T, T // 6)]]
+    bounds = torch.tensor([*bounds, 2 * T], dtype=torch.int32)
+    qkv = torch.randn(3, 2, 2, T, 8, requires_grad=True)
+    masks = attention.packed_mask(segments), attention.packed_mask(segments, bounds, T // 6)
+    assert isinstance(masks[1], attention.Apart) and not isinstance(masks[0], attention.Apart)
+    some = (segments > 0)[:, None, :, None]
+    found = [attention.attend(*qkv.unbind(), mask) * some for mask in masks]
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
+    gradients = [torch.autograd.grad(y.square().sum(), qkv)[0] for y in found]
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-3)
+
+
 def test_a_cpu_takes_a_mask():
     assert not attention.takes_bounds(torch.device("cpu"), torch.bfloat16)
