@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import archives
 from common.config import UserError, read_json
 from data import Batch, read_array
 from pictures import PictureError, blank, read_image, to_pixels
@@ -36,7 +37,7 @@ class Chats:
         self.offsets = read_array(self.folder / "offsets.npy", np.int64)
         manifest = self.root / "manifest.json"
         self.manifest = read_json(manifest) if manifest.is_file() else {}
-        shards = sorted(self.folder.glob("images*.bin"))
+        shards = sorted(self.folder.glob("images_*.bin"))
         self.has_images = bool(shards)
         if self.has_images:
             self.first_image = read_array(self.folder / "first_image.npy", np.int64)
@@ -47,11 +48,8 @@ class Chats:
                 raise UserError(f"the pictures in {self.folder} are {self.shard_starts[-1]} bytes, "
                                 f"and {self.image_offsets[-1]} were written; prepare them again")
             stored = self.manifest.get("pictures", {})
-            self.find = None
-            if not stored.get("copied", True):
-                import archives  # TODO
-
-                self.find = archives.open_pictures(stored["root"])
+            self.find = None if stored.get("copied", True) else archives.open_pictures(
+                stored["root"])
 
     def __reduce__(self):  # other processes open the files again
         return Chats, (self.root, self.split)
@@ -75,7 +73,7 @@ class Chats:
             source, name = self._bytes(n), f"picture {n} of {self.folder}"
             if self.find is not None:
                 name = source.decode()
-                source = self._found(name)
+                source = self.find(name)
             found.append(read_image(source, name, size, how))
         return found
 
@@ -84,12 +82,6 @@ class Chats:
         start, end = self.image_offsets[n : n + 2].tolist()
         shard = int(np.searchsorted(self.shard_starts, start, side="right")) - 1
         return os.pread(self.shards[shard], end - start, start - int(self.shard_starts[shard]))
-
-    def _found(self, name):
-        try:
-            return self.find(name)
-        except ValueError as reason:
-            raise PictureError(str(reason), f"{name}: {reason}") from None
 
 
 class Share:

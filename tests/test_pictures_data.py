@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import run
+from conftest import logged, run
 from PIL import Image, PngImagePlugin
 from test_prepare import asked, chats, dies, encoded, prepared, write_rows
 
@@ -508,7 +508,9 @@ BROKEN = {
 }
 
 
-def test_a_tenth_of_every_kind_of_broken_row_is_counted_and_changes_nothing(vocabulary, tmp_path):
+def corpora(vocabulary, tmp_path):
+    """Data folders `clean`, of 50 good rows, and `mixed`, with 5 of every kind of broken row too;
+    returns (those rows, the order of them in `mixed`)."""
     root = keep(tmp_path, "a.zip", [(name, content) for name, (content, _) in WILD.items()])
     good = [*(asked("red.png", f"<image>\nWhat {i}?") for i in range(30)),
             *(asked("turned.jpg", f"No. {i}?") for i in range(15)),
@@ -523,6 +525,11 @@ def test_a_tenth_of_every_kind_of_broken_row_is_counted_and_changes_nothing(voca
         prepared("images", f"--files={tmp_path}/{name}.jsonl", f"--image_root={root}",
                  "--image_size=32", f"--tokenizer={vocabulary}", "--val_share=0.2",
                  f"--out={tmp_path}/{name}")
+    return good, order
+
+
+def test_a_tenth_of_every_kind_of_broken_row_is_counted_and_changes_nothing(vocabulary, tmp_path):
+    good, order = corpora(vocabulary, tmp_path)
     assert left_out(tmp_path / "clean") == {}
     assert left_out(tmp_path / "mixed") == dict.fromkeys(BROKEN, 5)
     for reason, found in manifest(tmp_path / "mixed")["left_out"].items():
@@ -530,6 +537,21 @@ def test_a_tenth_of_every_kind_of_broken_row_is_counted_and_changes_nothing(voca
         assert {list(BROKEN)[(order[n - 1] - len(good)) // 5] for n in lines} == {reason}
     first, second = sums(tmp_path / "clean"), sums(tmp_path / "mixed")
     assert first == second and "train/images_000000.bin" in first and "val/ids.npy" in first
+
+
+def test_training_goes_on_with_the_good_rows_and_reports_the_others(pipeline, tmp_path):
+    """To the same losses as if the broken rows had never been there."""
+    corpora(pipeline.data / "captions", tmp_path)
+    for name in "clean", "mixed":
+        pipeline.run_stage("vision_pretrain", tmp_path / f"run_{name}", "--batch_tokens=512",
+                           f"--data={tmp_path}/{name}")
+    losses = [logged(tmp_path / f"run_{name}", "loss", "val_loss", "val_other_picture")
+              for name in ("clean", "mixed")]
+    assert losses[0] == losses[1] and len(losses[0]) == 10
+    report = (tmp_path / "run_mixed/report.md").read_text()
+    assert f"{5 * len(BROKEN)} rows were left out when it was prepared" in report
+    assert all(f"5 {reason}" in report for reason in BROKEN)
+    assert "left out" not in (tmp_path / "run_clean/report.md").read_text()
 
 
 def test_the_error_of_a_root_is_the_users(tmp_path):

@@ -5,9 +5,9 @@ init_from = "out/full/sft"
 clip = "openai/clip-vit-large-patch14"
 data = "data/llava_captions"
 
-context = 1024
+context = 2048  # seven captions of 290 positions; 1024 would hold three and waste a sixth
 batch_tokens = 131_072
-micro_rows = 32
+micro_rows = 16
 max_steps = 1300
 optimizer = "adamw"
 lr = 1e-3
@@ -16,3 +16,4 @@ warmup = 0.03
 cooldown = 0.97
 eval_every = 100
 save_every = 250
+compile = True

@@ -5,9 +5,9 @@ init_from = "out/full/vision_pretrain"
 data = "data/llava_instruct"
 text_data = "data/magpie"
 
-context = 1024
+context = 2048
 batch_tokens = 65_536
-micro_rows = 16
+micro_rows = 8
 max_steps = 1600
 muon_lr = 0.002
 lr = 2e-4
@@ -16,3 +16,4 @@ warmup = 0.03
 cooldown = 0.97
 eval_every = 100
 save_every = 250
+compile = True

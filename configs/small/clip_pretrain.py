@@ -15,8 +15,8 @@ embed_dim = 192
 context = 48
 
 batch_pairs = 256
-max_steps = 1000
+max_steps = 600
 warmup = 0.05
 cooldown = 0.6
 eval_every = 100
-save_every = 250
+save_every = 150

@@ -9,11 +9,13 @@ n_embd = 256
 max_positions = 1024
 
 context = 512
-batch_tokens = 16384
+batch_tokens = 8192
 micro_rows = 16
-max_steps = 1500
+max_steps = 600
+muon_lr = 0.04
+momentum = 0.9
 lr = 6e-3
 embedding_lr = 0.1
 cooldown = 0.6
-eval_every = 100
-save_every = 250
+eval_every = 150
+save_every = 150

@@ -5,11 +5,12 @@ init_from = "out/small/pretrain"
 data = "data/small/chats"
 
 context = 512
-batch_tokens = 16384
+batch_tokens = 8192
 micro_rows = 16
-max_steps = 600
+max_steps = 300
 muon_lr = 0.01
+momentum = 0.9
 lr = 1e-3
 cooldown = 0.7
 eval_every = 100
-save_every = 200
+save_every = 100

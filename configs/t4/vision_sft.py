@@ -1,0 +1,18 @@
+"""LLaVA-Instruct for the 89 M model on a T4: one epoch, under an hour by its arithmetic."""
+
+out = "out/t4/vision_sft"
+init_from = "out/t4/vision_pretrain"
+data = "data/llava_instruct"
+text_data = "data/magpie"
+
+context = 1024
+batch_tokens = 32_768
+micro_rows = 8
+max_steps = 1600
+muon_lr = 0.005
+lr = 5e-4
+schedule = "cosine"
+warmup = 0.03
+cooldown = 0.97
+eval_every = 200
+save_every = 200
