@@ -201,8 +201,7 @@ def loss_of(net, batch, pull=None):
         return pull(net(normalise(batch.pixels), batch.ids)) * batch.n_targets
     if isinstance(getattr(net, "module", net), VisionLanguageModel):
         return net(batch)
-    return net(batch.ids, batch.targets, batch.where, batch.positions, batch.segments, batch.bounds,
-               batch.longest)
+    return net(*batch.inputs())
 
 
 def tokenizer_of(cfg):

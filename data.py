@@ -41,6 +41,11 @@ class Batch:
     n_targets: int = 0  # supervised positions of the whole step, in all processes
     lost: list = field(default_factory=list)  # why chats were left out: pictures that are gone
 
+    def inputs(self):
+        """What GPT.forward takes, in its order."""
+        return (self.ids, self.targets, self.where, self.positions, self.segments, self.bounds,
+                self.longest)
+
     def to(self, device):
         """Itself, its tensors moved to the device (from pinned memory, so without a wait)."""
         if device.type == "cuda":

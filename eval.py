@@ -4,11 +4,12 @@
     python eval.py out/demo/vision_sft --data=data/demo --report=out/demo
     python eval.py out/full/clip_pretrain --zero_shot=data/imagenet/val
 
-What is scored follows from the checkpoint: text by loss and bits per byte, chats by exact answers,
-CLIP by picking the right caption of 32 and, with --zero_shot, the right class by its name alone,
-pictures by exact answers, also with the pictures shuffled among the questions (what remains then
-was guessed). All answers are greedy. With --report the checkpoints it came from are scored as well,
-and report.md and report.json sum up the pipeline.
+What is scored follows from the checkpoint: text by loss and bits per byte, chats by loss and exact
+answers, CLIP by picking the right caption of 32 and, with --zero_shot, the right class by its name
+alone, pictures by the loss with the right one, another one and none, and by exact answers, also
+with the pictures shuffled among the questions (what remains then was guessed). Later stages have
+the loss on text and chats again, to show what they forgot. All answers are greedy. With --report
+the checkpoints it came from are scored as well, and report.md and report.json sum up the pipeline.
 """
 
 import math
@@ -27,10 +28,11 @@ from common import checkpoint
 from common.checkpoint import write_json
 from common.config import UserError, parse, read_json, run_main
 from common.distributed import peak_memory_gb, setup
-from data import Text, check_tokenizer
-from packing import Captions, Chats
+from data import Text, check_tokenizer, validation_loss
+from looking import Held, Looking
+from packing import Captions, Chats, Packed
 from pictures import read_image
-from vision import open_model
+from vision import VisionLanguageModel, open_model
 from zero_shot import Labelled, zero_shot
 
 ANSWER_TOKENS = 64  # longest answer that is scored
@@ -71,20 +73,24 @@ def main():
 def score(name, cfg, machine):
     """All scores that a checkpoint and the data allow, as {name: figure}; prints them."""
     model, tokenizer, info = open_model(name, machine.device)
-    data, items, scores = Path(cfg.data), cfg.items, {}
+    data, items, stage, scores = Path(cfg.data), cfg.items, info["stage"], {}
     if info["kind"] == "clip":
         scores |= clip_scores(model, tokenizer, data / "captions", cfg, machine)
     elif cfg.zero_shot and not cfg.report:
         raise UserError(f"--zero_shot={cfg.zero_shot} is for a CLIP, which {name} is not")
-    if info["stage"] == "pretrain":
+    if stage == "pretrain" or (info["kind"] != "clip" and (data / "text").is_dir()):
         check_tokenizer(data / "text", tokenizer)
-        scores |= text_loss(model, tokenizer, data / "text", items, machine)
-    if info["stage"] in ("sft", "vision_sft"):
+        found = text_loss(model, tokenizer, data / "text", items, machine)
+        scores |= {label + f"/{stage}" * (stage != "pretrain"): x for label, x in found.items()}
+    if stage in ("sft", "vision_sft"):
         check_tokenizer(data / "chats", tokenizer)
-        right, _ = exact(model, tokenizer, Chats(data / "chats", "val"), items, machine)
-        scores["chat_exact"] = right
-    if info["stage"] == "vision_sft":
-        check_tokenizer(data / "scenes", tokenizer)
+        chats = Chats(data / "chats", "val")
+        packed = Packed([Held(chats, items, tokenizer)], model.config.max_positions, tokenizer)
+        scores["chat_loss"] = validation_loss(machine, packed, 8, loss_of(model), len(packed))
+        scores["chat_exact"], _ = exact(model, tokenizer, chats, items, machine)
+    if info["kind"] == "vision":
+        scores |= looking_scores(model, tokenizer, data, stage, items, machine)
+    if stage == "vision_sft":
         for label, split, shuffled in (("vqa_exact", "val", False), ("vqa_shuffled", "val", True),
                                        ("vqa_heldout_pairs", "val_pairs", False)):
             if split != "val" and not (data / "scenes" / split).is_dir():
@@ -96,6 +102,24 @@ def score(name, cfg, machine):
     for label, figure in scores.items():
         print(f"{label:32s} {figure:.4f}")
     return scores
+
+
+def loss_of(model):
+    """The function from a data.Batch to the loss of a decoder or vision model."""
+    if isinstance(model, VisionLanguageModel):
+        return model
+    return lambda batch: model(*batch.inputs())
+
+
+def looking_scores(model, tokenizer, data, stage, items, machine):
+    """Loss on held-out captions, or questions and answers, with each kind of picture."""
+    kind, label = ("scenes", "answer") if stage == "vision_sft" else ("captions", "caption")
+    check_tokenizer(data / kind, tokenizer)
+    T = min(512, model.config.max_positions)
+    looking = Looking(Chats(data / kind, "val"), items, T, tokenizer, *model.pictures)
+    losses = looking.losses(machine, model, 8)
+    return {name.replace("val_loss", f"{label}_loss").replace("val_", f"{label}_loss_"): figure
+            for name, figure in losses.items()}
 
 
 def clip_scores(model, tokenizer, folder, cfg, machine):
@@ -115,12 +139,12 @@ def clip_scores(model, tokenizer, folder, cfg, machine):
 def text_loss(model, tokenizer, folder, items, machine, T=None, batch=32):
     """Loss in nats a token, and bits per byte of the text, over the first validation windows."""
     val = Text(folder, "val", T or min(256, model.config.max_positions), tokenizer.n_vocab)
-    n = min(items, len(val))
+    n, decoder = min(items, len(val)), getattr(model, "decoder", model)
     loss, tokens, n_bytes = 0.0, 0, 0
     for start in range(0, n, batch):
         rows = val.batch(range(start, min(start + batch, n))).to(machine.device)
         with torch.inference_mode(), machine.autocast():
-            loss += model(rows.ids, rows.targets).item()
+            loss += decoder(rows.ids, rows.targets).item()
         tokens += rows.targets.numel()
         for row in rows.targets.tolist():
             text = tokenizer.decode([i for i in row if i != tokenizer.end_of_text])
@@ -132,14 +156,15 @@ def exact(model, tokenizer, chats, items, machine, shuffled=False):
     """Share of answers that are right to the letter, and that share by group.
 
     Every turn of the assistant in the first `items` chats is asked for, with the right history.
-    shuffled: every chat gets the pictures of the next one.
+    shuffled: every chat gets the pictures of another one that has as many.
     """
     prompts, wanted, images, groups = [], [], [], []
+    shown = Held(chats, items, tokenizer, "other" if shuffled else "own")
     file = chats.folder / "groups.json"
     names = read_json(file) if file.is_file() else [""] * len(chats)
-    n, too_long = min(items, len(chats)), 0
-    for i in range(n):
-        pictures = chats.images((i + 1) % n if shuffled else i)
+    too_long = 0
+    for i in range(len(shown)):
+        pictures = shown.images(i)
         for prompt, answer in turns_of(chats, i):
             if not fits(model, tokenizer, prompt, ANSWER_TOKENS):
                 too_long += 1

@@ -53,20 +53,16 @@ def main():
     net = run.start(model, optimizer, tokenizer, {**describe(model), "lineage": lineage(info)},
                     "tok", cfg.batch_tokens, model.flops_per_token(cfg.context))
 
-    def loss_of(batch, model):
-        return model(batch.ids, batch.targets, batch.where, batch.positions, batch.segments,
-                     batch.bounds, batch.longest)
-
     for step in run.steps():
         for micro, batch in enumerate(loader.step(step)):
             with run.forward(micro):
-                loss = loss_of(batch, net) / batch.n_targets
+                loss = net(*batch.inputs()) / batch.n_targets
             run.backward(loss)
         run.update(step)
         run.progress(step)
         if run.due(step, cfg.eval_every):
             run.record(step, val_loss=validation_loss(
-                run.machine, val, cfg.micro_rows, lambda b: loss_of(b, model), cfg.val_rows))
+                run.machine, val, cfg.micro_rows, lambda b: model(*b.inputs()), cfg.val_rows))
         if run.due(step, cfg.save_every):
             run.save(step)
 

@@ -411,15 +411,20 @@ def test_a_conversation_longer_than_the_context_says_so_and_can_start_over(pipel
 # ----------------------------------------------------------------------------------------- scoring
 
 
-@pytest.mark.parametrize("stage", ["clip_pretrain", "pretrain", "sft", "vision_sft"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_eval_scores_a_checkpoint_by_what_it_is(pipeline, stage):
     result = run("eval.py", pipeline.folder / stage, f"--data={pipeline.data}", "--items=16")
     assert result.status == 0
     scores = dict(line.split() for line in result.out.splitlines())
     assert {label for label in scores if "/" not in label} == {
         "clip_pretrain": {"clip_choice32"}, "pretrain": {"text_val_loss", "text_bits_per_byte"},
-        "sft": {"chat_exact"},
-        "vision_sft": {"chat_exact", "vqa_exact", "vqa_shuffled", "vqa_heldout_pairs"}}[stage]
+        "sft": {"chat_loss", "chat_exact"},
+        "vision_pretrain": {"caption_loss", "caption_loss_other_picture",
+                            "caption_loss_no_picture"},
+        "vision_sft": {"chat_loss", "chat_exact", "vqa_exact", "vqa_shuffled", "vqa_heldout_pairs",
+                       "answer_loss", "answer_loss_other_picture", "answer_loss_no_picture"},
+    }[stage]
+    assert (f"text_val_loss/{stage}" in scores) == (stage in STAGES[2:])
     if stage == "pretrain":  # six steps: better than guessing one of 512 tokens, worse than trained
         assert 3 < float(scores["text_val_loss"]) < np.log(512)
 
