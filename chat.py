@@ -85,7 +85,7 @@ def embed(model, tokenizer, chats, images):
     batch = Batch(ids, ids)
     pictures = [picture for some in images for picture in some]
     if pictures:
-        batch.pixels = to_pixels(pictures, model.clip_config.image_size)
+        batch.pixels = to_pixels(pictures, *model.pictures[1:])
         batch.image_positions = (ids.flatten() == tokenizer.image).nonzero()[:, 0]
     batch.to(device)
     return model.embed(batch.ids, batch.pixels, batch.image_positions), lengths

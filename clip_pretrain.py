@@ -37,9 +37,11 @@ class Config(TrainSettings):
     embed_dim: int = 768  # of the space they share
     context: int = 77  # longest caption in tokens
     activation: Literal["gelu", "quick_gelu"] = "gelu"  # quick_gelu is OpenAI's
+    fit: Literal["pad", "crop"] = "pad"  # how pictures become squares: padded, or their middle
 
     batch_pairs: int = 4096  # pairs of a step in the whole job; each is the others' negative
     micro_pairs: int = 0  # most pairs a GPU takes at once, for its memory; 0 for all of its share
+    workers: int = -1  # processes that decode pictures; -1 for the cores that a GPU leaves over
 
     zero_shot: str = ""  # folder of pictures, a subfolder a class, to tell apart; empty for none
     prompt: str = "a photo of a {}."  # the caption of a class there
@@ -50,23 +52,21 @@ def main():
     if cfg.image_size % cfg.patch_size:
         raise UserError(f"--patch_size={cfg.patch_size} does not divide --image_size="
                         f"{cfg.image_size}")
-    if cfg.micro_pairs < 0:
-        raise UserError(f"--micro_pairs={cfg.micro_pairs}: it must be at least 0")
     run = Run(cfg, "clip_pretrain")
 
     # Data: pictures with the first answer about each as its caption
     tokenizer = check_tokenizer(cfg.data)
-    train = Captions(Chats(cfg.data, "train"), tokenizer, cfg.image_size, cfg.context)
-    val = Captions(Chats(cfg.data, "val"), tokenizer, cfg.image_size, cfg.context)
+    train, val = (Captions(Chats(cfg.data, split), tokenizer, cfg.image_size, cfg.context, cfg.fit)
+                  for split in ("train", "val"))
     labelled = Labelled(cfg.zero_shot, cfg.prompt) if cfg.zero_shot else None
     micro_pairs = cfg.micro_pairs or cfg.batch_pairs // run.ranks
-    loader = Loader(train, cfg.batch_pairs, micro_pairs, run, cfg.seed)
+    loader = Loader(train, cfg.batch_pairs, micro_pairs, run, cfg.seed, run.workers())
 
     # Model: both towers are new
     model = CLIP(CLIPConfig(
         cfg.image_size, cfg.patch_size, cfg.vision_width, cfg.vision_layers, cfg.vision_heads,
         cfg.text_width, cfg.text_layers, cfg.text_heads, cfg.context, tokenizer.n_vocab,
-        tokenizer.end, cfg.embed_dim, cfg.activation)).to(run.device)
+        tokenizer.end, cfg.embed_dim, cfg.activation, cfg.fit)).to(run.device)
     optimizer = make_optimizer(model, cfg)
     net = run.start(model, optimizer, tokenizer, describe(model), "img", cfg.batch_pairs,
                     model.flops_per_pair())

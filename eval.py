@@ -128,7 +128,7 @@ def clip_scores(model, tokenizer, folder, cfg, machine):
     if folder.is_dir() or not cfg.zero_shot:
         check_tokenizer(folder, tokenizer)
         pairs = Captions(Chats(folder, "val"), tokenizer, model.config.image_size,
-                         model.config.context)
+                         model.config.context, model.config.fit)
         scores["clip_choice32"], _ = caption_choice(model, pairs, machine)
     if cfg.zero_shot:
         labelled = Labelled(cfg.zero_shot, cfg.prompt)

@@ -226,21 +226,32 @@ class Packed:
 
 
 def pack(lengths, T, seed, window=4096):
-    """Lists of numbers into `lengths`, each list at most T long in sum: best fit, longest first,
-    among a few thousand at a time, in a seeded order (so rows mix what the data set does not)."""
+    """Lists of numbers into `lengths`, each list at most T long in sum: best fit among a few
+    thousand at a time, in a seeded order (so rows mix what the data set does not). The longest go
+    first, unless that leaves gaps and the seeded order fewer, as among captions of one length."""
     order = np.random.default_rng(seed).permutation(len(lengths)).tolist()
     rows = []
     for begin in range(0, len(order), window):
-        room = []  # sorted (free positions, row)
-        for c in sorted(order[begin : begin + window], key=lambda c: -lengths[c]):
-            spot = bisect.bisect_left(room, (lengths[c], -1))
-            if spot == len(room):
-                rows.append([])
-                free, row = T, len(rows) - 1
-            else:
-                free, row = room.pop(spot)
-            rows[row].append(c)
-            bisect.insort(room, (free - lengths[c], row))
+        part = order[begin : begin + window]
+        found = best_fit(sorted(part, key=lambda c: -lengths[c]), lengths, T)
+        if sum(lengths[c] for c in part) < 0.97 * len(found) * T:
+            found = min(found, best_fit(part, lengths, T), key=len)
+        rows += found
+    return rows
+
+
+def best_fit(numbers, lengths, T):
+    """Each number, in this order, into the fullest list that has room for its length."""
+    rows, room = [], []  # room: sorted (free positions, row)
+    for c in numbers:
+        spot = bisect.bisect_left(room, (lengths[c], -1))
+        if spot == len(room):
+            rows.append([])
+            free, row = T, len(rows) - 1
+        else:
+            free, row = room.pop(spot)
+        rows[row].append(c)
+        bisect.insort(room, (free - lengths[c], row))
     return rows
 
 

@@ -9,6 +9,7 @@ sees. Starts from an sft.py and a clip_pretrain.py checkpoint; vision_sft.py goe
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from chat import sample_answers
 from common.checkpoint import lineage
@@ -26,6 +27,7 @@ class Config(TrainSettings):
     init_from: str = "out/sft"  # the decoder checkpoint: a language model that can chat
     clip: str = "out/clip_pretrain"  # the CLIP checkpoint
     data: str = "data/captions"  # folder made by prepare.py images
+    fit: Literal["pad", "crop"] = "pad"  # pictures into squares: padded, or cut as CLIP's own were
 
     context: int = 1024  # positions of a training row, image tokens included
     batch_tokens: int = 65_536  # positions of a step in the whole job
@@ -39,7 +41,7 @@ def main():
     run = Run(cfg, "vision_pretrain")
 
     # Model: the projector is new and learns; CLIP and decoder stand still
-    model, tokenizer, parents = join(cfg.init_from, cfg.clip)
+    model, tokenizer, parents = join(cfg.init_from, cfg.clip, cfg.fit)
     model.to(run.device).train()
     model.decoder.requires_grad_(False)
 

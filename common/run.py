@@ -42,7 +42,7 @@ from common.shard import number_of_shard, shard, unshard, whole, whole_weights
 
 WARM_STEPS = 5  # after these nothing new lives long
 LOWEST = dict(max_steps=1, context=1, batch_tokens=1, batch_pairs=1, micro_rows=1, val_rows=1,
-              val_chats=1, seed=0, workers=-1)
+              val_chats=1, micro_pairs=0, seed=0, workers=-1)
 STOPPED_EARLY = 75  # exit status of a run that saved and can go on (EX_TEMPFAIL of sysexits.h)
 
 
@@ -81,7 +81,7 @@ class Run:
             self.accumulate += 1
         if mine // self.accumulate < min(mine, micro_rows) / 2:
             self.log.say(f"{mine} rows a process only divide into micro-batches of "
-                         f"{mine // self.accumulate}; another --batch_tokens would be faster")
+                         f"{mine // self.accumulate}; another batch size would be faster")
         return self.accumulate, mine // self.accumulate
 
     def rows(self):

@@ -30,7 +30,7 @@ TINY = {
     "clip_pretrain": ("--image_size=32", "--patch_size=8", "--vision_width=32",
                       "--vision_layers=2", "--vision_heads=2", "--text_width=32",
                       "--text_layers=2", "--text_heads=2", "--embed_dim=32", "--context=64",
-                      "--batch_pairs=16"),
+                      "--batch_pairs=16", "--workers=0"),
     "pretrain": ("--n_layer=2", "--n_head=2", "--n_embd=32", "--max_positions=256",
                  "--context=64", "--batch_tokens=512", *ROWS),
     "sft": ("--context=128", "--batch_tokens=1024", *ROWS),
