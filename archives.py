@@ -10,6 +10,7 @@ is written under one, so a name with ../ in it does no harm.
 
 import bisect
 import fnmatch
+import functools
 import glob
 import io
 import os
@@ -41,7 +42,7 @@ def open_pictures(root, unpack=None):
     one; without it that is a UserError. So is a root that holds no pictures to look up.
     """
     if not root:
-        return Pictures([Folder(Path.cwd(), search=False), Folder(Path("/"), search=False)])
+        return Pictures([Folder(Path.cwd(), search=False), Folder(Path("/"), search=False)], ())
     parts = []  # (kind, paths)
     for path in local_paths(root):
         kind = kind_of(path)
@@ -52,7 +53,8 @@ def open_pictures(root, unpack=None):
         else:
             raise UserError(f"{path} is neither a folder nor a .zip, .tar, .tar.zst or .tar.gz, so "
                             "there are no pictures to find in it; correct --image_root")
-    return Pictures([open_part(kind, paths, unpack) for kind, paths in parts])
+    files = [path for kind, paths in parts if kind != "folder" for path in paths]
+    return Pictures([open_part(kind, paths, unpack) for kind, paths in parts], identity_of(files))
 
 
 def open_part(kind, paths, unpack):
@@ -62,8 +64,14 @@ def open_part(kind, paths, unpack):
         if unpack is None:
             raise UserError(f"{paths[0]} is compressed, so pictures cannot be read at any place of "
                             "it; unpack it, or copy them with --copy=True")
-        kind, paths = "tar", [unpack(paths, kind)]
-    return Archive(paths, kind)
+        return Archive([unpack(paths, kind)], "tar")
+    return indexed(kind, *identity_of(paths))
+
+
+@functools.cache
+def indexed(kind, *files):
+    """The Archive of files by their identity: several splits of a data set share its table."""
+    return Archive([path for path, _, _ in files], kind)
 
 
 def kind_of(path):
@@ -88,10 +96,13 @@ def kind_of(path):
 
 
 class Pictures:
-    """Pictures by name, out of some folders and archives; a call gives a picture's bytes."""
+    """Pictures by name, out of some folders and archives; a call gives a picture's bytes.
 
-    def __init__(self, parts):
-        self.parts = parts
+    identity: of the files of the archives; nobody looks whether a folder changes.
+    """
+
+    def __init__(self, parts, identity):
+        self.parts, self.identity = parts, identity
 
     def __call__(self, name):
         """The bytes; PictureError if there is no such picture, or it cannot be read."""
@@ -324,6 +335,12 @@ def local_paths(patterns):
             raise UserError(f"no file matches {pattern}")
         paths += map(Path, sorted(found, key=by_numbers))
     return paths
+
+
+def identity_of(paths):
+    """((path, size, time of the last change), ...) of files: shows whether one was replaced."""
+    stats = [(path.absolute(), path.stat()) for path in paths]
+    return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
 
 
 def by_numbers(path):

@@ -35,9 +35,10 @@ from prep.check import Check, check, data_first
 from prep.conversations import write_chats_about_pictures, write_chats_about_text
 from prep.demo import captioned, distinct, questioned, words_of
 from prep.fineweb import fetch_shards
-from prep.journal import Record, digest, read_all, splits_of
+from prep.journal import Record, digest, read_all
 from prep.rows import text_of, texts_of
-from prep.sources import pieces, sources_of
+from prep.sources import at_least, pieces, sources_of
+from prep.splits import splits_of
 from prep.storage import NewFolder, Shards, check_size, write_chats, write_manifest, write_text
 
 SMALLEST_VOCABULARY = 256 + len(tokenizers.SPECIALS)  # every byte, and the specials
@@ -107,7 +108,10 @@ class Chat(Rows):
 
 @dataclass
 class Images(Rows):
-    """Chats or captions about pictures, in LLaVA's form; up to 4 pictures in a row, or none."""
+    """Chats or captions about pictures, in LLaVA's form; up to 4 pictures in a row, or none.
+
+    Rows that show the same picture are held out together, or not at all.
+    """
 
     out: str = "data/images"  # folder to make
     max_chats: int = 0  # chats to take at most, the first ones; 0 for all
@@ -175,13 +179,6 @@ def demo(cfg):
 
 
 # ----------------------------------------------------------------------------- sensible values
-
-
-def at_least(cfg, **lowest):
-    """UserError if a setting is below its lowest value that makes sense."""
-    for name, low in lowest.items():
-        if getattr(cfg, name) < low:
-            raise UserError(f"--{name}={getattr(cfg, name)} is too small: {low} at least")
 
 
 def check_rows(cfg):

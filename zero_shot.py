@@ -16,6 +16,7 @@ import torch
 
 from clip import normalise
 from common.config import UserError
+from common.distributed import cores
 from pictures import PictureError, read_image, to_pixels
 
 NAMED = 10  # so many of the pictures that cannot be read are named, the others counted
@@ -52,7 +53,8 @@ def zero_shot(model, tokenizer, labelled, machine, batch=256):
         texts = torch.cat([model.text_features(part) for part in ids.split(batch)])  # (classes, E)
     mine, lost = labelled.pictures[machine.rank :: machine.ranks], []
     counts = torch.zeros(2, dtype=torch.long, device=machine.device)  # right, all
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share this machine's cores
+    with ThreadPoolExecutor(max(1, cores() // here)) as pool:
         for start in range(0, len(mine), batch):
             part = mine[start : start + batch]
             squares = list(pool.map(lambda item: square(item[0], model.config), part))

@@ -19,11 +19,12 @@ import numpy as np
 
 from common.checkpoint import write_json
 from common.config import UserError
+from common.distributed import cores
 from packing import pack
-from prep.journal import Progress, batches, cores
+from prep.journal import Progress, batches
 from prep.look import COPY, NO_PICTURE, Made, Originals, measured
 from prep.report import draw_sheet, print_figures, print_tokens
-from prep.sources import Refused
+from prep.sources import Refused, at_least
 
 QUANTILES = {"min": 0, **{f"{q} %": q for q in (5, 25, 50, 75, 95, 99)}, "max": 100}
 TILES = 16  # rows on the contact sheet
@@ -68,10 +69,7 @@ def data_first(argv):
 
 def check(cfg):
     """Print what is in the data set; with --show one row of it."""
-    for name, low in dict(items=0, context=2, patches=1, image_size=1, batch_tokens=1, seed=0,
-                          show=0).items():
-        if getattr(cfg, name) < low:
-            raise UserError(f"--{name}={getattr(cfg, name)} is too small: {low} at least")
+    at_least(cfg, items=0, context=2, patches=1, image_size=1, batch_tokens=1, seed=0, show=0)
     for path in cfg.sheet, cfg.report:
         if path and not Path(path).absolute().parent.is_dir():
             raise UserError(f"there is no folder for {path}; make it first")

@@ -11,9 +11,10 @@ from archives import open_pictures
 from common import hub
 from common.config import UserError
 from pictures import fit, read_image
-from prep.journal import Record, read_all, splits_of
+from prep.journal import Record, read_all
 from prep.rows import ask_shortly, check_quality, messages_of, pictures_of
 from prep.sources import sources_of
+from prep.splits import splits_of
 from prep.storage import ChatWriter, NewFolder, check_size, write_manifest
 from prep.unpack import unpacked
 
@@ -27,7 +28,7 @@ def write_chats_about_text(cfg):
         return messages, []
 
     # Turns are so short that threads would only wait for Python's lock: two take 1.6 times as long.
-    write_conversations(cfg, lambda folder: read, workers=1)
+    write_conversations(cfg, lambda folder: (read, []), workers=1)
 
 
 def write_chats_about_pictures(cfg):
@@ -50,7 +51,7 @@ def write_chats_about_pictures(cfg):
             images = [prepared(source, find, cfg) for source in pictures_of(row, messages)]
             return ask_shortly(messages) if cfg.short_answers else messages, images
 
-        return read
+        return read, find.identity
 
     with warnings.catch_warnings():  # here, because threads share what read_image sets for itself
         warnings.simplefilter("ignore")
@@ -76,26 +77,31 @@ def prepared(source, find, cfg):
 
 
 def write_conversations(cfg, reader, shard_bytes=0, workers=None, **manifest):
-    """Tokenise chats. reader(folder) gives a function from a row to (messages, encoded pictures);
-    manifest: what else manifest.json should say."""
+    """Tokenise chats. manifest: what else manifest.json should say.
+
+    reader(folder) gives a function from a row to (messages, encoded pictures), and the identity of
+    the archives that those come from.
+    """
     tokenizer = tokenizers.load(cfg.tokenizer)
     check_size(tokenizer, cfg)
     sources, folder = sources_of(cfg), NewFolder(cfg.out)
 
     with folder as out:
-        read = reader(folder)
+        read, archives = reader(folder)
 
         def make(row):
             messages, images = read(row)
             chat = tokenizers.render(tokenizer, messages, len(images))
             return Record(np.array(chat.ids, np.uint16), chat.supervised, images)
 
-        journals, refused = read_all(folder, cfg, sources, tokenizer, make, cfg.max_chats, workers)
+        journals, refused = read_all(folder, cfg, sources, tokenizer, make, cfg.max_chats, workers,
+                                     archives)
         splits = splits_of(cfg, journals, cfg.max_chats)
         if len(splits["train"][1]) == 0:
             raise UserError(f"{sources['rows'].name} holds no chat that can be used")
         if len(splits["val"][1]) == 0:
-            raise UserError("no chat is left for validation; say --val_files or a --val_share")
+            raise UserError("no chat is left for validation (those about one picture stay "
+                            "together); say --val_files or a --val_share")
         for split, (journal, numbers) in splits.items():
             writer = ChatWriter(out / split, shard_bytes=shard_bytes)
             for i in np.sort(numbers):  # the loader shuffles; here reading in order is quicker

@@ -20,11 +20,12 @@ import numpy as np
 
 from common.checkpoint import write_json
 from common.config import UserError, read_json
+from common.distributed import cores
 from pictures import PictureError
 from prep.sources import Refused, parsed
 
 FILES = {"ids": np.uint16, "supervised": np.bool_, "images": np.uint8, "starts": np.int64,
-         "image_starts": np.int64, "first_image": np.int64}
+         "image_starts": np.int64, "first_image": np.int64, "image_keys": np.uint64}
 COUNTS_IN = {"starts": "ids", "image_starts": "images", "first_image": "image_starts"}
 BATCH_ROWS, BATCH_BYTES = 128, 1 << 20  # a batch is full at either
 BLOCK_IDS = 1 << 20
@@ -124,6 +125,7 @@ class Journal:
             file.close()
         self.at = {name: np.append(np.fromfile(self.folder / name, np.int64),
                                    self.lengths[COUNTS_IN[name]]) for name in COUNTS_IN}
+        self.image_keys = np.fromfile(self.folder / "image_keys", np.uint64)
         self.handles = {name: os.open(self.folder / name, os.O_RDONLY)
                         for name in ("ids", "supervised", "images")}
 
@@ -202,13 +204,6 @@ def fill(journal, source, make, limit=0, workers=None):
         pool.shutdown(cancel_futures=True)
 
 
-def cores():
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def batches(rows):
     """Lists of (where, row, bytes), none of them long in rows or bytes."""
     batch, size = [], 0
@@ -260,7 +255,13 @@ def pack(records):
         "images": np.frombuffer(b"".join(images), np.uint8),
         "starts": np.array(starts, np.int64), "image_starts": np.array(image_starts, np.int64),
         "first_image": np.array(first_image, np.int64),
+        "image_keys": np.array([key_of(image) for image in images], np.uint64),
     }
+
+
+def key_of(image):
+    """A number that a picture shares only with the same bytes, or the same name."""
+    return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little")
 
 
 class Progress:
@@ -299,15 +300,19 @@ class Progress:
 # ------------------------------------------------------------------------------ all of a data set
 
 
-def read_all(folder, cfg, sources, tokenizer, make, limit, workers=None):
-    """Journals, filled, of all sources: {name: journal}, and which rows were left out, printed."""
+def read_all(folder, cfg, sources, tokenizer, make, limit, workers=None, archives=()):
+    """Journals, filled, of all sources: {name: journal}, and which rows were left out, printed.
+
+    archives: the identities of the files that pictures come from, as records depend on them too.
+    """
     later = ("out", "files", "val_files", "val_share", "seed", "shard_tokens", "shard_bytes")
     kept = {name: value for name, value in asdict(cfg).items()
             if name not in later}  # they change no record
     journals, refused = {}, Refused()
     try:
         for name, source in sources.items():
-            settings = {**kept, "tokenizer": tokenizer.fingerprint, "source": source.identity}
+            settings = {**kept, "tokenizer": tokenizer.fingerprint, "source": source.identity,
+                        "archives": archives}
             journals[name] = Journal(folder.writing / name, settings)
             fill(journals[name], source, make, limit if name == "rows" else 0, workers)
             journals[name].open()
@@ -316,15 +321,3 @@ def read_all(folder, cfg, sources, tokenizer, make, limit, workers=None):
             refused.add_all(journal.refused)
         refused.show()
     return journals, refused
-
-
-def splits_of(cfg, journals, limit):
-    """{split: (journal, numbers of its records)}; training numbers come in a seeded order."""
-    rows = journals["rows"]
-    n = min(len(rows), limit or len(rows))
-    order = np.random.default_rng(cfg.seed).permutation(n)
-    if "val_rows" in journals:
-        return {"train": (rows, order), "val": (journals["val_rows"],
-                                                np.arange(len(journals["val_rows"])))}
-    held = min(round(n * cfg.val_share) or int(cfg.val_share > 0), max(0, n - 1))
-    return {"train": (rows, order[held:]), "val": (rows, np.sort(order[:held]))}

@@ -11,7 +11,7 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from archives import local_paths
+from archives import identity_of, local_paths
 from common.config import UserError
 
 BLOCK = 1 << 20  # how much of a long file is read at once
@@ -74,10 +74,8 @@ class Files:
 
     def __init__(self, patterns):
         self.name, self.paths = patterns, paths_of(patterns)
-        stats = [path.stat() for path in self.paths]
-        self.total = sum(stat.st_size for stat in stats)
-        self.identity = [[str(path.absolute()), stat.st_size, stat.st_mtime_ns]
-                         for path, stat in zip(self.paths, stats, strict=True)]
+        self.identity = identity_of(self.paths)
+        self.total = sum(size for _, size, _ in self.identity)
 
     def rows(self, skip=0):
         """Yield (where, row, bytes) of all files in order, without the first `skip` rows."""
@@ -249,6 +247,16 @@ def size_of(value):
         return len(value)
     values = value.values() if isinstance(value, dict) else value
     return sum(map(size_of, values)) if isinstance(values, list | type({}.values())) else 0
+
+
+# -------------------------------------------------------------------------------- what is asked for
+
+
+def at_least(cfg, **lowest):
+    """UserError if a setting is below its lowest value that makes sense."""
+    for name, low in lowest.items():
+        if getattr(cfg, name) < low:
+            raise UserError(f"--{name}={getattr(cfg, name)} is too small: {low} at least")
 
 
 def source_of(cfg):

@@ -5,7 +5,7 @@ import io
 import os
 import time
 
-from archives import BLOCK, Joined
+from archives import BLOCK, Joined, identity_of
 from prep.journal import SAY_SECONDS
 
 
@@ -16,8 +16,7 @@ def unpacked(paths, codec, folder):
     rows: so it is unpacked to one file whose members are found by their places. After a stop, what
     is there already is compared with what it should be, and not written again.
     """
-    key = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    key = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr(identity_of(paths)).encode()).hexdigest()[:16]
     done, half = folder / f"{key}.tar", folder / f"{key}.part"
     if done.is_file():
         return done

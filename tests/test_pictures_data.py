@@ -451,7 +451,8 @@ def test_files_of_the_hub_are_fetched_by_their_name(vocabulary, tmp_path, monkey
     keep(tmp_path / "hub", "folder", [])
     (tmp_path / "hub").mkdir()
     keep(tmp_path / "hub", "many_*.tar", [("red.png", WILD["red.png"][0])] * 3)
-    write_rows(tmp_path / "hub/chat.json", [asked("red.png")] * 9)
+    rows = [asked("red.png")] * 8
+    write_rows(tmp_path / "hub/chat.json", [*rows, {"prompt": "What?", "output": "It."}])
 
     def download(repository, name, repo_type):
         assert (repository, repo_type) == ("owner/set", "dataset")
@@ -490,6 +491,77 @@ def test_killed_and_started_again_it_makes_the_same_bytes(form, vocabulary, tmp_
     assert len(list((tmp_path / "out/train").glob("images_*.bin"))) > 2
 
 
+@pytest.mark.parametrize("form", ["a.zip", "a.tar"])
+def test_an_archive_that_was_replaced_is_read_from_the_start(form, vocabulary, tmp_path):
+    root = keep(tmp_path, form, numbered(40))
+    whole = root.read_bytes()
+    root.write_bytes(whole[: len(whole) // 2])
+    rows = write_rows(tmp_path / "rows.json", [asked(f"{i % 40}.bmp") for i in range(160)])
+    argv = ["images", f"--files={rows}", f"--image_root={root}", "--image_size=32",
+            f"--tokenizer={vocabulary}", f"--out={tmp_path}/out"]
+    assert dies(argv, 4).returncode == -9
+    root.write_bytes(whole)
+    said = prepared(*argv)
+    assert "other settings or files: starting over" in said and "left out" not in said
+    assert left_out(tmp_path / "out") == {}
+
+
+def test_an_archive_is_indexed_once_until_it_is_replaced(tmp_path):
+    root = str(keep(tmp_path, "a.zip", numbered(3)))
+    first, again = (archives.open_pictures(root).parts[0] for _ in range(2))
+    keep(tmp_path, "a.zip", numbered(4))
+    other = archives.open_pictures(root).parts[0]
+    assert first is again and (len(first.places), len(other.places)) == (3, 4)
+
+
+# ---------------------------------------------------------------------------------- held-out rows
+
+
+def stored(folder, split):
+    """What is stored of the pictures of each chat: their bytes, or their names."""
+    found = Chats(folder, split)
+    return [{found._bytes(n) for n in range(*found.first_image[i : i + 2])}
+            for i in range(len(found))]
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_no_picture_is_trained_on_and_held_out_at_once(copied, vocabulary, tmp_path):
+    shades = [encoded(Image.new("RGB", (9, 9), (4 * i, 200, 0)), "BMP") for i in range(60)]
+    files = [(f"{i}.bmp", shade) for i, shade in enumerate(shades)]
+    files += [(f"copy{i}.bmp", shade) for i, shade in enumerate(shades[:10])]
+    root = keep(tmp_path, "a.tar", files)
+    rng = np.random.default_rng(0)
+    rows = [asked_of(f"{i % 60}.bmp") for i in range(120)]
+    rows += [asked_of([f"copy{i}.bmp", f"{i + 30}.bmp"]) for i in range(10)]  # links two pictures
+    rows += [{"prompt": f"Say {i}.", "output": "It."} for i in range(20)]
+    rows = write_rows(tmp_path / "rows.json", [rows[i] for i in rng.permutation(len(rows))])
+    held = []
+    for seed in range(4):
+        out = tmp_path / f"{seed}"
+        prepared("images", f"--files={rows}", f"--image_root={root}", "--image_size=9",
+                 f"--tokenizer={vocabulary}", f"--out={out}", f"--seed={seed}", "--val_share=0.2",
+                 f"--copy={copied}")
+        train, val = stored(out, "train"), stored(out, "val")
+        assert (len(train), len(val)) == (120, 30) and sum(map(len, val)) > 10
+        assert not set().union(*train) & set().union(*val)
+        held.append(frozenset(set().union(*val)))
+    assert len(set(held)) == 4
+
+
+def test_of_large_groups_the_smallest_is_held_out_and_never_all(vocabulary, tmp_path):
+    shades = [(f"{i}.bmp", encoded(Image.new("RGB", (9, 9), (90 * i, 0, 0)), "BMP"))
+              for i in range(3)]
+    root = keep(tmp_path, "folder", shades)
+    argv = ["images", f"--image_root={root}", "--image_size=9", f"--tokenizer={vocabulary}",
+            f"--out={tmp_path}/out"]
+    rows = write_rows(tmp_path / "a.json", [asked(f"{i}.bmp") for i in (0, 1, 2, 0, 2, 1, 0, 2)])
+    prepared(*argv, f"--files={rows}", "--val_share=0.1")
+    assert list(map(len, (stored(tmp_path / "out", "train"), stored(tmp_path / "out", "val")))) == [
+        6, 2]
+    rows = write_rows(tmp_path / "b.json", [asked("0.bmp")] * 8)
+    assert "no chat is left for validation" in run("prepare.py", *argv, f"--files={rows}").refusal
+
+
 # -------------------------------------------------------------------------------- broken rows
 
 
@@ -511,8 +583,10 @@ BROKEN = {
 def corpora(vocabulary, tmp_path):
     """Data folders `clean`, of 50 good rows, and `mixed`, with 5 of every kind of broken row too;
     returns (those rows, the order of them in `mixed`)."""
-    root = keep(tmp_path, "a.zip", [(name, content) for name, (content, _) in WILD.items()])
-    good = [*(asked("red.png", f"<image>\nWhat {i}?") for i in range(30)),
+    shades = [(f"{i}.png", encoded(Image.new("RGB", (9, 9), (25 * i, 0, 0)), "PNG"))
+              for i in range(10)]
+    root = keep(tmp_path, "a.zip", [*shades, *((name, WILD[name][0]) for name in WILD)])
+    good = [*(asked(f"{i % 10}.png", f"<image>\nWhat {i}?") for i in range(30)),
             *(asked("turned.jpg", f"No. {i}?") for i in range(15)),
             *(asked("", f"{i}?") for i in range(5))]
     mixed = [*good, *(row for row in BROKEN.values() for _ in range(5))]

@@ -250,6 +250,8 @@ def test_validation_chats_are_drawn_by_the_seed_and_not_trained_on(vocabulary, t
                  f"--out={tmp_path}/{name}", f"--seed={seed}")
         train, val = (chats(tmp_path / name, split) for split in ("train", "val"))
         assert (len(train), len(val)) == (45, 5) and not set(train) & set(val)
+        held = np.sort(np.random.default_rng(seed).permutation(50)[:5])
+        assert [learnt for _, learnt in val] == [f"{i}<|end|>" for i in held]
         seen.append(sums(tmp_path / name))
     assert seen[0] == seen[1] != seen[2]
 
