@@ -30,13 +30,13 @@ import torch
 from PIL import Image
 
 import tokenizer as tokenizers
-from clip import CLIP, CLIPConfig, feature_pulls, normalise
+from clip import CLIP, feature_pulls, normalise
 from common import distributed as system
 from common.config import UserError, parse, run_main
 from common.optim import make_optimizer
 from common.run import Run
 from data import Batch, Loader, check_tokenizer
-from model import GPT, GPTConfig, KVCache, generate
+from model import GPT, KVCache, generate
 from packing import Captions, Packed
 from peers import REPEATS, WARM, beside_nanogpt, beside_transformers
 from pictures import fit, read_image
@@ -211,29 +211,31 @@ def tokenizer_of(cfg):
 
 
 def text_job(stage, folder, run, tokenizer):
-    cfg, model = run.cfg, decoder_of(run.cfg, tokenizer)
-    return (model, RandomText(tokenizer.n_vocab, cfg.context), run.rows(), cfg.micro_rows, "tok",
+    cfg, model = run.cfg, GPT(run.cfg.decoder(tokenizer))
+    rows = run.rows(cfg.max_positions)
+    return (model, RandomText(tokenizer.n_vocab, cfg.context), rows, cfg.micro_rows, "tok",
             cfg.batch_tokens, model.flops_per_token(cfg.context))
 
 
 def chat_job(stage, folder, run, tokenizer):
-    cfg, decoder = run.cfg, decoder_of(sibling(folder, "pretrain"), tokenizer)
+    cfg, decoder = run.cfg, GPT(sibling(folder, "pretrain").decoder(tokenizer))
     flops, model, patches, size = decoder.flops_per_token(cfg.context), decoder, 0, 0
     if stage != "sft":
-        clip_config = clip_of(sibling(folder, "clip_pretrain"), tokenizer)
+        clip_config = sibling(folder, "clip_pretrain").clip(tokenizer)
         model = VisionLanguageModel(decoder.config, clip_config)
         patches, size = clip_config.n_patches, clip_config.image_size
     if stage == "vision_pretrain":
         model.decoder.requires_grad_(False)
         flops *= 2 / 3  # no weight gradients
     length = {"sft": cfg.context // 5, "vision_pretrain": 40, "vision_sft": 200}[stage]
-    chats = RandomChats(tokenizer, max(4096, 4 * run.rows()), length, size)  # rows fill up
+    rows = run.rows(decoder.config.max_positions)
+    chats = RandomChats(tokenizer, max(4096, 4 * rows), length, size)  # rows fill up
     packed = Packed([chats], cfg.context, tokenizer, patches, size)
-    return model, packed, run.rows(), cfg.micro_rows, "tok", cfg.batch_tokens, flops
+    return model, packed, rows, cfg.micro_rows, "tok", cfg.batch_tokens, flops
 
 
 def clip_job(stage, folder, run, tokenizer):
-    cfg, model = run.cfg, CLIP(clip_of(run.cfg, tokenizer))
+    cfg, model = run.cfg, CLIP(run.cfg.clip(tokenizer))
     chats = RandomChats(tokenizer, cfg.batch_pairs, 30, cfg.image_size)
     captions = Captions(chats, tokenizer, cfg.image_size, cfg.context)
     micro_pairs = cfg.micro_pairs or cfg.batch_pairs // run.ranks
@@ -245,17 +247,6 @@ def sibling(folder, stage):
     """The settings of another stage in the same folder of configs, or its defaults."""
     path = folder / f"{stage}.py"
     return parse(importlib.import_module(stage).Config, [str(path)] if path.is_file() else [])
-
-
-def decoder_of(cfg, tokenizer):
-    return GPT(GPTConfig(tokenizer.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.max_positions))
-
-
-def clip_of(cfg, tokenizer):
-    return CLIPConfig(
-        cfg.image_size, cfg.patch_size, cfg.vision_width, cfg.vision_layers, cfg.vision_heads,
-        cfg.text_width, cfg.text_layers, cfg.text_heads, cfg.context, tokenizer.n_vocab,
-        tokenizer.end, cfg.embed_dim, cfg.activation)
 
 
 def jpeg(width, height):
@@ -325,7 +316,7 @@ def decoding(cfg, folder, n_tokens=200):
     weight but the embedding table is read once a token, and the cache as far as it is filled."""
     machine = system.setup(cfg.device, cfg.precision)
     tokenizer = tokenizer_of(cfg)
-    decoder = decoder_of(sibling(folder, "pretrain"), tokenizer)
+    decoder = GPT(sibling(folder, "pretrain").decoder(tokenizer))
     decoder.to(machine.device, machine.dtype).eval()
     prompt = torch.randint(tokenizer.end_of_text, (1, 64), device=machine.device)
     seconds = []

@@ -4,12 +4,14 @@ One Conversation belongs to one user. What was said and seen stays in its KV cac
 only its own tokens, and a picture is encoded once.
 """
 
+import contextlib
+
 import torch
 
 from common.config import UserError
 from data import Batch
 from model import KVCache, generate, generate_batch
-from pictures import to_pixels
+from pictures import PictureError, to_pixels
 from tokenizer import user_turn
 from vision import VisionLanguageModel
 
@@ -126,12 +128,14 @@ def fits(model, tokenizer, prompt, max_tokens):
 def sample_answers(model, tokenizer, chats, n, max_tokens=64):
     """The first turns of the first n chats that fit, with the model's answers, for a report."""
     model.eval()
+    pixels = model.pictures[1:] if isinstance(model, VisionLanguageModel) else ()
     turns, images = [], []
     for i in range(min(len(chats), 10 * n)):
         turn = turns_of(chats, i)[0]
         if len(turns) < n and fits(model, tokenizer, turn[0], max_tokens):
-            turns.append(turn)
-            images.append(chats.images(i)[: turn[0].count(tokenizer.image)])
+            with contextlib.suppress(PictureError):  # gone since it was prepared
+                images.append(chats.images(i, *pixels)[: turn[0].count(tokenizer.image)])
+                turns.append(turn)
     found = answer_all(model, tokenizer, [turn[0] for turn in turns], images)
     return [f"{tokenizer.decode(prompt)}\nmodel: {answer}\nright: {tokenizer.decode(right)}"
             for (prompt, right), answer in zip(turns, found, strict=True)]

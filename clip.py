@@ -280,18 +280,25 @@ def pulled(gradient, value, features):
 
 def normalise(pixels):
     """uint8 pixels (B, S, S, 3) to what CLIP expects: (B, 3, S, S), centred and scaled."""
-    mean = torch.tensor(MEAN, device=pixels.device)
-    std = torch.tensor(STD, device=pixels.device)
+    mean, std = mean_and_std(pixels.device)
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
+@functools.cache
+def mean_and_std(device):
+    """Both as tensors, made once a device: bringing them to a GPU makes the host wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
+
+
 @torch.no_grad()
-def caption_choice(model, pairs, machine, choices=32, batch=256):
+def caption_choice(model, pairs, machine, n=2048, choices=32, batch=256):
     """(share of pictures whose own caption, of `choices` different ones, is the nearest; the
-    cross-entropy of that choice in nats), over a data.Captions."""
+    cross-entropy of that choice in nats), over the first n of a packing.Captions."""
     images, texts, keys = [], [], []
-    for start in range(0, len(pairs), batch):
-        part = pairs.batch(range(start, min(start + batch, len(pairs)))).to(machine.device)
+    n = min(n, len(pairs))
+    for start in range(0, n, batch):
+        part = pairs.batch(range(start, min(start + batch, n))).to(machine.device)
         with machine.autocast():
             images.append(model.image_features(normalise(part.pixels)))
             texts.append(model.text_features(part.ids))
@@ -302,7 +309,7 @@ def caption_choice(model, pairs, machine, choices=32, batch=256):
     groups = [unlike[i : i + choices] for i in range(0, len(unlike) - choices + 1, choices)]
     right, loss = 0, 0.0
     for group in groups:
-        logits = model.logit_scale.exp() * images[group] @ texts[group].T
+        logits = model.scale() * images[group] @ texts[group].T
         targets = torch.arange(choices, device=logits.device)
         right += (logits.argmax(-1) == targets).sum().item()
         loss += F.cross_entropy(logits, targets).item()

@@ -45,13 +45,21 @@ class Config(TrainSettings):
 
     zero_shot: str = ""  # folder of pictures, a subfolder a class, to tell apart; empty for none
     prompt: str = "a photo of a {}."  # the caption of a class there
+    val_pairs: int = 2048  # most validation pairs, always the same ones
+
+    def clip(self, tokenizer):
+        """The CLIPConfig that these settings and a vocabulary make."""
+        if self.image_size % self.patch_size:
+            raise UserError(f"--patch_size={self.patch_size} does not divide --image_size="
+                            f"{self.image_size}")
+        return CLIPConfig(
+            self.image_size, self.patch_size, self.vision_width, self.vision_layers,
+            self.vision_heads, self.text_width, self.text_layers, self.text_heads, self.context,
+            tokenizer.n_vocab, tokenizer.end, self.embed_dim, self.activation, self.fit)
 
 
 def main():
     cfg = parse(Config)
-    if cfg.image_size % cfg.patch_size:
-        raise UserError(f"--patch_size={cfg.patch_size} does not divide --image_size="
-                        f"{cfg.image_size}")
     run = Run(cfg, "clip_pretrain")
 
     # Data: pictures with the first answer about each as its caption
@@ -63,10 +71,7 @@ def main():
     loader = Loader(train, cfg.batch_pairs, micro_pairs, run, cfg.seed, run.workers())
 
     # Model: both towers are new
-    model = CLIP(CLIPConfig(
-        cfg.image_size, cfg.patch_size, cfg.vision_width, cfg.vision_layers, cfg.vision_heads,
-        cfg.text_width, cfg.text_layers, cfg.text_heads, cfg.context, tokenizer.n_vocab,
-        tokenizer.end, cfg.embed_dim, cfg.activation, cfg.fit)).to(run.device)
+    model = CLIP(cfg.clip(tokenizer)).to(run.device)
     optimizer = make_optimizer(model, cfg)
     net = run.start(model, optimizer, tokenizer, describe(model), "img", cfg.batch_pairs,
                     model.flops_per_pair())
@@ -81,7 +86,7 @@ def main():
         run.update(step)
         run.progress(step)
         if run.due(step, cfg.eval_every):
-            right, loss = caption_choice(model, val, run.machine)
+            right, loss = caption_choice(model, val, run.machine, cfg.val_pairs)
             figures = {"val_loss": loss, "choice32": right}
             if labelled:
                 figures["zero_shot"] = zero_shot(model, tokenizer, labelled, run.machine)

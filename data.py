@@ -10,6 +10,7 @@ thread, or by worker processes where pictures have to be decoded for a GPU.
 packing.py reads chats, with and without pictures.
 """
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -94,14 +95,26 @@ class Loader:
             yield batch
 
     def _from_workers(self, number):
-        """The micro-batch of that number, counted from the beginning of the run."""
+        """The micro-batch of that number, counted from the beginning of the run.
+
+        Workers leave the group of processes that a Ctrl-C or a batch system's wish to stop goes to:
+        the process that they serve still needs batches until it has saved.
+        """
         if number != self.stream_at:
-            numbers = ((n, self._rows(*divmod(n, self.accumulate))) for n in count(number))
+            rows = (self._rows(*divmod(n, self.accumulate)) for n in count(number))
             self.stream = iter(DataLoader(
-                RowLists(self.dataset), batch_size=None, sampler=numbers, num_workers=self.workers,
-                pin_memory=self.run.device.type == "cuda", generator=torch.Generator()))
+                RowLists(self.dataset), batch_size=None, sampler=rows, num_workers=self.workers,
+                pin_memory=self.run.device.type == "cuda", generator=torch.Generator(),
+                worker_init_fn=leave_group))
         self.stream_at = number + 1
-        batch = next(self.stream)
+        try:
+            batch = next(self.stream)
+        except RuntimeError as error:  # of PyTorch, when a worker was killed
+            if self.run.wants_to_stop():  # by what stops this process as well
+                self.run.stop_early(number // self.accumulate - 1, together=False)
+            raise UserError(f"a process that decodes pictures ended: {error} --workers=0 decodes "
+                            "without; in a container more shared memory (--shm-size=2g) may be "
+                            "what is missing") from None
         batch.n_targets = self.dataset.n_targets(self.rows_of(number // self.accumulate))
         return batch.to(self.run.device)
 
@@ -154,13 +167,17 @@ class Loader:
 
 
 class RowLists:
-    """What PyTorch's DataLoader asks of a data set: a batch for each (number, rows)."""
+    """What PyTorch's DataLoader asks of a data set: a batch for each list of rows."""
 
     def __init__(self, dataset):
         self.dataset = dataset
 
-    def __getitem__(self, item):
-        return self.dataset.batch(item[1])
+    def __getitem__(self, rows):
+        return self.dataset.batch(rows)
+
+
+def leave_group(_worker):
+    os.setsid()
 
 
 def shuffled(places, n, seed):
@@ -203,6 +220,9 @@ def validation_loss(machine, dataset, micro_rows, loss_of, max_rows=512):
         if rows:
             total += torch.tensor([loss.item(), batch.targets.numel()])
     total = machine.sum(total.to(machine.device) if machine.device.type == "cuda" else total)
+    if total[1] == 0:
+        raise UserError(f"{dataset.name}: nothing of it can be validated on: "
+                        f"{(*batch.lost, 'it has no answers')[0]}")
     return (total[0] / total[1]).item()
 
 

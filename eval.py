@@ -31,7 +31,7 @@ from common.distributed import peak_memory_gb, setup
 from data import Text, check_tokenizer, validation_loss
 from looking import Held, Looking
 from packing import Captions, Chats, Packed
-from pictures import read_image
+from pictures import PictureError, read_image
 from vision import VisionLanguageModel, open_model
 from zero_shot import Labelled, zero_shot
 
@@ -115,8 +115,8 @@ def looking_scores(model, tokenizer, data, stage, items, machine):
     """Loss on held-out captions, or questions and answers, with each kind of picture."""
     kind, label = ("scenes", "answer") if stage == "vision_sft" else ("captions", "caption")
     check_tokenizer(data / kind, tokenizer)
-    T = min(512, model.config.max_positions)
-    looking = Looking(Chats(data / kind, "val"), items, T, tokenizer, *model.pictures)
+    looking = Looking(Chats(data / kind, "val"), items, model.config.max_positions, tokenizer,
+                      *model.pictures)
     losses = looking.losses(machine, model, 8)
     return {name.replace("val_loss", f"{label}_loss").replace("val_", f"{label}_loss_"): figure
             for name, figure in losses.items()}
@@ -160,18 +160,23 @@ def exact(model, tokenizer, chats, items, machine, shuffled=False):
     """
     prompts, wanted, images, groups = [], [], [], []
     shown = Held(chats, items, tokenizer, "other" if shuffled else "own")
+    pixels = model.pictures[1:] if isinstance(model, VisionLanguageModel) else ()
     file = chats.folder / "groups.json"
     names = read_json(file) if file.is_file() else [""] * len(chats)
     too_long = 0
     for i in range(len(shown)):
-        pictures = shown.images(i)
+        try:
+            pictures = shown.images(i, *pixels)
+        except PictureError as error:
+            print(f"(left out: {error})", file=sys.stderr)
+            continue
         for prompt, answer in turns_of(chats, i):
             if not fits(model, tokenizer, prompt, ANSWER_TOKENS):
                 too_long += 1
                 continue
             prompts.append(prompt)
             wanted.append(tokenizer.decode(answer))
-            images.append(pictures)
+            images.append(pictures[: prompt.count(tokenizer.image)])
             groups.append(names[i])
     if too_long:
         print(f"({chats.folder}: {too_long} turns too long for the context)", file=sys.stderr)
@@ -194,12 +199,13 @@ def report(name, cfg, scores):
     info = checkpoint.read(name)[0]
     folder.mkdir(parents=True, exist_ok=True)
     stages = [*info.get("lineage", []), {key: info[key] for key in ("stage", "folder", "metrics")}]
+    stages = [stage for stage in stages if stage["metrics"]]  # a CLIP from elsewhere has none
     figures = dict(scores)
     manifest = Path(cfg.data) / "manifest.json"
     prepared = read_json(manifest) if manifest.is_file() else {}
     seconds = sum(stage["metrics"]["seconds"] for stage in stages) + prepared.get("seconds", 0)
     figures["seconds"] = time.time() - cfg.started if cfg.started else seconds
-    figures["peak_rss_gb"] = max([prepared.get("peak_rss_gb", 0),
+    figures["peak_rss_gb"] = max([prepared.get("peak_rss_gb", 0), peak_memory_gb()[1],
                                   *(stage["metrics"]["peak_rss_gb"] for stage in stages)])
     lines = [f"# {folder}", "", "| score | |", "|---|---|"]
     lines += [f"| {label} | {figure:.4g} |" for label, figure in figures.items()]
@@ -216,7 +222,6 @@ def report(name, cfg, scores):
         run = Path(stage["folder"]).parent
         if (run / "loss.png").is_file() and run.parent == folder:
             lines.append(f"![{stage['stage']}]({run.name}/loss.png)")
-    figures["peak_rss_gb"] = max(figures["peak_rss_gb"], peak_memory_gb()[1])
     (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_json(folder / "report.json", figures)
     print(f"{folder / 'report.md'} and report.json sum it up")

@@ -10,37 +10,51 @@ LEAST_GAIN = 0.01  # nats a token that the right picture should bring
 
 
 class Held:
-    """The first n chats of a Chats, with their own pictures, with another's, or with none."""
+    """Some chats of a Chats, with their own pictures, with another's that has as many, or none.
 
-    def __init__(self, chats, n, tokenizer, pictures="own"):
+    lengths: {number of the chat in Chats: how many of its ids}; None for all of the first n.
+    """
+
+    def __init__(self, chats, n, tokenizer, pictures="own", lengths=None):
         self.folder, self.manifest, self.chats = chats.folder, chats.manifest, chats
-        self.n, self.tokenizer, self.pictures = min(n, len(chats)), tokenizer, pictures
+        self.tokenizer, self.pictures = tokenizer, pictures
+        self.lengths = lengths or dict.fromkeys(range(min(n, len(chats))))
+        self.numbers = list(self.lengths)
         alike = {}  # number of pictures -> the chats that have so many
-        for i in range(self.n):
-            alike.setdefault(chats.n_images(i), []).append(i)
-        self.other = {i: some[(k + 1) % len(some)] for some in alike.values()
-                      for k, i in enumerate(some)}
+        for number in self.numbers:
+            alike.setdefault(chats.n_images(number), []).append(number)
+        # half of them away: neighbours may show the same picture
+        self.other = {number: some[(k + max(1, len(some) // 2)) % len(some)]
+                      for some in alike.values() for k, number in enumerate(some)}
 
     def __len__(self):
-        return self.n
+        return len(self.numbers)
 
     def chat(self, i):
-        ids, supervised = self.chats.chat(i)
+        number = self.numbers[i]
+        ids, supervised = (part[: self.lengths[number]] for part in self.chats.chat(number))
         if self.pictures == "none":
             kept = ids != self.tokenizer.image
             ids, supervised = ids[kept], supervised[kept]
         return ids, supervised
 
     def images(self, i, size=0, how="pad"):
-        return self.chats.images(self.other[i] if self.pictures == "other" else i, size, how)
+        number = self.numbers[i]
+        if self.pictures == "other":
+            number = self.other[number]
+        return self.chats.images(number, size, how)
 
 
 class Looking:
-    """Held-out chats, packed three times; n of them, the same ones at every evaluation."""
+    """The first n held-out chats, packed three times: what fits with its pictures, in all."""
 
     def __init__(self, chats, n, T, tokenizer, *pictures):
-        self.packed = {kind: Packed([Held(chats, n, tokenizer, kind)], T, tokenizer, *pictures)
-                       for kind in ("own", "other", "none")}
+        own = Packed([Held(chats, n, tokenizer)], T, tokenizer, *pictures)
+        fits = dict(own.chats[:, 1:3].tolist())
+        self.packed = {"own": own}
+        for kind in "other", "none":
+            held = Held(chats, n, tokenizer, kind, fits)
+            self.packed[kind] = Packed([held], T, tokenizer, *pictures)
 
     def losses(self, machine, model, micro_rows):
         """{"val_loss", "val_other_picture", "val_no_picture"}, in nats a supervised token."""

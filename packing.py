@@ -39,6 +39,9 @@ class Chats:
         self.manifest = read_json(manifest) if manifest.is_file() else {}
         shards = sorted(self.folder.glob("images_*.bin"))
         self.has_images = bool(shards)
+        if not shards and (self.folder / "first_image.npy").exists():
+            raise UserError(f"the pictures images_*.bin of {self.folder} are not there: an older "
+                            "prepare.py made it, or they were lost; prepare it again")
         if self.has_images:
             self.first_image = read_array(self.folder / "first_image.npy", np.int64)
             self.image_offsets = read_array(self.folder / "image_offsets.npy", np.int64)
@@ -47,12 +50,23 @@ class Chats:
             if self.shard_starts[-1] != self.image_offsets[-1]:
                 raise UserError(f"the pictures in {self.folder} are {self.shard_starts[-1]} bytes, "
                                 f"and {self.image_offsets[-1]} were written; prepare them again")
-            stored = self.manifest.get("pictures", {})
-            self.find = None if stored.get("copied", True) else archives.open_pictures(
-                stored["root"])
+            self.find = None if self.stored.get("copied", True) else self._find_in(
+                self.stored["root"])
 
     def __reduce__(self):  # other processes open the files again
         return Chats, (self.root, self.split)
+
+    @property
+    def stored(self):
+        """How the pictures are stored: size, fit, copied, root; empty where nobody says."""
+        return self.manifest.get("pictures", {})
+
+    def _find_in(self, root):
+        try:
+            return archives.open_pictures(root)
+        except UserError as error:
+            raise UserError(f"the pictures of {self.root} are not where they were ({error}); put "
+                            "them back or prepare it again") from None
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -118,14 +132,14 @@ class Packed:
         self.n_patches, self.image_size, self.how = n_patches, image_size, how
         self.sources = sources
         for chats in sources:
-            stored = chats.manifest.get("pictures", {})
-            if how == "crop" and stored.get("copied", True) and stored.get("fit") == "pad":
-                raise UserError(f"the pictures in {chats.folder} were padded to squares already, "
-                                "and this CLIP wants them cropped; prepare them with --fit=short")
+            check_stored(chats, image_size, how)
         total = sum(len(chats) for chats in sources)
         # a row a chat: source, chat, how many ids of it, positions, supervised positions, was cut
         self.chats = np.concatenate([self._measure(s) for s in range(len(sources))])
         self.left_out, self.cut = total - len(self.chats), int(self.chats[:, 5].sum())
+        if len(self.chats) == 0:
+            raise UserError(f"{self.name}: of {total} chats none fits --context={T}" + (
+                f", where a picture alone takes {n_patches}" if n_patches else "") + "; raise it")
         self.rows = pack(self.chats[:, 3].tolist(), T, seed)
         self.targets = np.array([self.chats[row, 4].sum() for row in self.rows], dtype=np.int64)
         self.filled = self.chats[:, 3].sum() / max(1, len(self.rows) * T)
@@ -225,6 +239,20 @@ class Packed:
         return self.sources[s].images(i, self.image_size, self.how)
 
 
+def check_stored(chats, image_size, how):
+    """UserError if the pictures of some Chats were stored in a way that these settings spoil."""
+    stored = chats.manifest.get("pictures", {})
+    if not image_size or not stored.get("copied", True):
+        return
+    if how == "crop" and stored.get("fit") == "pad":
+        raise UserError(f"the pictures in {chats.folder} were padded to squares already, and this "
+                        "CLIP wants them cropped; prepare them with --fit=short")
+    if stored.get("size", image_size) < image_size:
+        raise UserError(f"the pictures in {chats.folder} were stored at {stored['size']} pixels, "
+                        f"and this CLIP takes {image_size}; prepare them with "
+                        f"--image_size={image_size}")
+
+
 def pack(lengths, T, seed, window=4096):
     """Lists of numbers into `lengths`, each list at most T long in sum: best fit among a few
     thousand at a time, in a seeded order (so rows mix what the data set does not). The longest go
@@ -279,7 +307,10 @@ class Captions:
             raise UserError(f"{chats.folder} holds no pictures, so it cannot train CLIP")
         self.name, self.chats, self.tokenizer = str(chats.folder), chats, tokenizer
         self.image_size, self.how, self.context = image_size, how, context
+        check_stored(chats, image_size, how)
         self.chosen = [i for i in range(len(chats)) if chats.n_images(i) == 1]
+        if not self.chosen:
+            raise UserError(f"no chat of {chats.folder} has just one picture, as CLIP needs them")
 
     def __len__(self):
         return len(self.chosen)
@@ -296,14 +327,16 @@ class Captions:
         return [self.tokenizer.end_of_text, *text, self.tokenizer.end]
 
     def batch(self, rows):
-        captions = [self.caption(i) for i in rows]
-        images, lost = [], []
+        found, lost = {}, []
         for i in rows:
             try:
-                images += self.chats.images(self.chosen[i], self.image_size, self.how)
+                found[i] = self.chats.images(self.chosen[i], self.image_size, self.how)[0]
             except PictureError as error:  # gone since it was prepared
                 lost.append(str(error))
-                images.append(blank(self.image_size))
+        if not found:
+            raise UserError(f"no picture of a whole batch of {self.name} can be read: {lost[0]}")
+        rows = [i if i in found else next(iter(found)) for i in rows]  # twice is as good as once
+        captions, images = [self.caption(i) for i in rows], [found[i] for i in rows]
         longest = min(self.context, -(-max(map(len, captions)) // 8) * 8)  # few different shapes
         padded = [ids + [self.tokenizer.end] * (longest - len(ids)) for ids in captions]
         keys = [hash(tuple(ids)) for ids in captions]  # of ints: the same in every process

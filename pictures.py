@@ -7,6 +7,7 @@ Letters for shapes: M images, S pixels.
 """
 
 import io
+import re
 import warnings
 
 import numpy as np
@@ -64,8 +65,9 @@ def read_image(source, name=None, size=0, how="pad"):
         raise PictureError("a picture that is too large", f"{name}: {error}") from None
     except Exception as error:  # Pillow's many decoders raise whatever they stumble over
         kind = "a truncated" if "truncated" in str(error).lower() else "an unreadable"
+        why = re.sub(r" ?<_io.*?>", "", str(error))  # bytes in memory have no name
         raise PictureError(f"{kind} picture",
-                           f"{name} is not a readable picture: {error}") from None
+                           f"{name} is not a readable picture: {why}") from None
 
 
 def fit(image, size, how="pad"):

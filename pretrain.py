@@ -38,6 +38,14 @@ class Config(TrainSettings):
     micro_rows: int = 32  # rows a GPU takes at once: what fits its memory
     val_rows: int = 512  # validation windows, always the same ones
 
+    def decoder(self, tokenizer):
+        """The GPTConfig that these settings and a vocabulary make."""
+        if self.n_embd % (2 * self.n_head):
+            raise UserError(f"--n_embd={self.n_embd} is not a multiple of 2 * --n_head="
+                            f"{self.n_head}")
+        return GPTConfig(tokenizer.n_vocab, self.n_layer, self.n_head, self.n_embd,
+                         self.max_positions)
+
 
 def main():
     cfg = parse(Config)
@@ -48,23 +56,18 @@ def main():
     tokenizer = check_tokenizer(folder)
     train = Text(folder, "train", cfg.context, tokenizer.n_vocab)
     val = Text(folder, "val", cfg.context, tokenizer.n_vocab)
-    loader = Loader(train, run.rows(), cfg.micro_rows, run, cfg.seed)
 
     # Model: everything is new and everything is trained
     if cfg.init_from:
         model, its_tokenizer, _ = open_model(cfg.init_from, run.device, kinds=("decoder",))
         check_tokenizer(folder, its_tokenizer)
     else:
-        if cfg.n_embd % (2 * cfg.n_head):
-            raise UserError(f"--n_embd={cfg.n_embd} is not a multiple of 2 * --n_head={cfg.n_head}")
-        model = GPT(GPTConfig(tokenizer.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd,
-                              cfg.max_positions))
+        model = GPT(cfg.decoder(tokenizer))
         if cfg.init == "torch":
             model.apply(lambda module: getattr(module, "reset_parameters", lambda: None)())
-    if cfg.context > model.config.max_positions:
-        raise UserError(f"--context={cfg.context} is more than --max_positions="
-                        f"{model.config.max_positions}")
     model.to(run.device).train()
+    rows = run.rows(model.config.max_positions)
+    loader = Loader(train, rows, cfg.micro_rows, run, cfg.seed)
     optimizer = make_optimizer(model, cfg)
     net = run.start(model, optimizer, tokenizer, describe(model), "tok", cfg.batch_tokens,
                     model.flops_per_token(cfg.context))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from chat import sample_answers
 from common.checkpoint import lineage
-from common.config import TrainSettings, UserError, parse, run_main
+from common.config import TrainSettings, parse, run_main
 from common.optim import make_optimizer
 from common.run import Run
 from data import Loader, check_tokenizer, validation_loss
@@ -38,16 +38,14 @@ def main():
     # Model: all of the pretrained decoder goes on learning
     model, tokenizer, info = open_model(cfg.init_from, run.device, kinds=("decoder",))
     model.train()
+    rows = run.rows(model.config.max_positions)
 
     # Data: whole chats packed into rows
     check_tokenizer(cfg.data, tokenizer)
     train = Packed([Chats(cfg.data, "train")], cfg.context, tokenizer)
     val = Packed([Chats(cfg.data, "val")], cfg.context, tokenizer)
-    loader = Loader(train, run.rows(), cfg.micro_rows, run, cfg.seed)
+    loader = Loader(train, rows, cfg.micro_rows, run, cfg.seed)
     run.log.say(train.summary())
-    if cfg.context > model.config.max_positions:
-        raise UserError(f"--context={cfg.context} is more than the model's max_positions, "
-                        f"{model.config.max_positions}")
 
     optimizer = make_optimizer(model, cfg)
     net = run.start(model, optimizer, tokenizer, {**describe(model), "lineage": lineage(info)},

@@ -45,6 +45,9 @@ class Tokenizer:
                                  strict=True))
         self.n_vocab = -(-(first_special + 5) // 64) * 64
 
+    def __reduce__(self):  # other processes make it again: functions inside functions cannot travel
+        return (gpt2, ()) if self._source is None else (from_json, (self._source,))
+
     def encode(self, text):
         """The ids (list of int) of `text`, taken as ordinary text whatever it spells."""
         return self._encode(text)

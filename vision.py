@@ -110,11 +110,12 @@ def describe(model):
     return {"kind": kind, kind: dataclasses.asdict(model.config)}
 
 
-def join(decoder_name, clip_name, fit="pad"):
+def join(decoder_name, clip_name, fit=""):
     """A new VisionLanguageModel from two checkpoints, its projector untrained.
 
     clip_name: one of clip_pretrain.py's, or a CLIP of `transformers` by folder or hub name. fit:
-    how pictures become squares for it, see pictures.fit; the model's for good.
+    how pictures become squares for it (pictures.fit), empty for what it was trained with; OpenAI's
+    are padded, as in LLaVA.
     Returns (model, tokenizer, [info of the decoder, info of the CLIP]).
     """
     decoder_info, decoder_weights, _ = checkpoint.read(decoder_name, ("decoder",))
@@ -123,7 +124,8 @@ def join(decoder_name, clip_name, fit="pad"):
         clip_info, clip_weights, _ = checkpoint.read(folder, ("clip",))
     else:
         clip_info, clip_weights = read_transformers_clip(folder)
-    clip_config = CLIPConfig(**{**clip_info["clip"], "fit": fit})
+    clip_config = CLIPConfig(**clip_info["clip"])
+    clip_config.fit = fit or clip_config.fit
     model = VisionLanguageModel(GPTConfig(**decoder_info["decoder"]), clip_config)
     prefix = "vision_model."
     tower = {n.removeprefix(prefix): w for n, w in clip_weights.items() if n.startswith(prefix)}

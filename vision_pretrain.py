@@ -13,7 +13,7 @@ from typing import Literal
 
 from chat import sample_answers
 from common.checkpoint import lineage
-from common.config import TrainSettings, UserError, parse, run_main
+from common.config import TrainSettings, parse, run_main
 from common.optim import make_optimizer
 from common.run import Run
 from data import Loader, check_tokenizer
@@ -27,7 +27,8 @@ class Config(TrainSettings):
     init_from: str = "out/sft"  # the decoder checkpoint: a language model that can chat
     clip: str = "out/clip_pretrain"  # the CLIP checkpoint
     data: str = "data/captions"  # folder made by prepare.py images
-    fit: Literal["pad", "crop"] = "pad"  # pictures into squares: padded, or cut as CLIP's own were
+    fit: Literal["", "pad", "crop"] = ""  # pictures into squares: padded, as LLaVA does with
+    # OpenAI's CLIP, or their middle; empty for what the CLIP was trained with, or pad
 
     context: int = 1024  # positions of a training row, image tokens included
     batch_tokens: int = 65_536  # positions of a step in the whole job
@@ -44,17 +45,15 @@ def main():
     model, tokenizer, parents = join(cfg.init_from, cfg.clip, cfg.fit)
     model.to(run.device).train()
     model.decoder.requires_grad_(False)
+    rows = run.rows(model.config.max_positions)
 
     # Data: captions, packed into rows
     check_tokenizer(cfg.data, tokenizer)
     train = Packed([Chats(cfg.data, "train")], cfg.context, tokenizer, *model.pictures)
     val = Chats(cfg.data, "val")
     looking = Looking(val, cfg.val_chats, cfg.context, tokenizer, *model.pictures)
-    loader = Loader(train, run.rows(), cfg.micro_rows, run, cfg.seed, run.workers())
+    loader = Loader(train, rows, cfg.micro_rows, run, cfg.seed, run.workers())
     run.note(*train.notes())
-    if cfg.context > model.decoder.config.max_positions:
-        raise UserError(f"--context={cfg.context} is more than the model's max_positions, "
-                        f"{model.decoder.config.max_positions}")
 
     optimizer = make_optimizer(model, cfg)
     info = {**describe(model), "lineage": [line for p in parents for line in lineage(p)]}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from chat import sample_answers
 from common.checkpoint import lineage
-from common.config import TrainSettings, UserError, parse, run_main
+from common.config import TrainSettings, parse, run_main
 from common.optim import make_optimizer
 from common.run import Run
 from data import Loader, check_tokenizer, validation_loss
@@ -43,6 +43,7 @@ def main():
     # Model: all but CLIP learns
     model, tokenizer, info = open_model(cfg.init_from, run.device, kinds=("vision",))
     model.train()
+    rows = run.rows(model.config.max_positions)
 
     # Data: chats about pictures, and some without
     check_tokenizer(cfg.data, tokenizer)
@@ -55,11 +56,8 @@ def main():
     train = Packed(sources, cfg.context, tokenizer, *model.pictures)
     val = Chats(cfg.data, "val")
     looking = Looking(val, cfg.val_chats, cfg.context, tokenizer, *model.pictures)
-    loader = Loader(train, run.rows(), cfg.micro_rows, run, cfg.seed, run.workers())
+    loader = Loader(train, rows, cfg.micro_rows, run, cfg.seed, run.workers())
     run.note(*train.notes())
-    if cfg.context > model.decoder.config.max_positions:
-        raise UserError(f"--context={cfg.context} is more than the model's max_positions, "
-                        f"{model.decoder.config.max_positions}")
 
     optimizer = make_optimizer(model, cfg, {"projector.": cfg.projector_lr})
     net = run.start(model, optimizer, tokenizer, {**describe(model), "lineage": lineage(info)},

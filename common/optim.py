@@ -149,7 +149,7 @@ class Optimizers:
         saved = [member["param_groups"] for member in states[0]["members"]]
         if [[g["params"] for g in m] for m in groups] != [[g["params"] for g in m] for m in saved]:
             raise UserError("the optimizer of the run to go on with trained other weights: give "
-                            "--optimizer and --decay as they were, or start over in another --out")
+                            "--optimizer as it was, or start over in another --out")
         for i, member in enumerate(self.members):
             shards = [state["members"][i]["state"] for state in states]
             params = [p for group in member.param_groups for p in group["params"]]
@@ -180,16 +180,18 @@ def make_optimizer(model, cfg, factors=None):
     kinds = {"inner": (cfg.muon_lr, cfg.weight_decay),
              "embedding": (cfg.embedding_lr or cfg.lr, decay_rest), "plain": (cfg.lr, decay_rest),
              "matrix": (cfg.lr, cfg.weight_decay)}
-    groups = {}  # (kind, factor) -> parameters
+    groups = {}  # (kind, how the name begins) -> parameters
     for name, p in model.named_parameters():
         if p.requires_grad:
-            factor = next((f for start, f in (factors or {}).items() if name.startswith(start)), 1)
-            groups.setdefault((kind_of(name, p, cfg.optimizer), factor), []).append(p)
+            start = next((start for start in factors or {} if name.startswith(start)), "")
+            groups.setdefault((kind_of(name, p, cfg.optimizer), start), []).append(p)
     muon, adamw = [], []
     for kind, (lr, decay) in kinds.items():
-        for factor in sorted({f for k, f in groups if k == kind}):
-            group = dict(params=groups[kind, factor], lr=lr * factor, weight_decay=decay)
-            (muon if kind == "inner" else adamw).append(group)
+        for start in ("", *(factors or {})):
+            if (kind, start) in groups:
+                factor = (factors or {}).get(start, 1)
+                group = dict(params=groups[kind, start], lr=lr * factor, weight_decay=decay)
+                (muon if kind == "inner" else adamw).append(group)
     members = [Muon(muon, cfg.muon_lr, cfg.momentum)] if muon else []
     if adamw:
         betas = (cfg.beta1, cfg.beta2)

@@ -42,7 +42,8 @@ from common.shard import number_of_shard, shard, unshard, whole, whole_weights
 
 WARM_STEPS = 5  # after these nothing new lives long
 LOWEST = dict(max_steps=1, context=1, batch_tokens=1, batch_pairs=1, micro_rows=1, val_rows=1,
-              val_chats=1, micro_pairs=0, seed=0, workers=-1)
+              val_chats=1, micro_pairs=0, seed=0, workers=-1,
+              projector_lr=0, text_share=0)
 STOPPED_EARLY = 75  # exit status of a run that saved and can go on (EX_TEMPFAIL of sysexits.h)
 
 
@@ -84,8 +85,11 @@ class Run:
                          f"{mine // self.accumulate}; another batch size would be faster")
         return self.accumulate, mine // self.accumulate
 
-    def rows(self):
+    def rows(self, max_positions):
         """How many rows of `context` tokens make up a step of the whole job."""
+        if self.cfg.context > max_positions:
+            raise UserError(f"--context={self.cfg.context} is more than the model's max_positions, "
+                            f"{max_positions}")
         if self.cfg.batch_tokens % self.cfg.context:
             raise UserError(f"--batch_tokens={self.cfg.batch_tokens} is not a multiple of "
                             f"--context={self.cfg.context}")
@@ -347,8 +351,9 @@ class Run:
         figures["steps"] = self.cfg.max_steps
         if hasattr(self, "rate"):
             figures["speed"] = f"{self.rate:,.0f} {self.unit}/s"
-        if self.n_lost:
-            self.note(f"{self.n_lost} times a chat was left out because a picture had gone")
+        n_lost = self.machine.sum(torch.tensor(float(self.n_lost), device=self.device)).item()
+        if n_lost:
+            self.note(f"{n_lost:.0f} times a chat was left out because its picture had gone")
         self.log.plot()
         self.log.report(self.stage, self.machine, self.settings, figures, samples, self.notes)
         self.log.say(f"done: {self.folder} (report.md, loss.png, log.jsonl, the checkpoint)")

@@ -3,6 +3,10 @@ that decode, and pictures that go missing."""
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -212,3 +216,18 @@ def test_padded_pictures_are_not_cropped_behind_ones_back(mixed):
     chats.manifest["pictures"] = {"size": 16, "fit": "pad", "copied": True}
     with pytest.raises(UserError, match="--fit=short"):
         Packed([chats], 64, tokenizer, PATCHES, SIZE, "crop")
+
+
+def test_a_wish_to_stop_to_all_processes_leaves_the_workers_at_work(pipeline, tmp_path):
+    """As torchrun, timeout and batch systems send it: the run saves and can go on."""
+    out = tmp_path / "stopped"
+    job = subprocess.Popen([sys.executable, ROOT / "vision_pretrain.py",
+                            *pipeline.flags("vision_pretrain"), f"--out={out}", "--workers=2",
+                            "--max_steps=100000", "--eval_every=0", "--save_every=0"],
+                           stdout=subprocess.PIPE, text=True, start_new_session=True)
+    for line in job.stdout:
+        if line.startswith("step     3"):
+            break
+    os.killpg(job.pid, signal.SIGTERM)
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode == 75 and "and saved; the same command goes on" in said, said
