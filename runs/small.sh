@@ -13,6 +13,6 @@ cd "$(dirname "$0")/.."
 [ -d data/small/scenes ] || python prepare.py images --files="$QUESTIONS" \
     --image_root="$QUESTION_IMAGES" --image_size=112 --out=data/small/scenes
 for stage in clip_pretrain pretrain sft vision_pretrain vision_sft; do
-    python $stage.py configs/small/$stage.py "$@"
+    python $stage.py configs/small/$stage.py
 done
 python eval.py out/small/vision_sft --data=data/small --report=out/small

@@ -1,7 +1,7 @@
 """ViT-L/14 from nothing. Most will rather start from OpenAI's weights."""
 
 out = "out/full/clip_pretrain"
-data = "data/captions"
+data = "data/llava_captions"  # runs/pictures.sh makes it
 
 image_size = 224
 patch_size = 14

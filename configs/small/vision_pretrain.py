@@ -5,10 +5,12 @@ init_from = "out/small/sft"
 clip = "out/small/clip_pretrain"
 data = "data/small/captions"
 
-context = 512
-batch_tokens = 16384
-micro_rows = 16
+context = 896  # ten captions of 86 positions; 512 would leave a twentieth empty
+batch_tokens = 7168
+micro_rows = 8
 max_steps = 300
+muon_lr = 0.06
+lr = 0.01
 cooldown = 0.7
 eval_every = 100
 save_every = 100

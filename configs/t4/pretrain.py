@@ -2,7 +2,7 @@
 hours by its arithmetic (0.4 GFLOP a token, 18 TFLOP/s)."""
 
 out = "out/t4/pretrain"
-data = "hf://ShallowU/FineWeb-Edu-10B-Tokens-NPY"  # fetched as it goes: the first four shards
+data = "data/fineweb"  # prepare.py fineweb --shards=4
 
 n_layer = 12
 n_head = 8
