@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import json
+import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -130,5 +131,8 @@ def run_main(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:  # who reads our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
