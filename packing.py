@@ -18,7 +18,7 @@ import torch
 
 import archives
 from common.config import UserError, read_json
-from data import Batch, read_array
+from data import Batch, Text, read_array
 from pictures import PictureError, blank, read_image, to_pixels
 
 # ------------------------------------------------------------------------------------------ chats
@@ -96,6 +96,25 @@ class Chats:
         start, end = self.image_offsets[n : n + 2].tolist()
         shard = int(np.searchsorted(self.shard_starts, start, side="right")) - 1
         return os.pread(self.shards[shard], end - start, start - int(self.shard_starts[shard]))
+
+
+class Documents:
+    """Windows of plain text in the place of chats, all of it to be learnt. length: positions."""
+
+    has_images, manifest = False, {}
+
+    def __init__(self, folder, split, length, tokenizer):
+        self.folder, self._text = Path(folder), Text(folder, split, length, tokenizer.n_vocab)
+
+    def __len__(self):
+        return len(self._text)
+
+    def chat(self, i):
+        ids = self._text.window(i).astype(np.int64)
+        return ids, np.arange(len(ids)) > 0
+
+    def images(self, i, size=0, how="pad"):
+        return []
 
 
 class Share:
@@ -179,7 +198,9 @@ class Packed:
             ids = np.concatenate([ids for ids, _ in parts])
             supervised = np.concatenate([mask for _, mask in parts])
             widths = np.where(ids == self.tokenizer.image, self.n_patches, 1)
-            ends = np.flatnonzero(supervised & (ids == self.tokenizer.end))  # of answers
+            may_end = ids == self.tokenizer.end  # where answers end, and what is no chat
+            may_end[starts[1:] - 1] = True
+            ends = np.flatnonzero(supervised & may_end)
             owner = np.searchsorted(starts, ends, side="right") - 1
             before = np.cumsum(widths) - widths  # positions in front of each id, and of each chat
             positions = before[ends] - before[starts[owner]]  # the last id is no input

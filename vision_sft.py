@@ -5,7 +5,8 @@
     python sample.py out/demo/vision_sft --image=FILE                  # talk about a picture
 
 Reads conversations about pictures, with some chats about text mixed in so that the model does not
-forget how to talk without one. Starts from vision_pretrain.py's checkpoint.
+forget how to talk without one, and with --replay plain text, so that it does not forget to write.
+Starts from vision_pretrain.py's checkpoint.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from common.optim import make_optimizer
 from common.run import Run
 from data import Loader, check_tokenizer, validation_loss
 from looking import Looking, blind
-from packing import Chats, Packed, Share
+from packing import Chats, Documents, Packed, Share
 from vision import describe, open_model
 
 
@@ -27,6 +28,8 @@ class Config(TrainSettings):
     data: str = "data/images"  # folder made by prepare.py images: conversations about pictures
     text_data: str = ""  # folder made by prepare.py chat: chats about text; empty for none
     text_share: float = 0.1  # chats about text for every conversation about a picture
+    replay: str = ""  # folder of token shards to go on reading, or plain text is forgotten
+    replay_share: float = 0.05  # windows of a quarter of a row for every conversation
 
     context: int = 1024  # positions of a training row, image tokens included
     batch_tokens: int = 65_536  # positions of a step in the whole job
@@ -53,6 +56,10 @@ def main():
         texts = Chats(cfg.text_data, "train")
         sources.append(Share(texts, round(len(sources[0]) * cfg.text_share), cfg.seed))
         val_text = Packed([Chats(cfg.text_data, "val")], cfg.context, tokenizer)
+    if cfg.replay:
+        check_tokenizer(cfg.replay, tokenizer)
+        documents = Documents(cfg.replay, "train", cfg.context // 4, tokenizer)
+        sources.append(Share(documents, round(len(sources[0]) * cfg.replay_share), cfg.seed))
     train = Packed(sources, cfg.context, tokenizer, *model.pictures)
     val = Chats(cfg.data, "val")
     looking = Looking(val, cfg.val_chats, cfg.context, tokenizer, *model.pictures)

@@ -43,7 +43,7 @@ from common.shard import number_of_shard, shard, unshard, whole, whole_weights
 WARM_STEPS = 5  # after these nothing new lives long
 LOWEST = dict(max_steps=1, context=1, batch_tokens=1, batch_pairs=1, micro_rows=1, val_rows=1,
               val_chats=1, micro_pairs=0, seed=0, workers=-1,
-              projector_lr=0, text_share=0)
+              projector_lr=0, text_share=0, replay_share=0)
 STOPPED_EARLY = 75  # exit status of a run that saved and can go on (EX_TEMPFAIL of sysexits.h)
 
 

@@ -19,7 +19,7 @@ from common.config import UserError
 from common.distributed import Machine
 from common.run import Run
 from data import Loader, Text, check_tokenizer, shuffled
-from packing import Captions, Chats, Packed, Share, pack
+from packing import Captions, Chats, Documents, Packed, Share, pack
 from prep.storage import ChatWriter, write_manifest, write_text
 from tokenizer import render
 
@@ -360,7 +360,8 @@ def test_a_picture_counts_as_many_positions_as_it_has_patches(tokenizer, tmp_pat
     chats = write_chats(tmp_path, tokenizer, [messages], [1])
     n = len(render(tokenizer, messages, 1).ids) - 1 + 63
     assert len(Packed([chats], n, tokenizer, 64, 8)) == 1
-    assert Packed([chats], n - 1, tokenizer, 64, 8).left_out == 1
+    with pytest.raises(UserError, match="of 1 chats none fits .* a picture alone takes 64"):
+        Packed([chats], n - 1, tokenizer, 64, 8)
 
 
 def test_pictures_behind_the_cut_of_a_chat_are_left_out(tokenizer, tmp_path):
@@ -494,3 +495,13 @@ def test_the_folder_above_several_data_sets_is_refused_with_a_sentence(tmp_path)
     (tmp_path / "manifest.json").write_text('{"seconds": 1.0}\n', encoding="utf-8")
     with pytest.raises(UserError, match=tmp_path.name):
         check_tokenizer(tmp_path)
+
+
+def test_plain_text_among_chats_is_learnt_to_its_last_token(tokenizer, tmp_path):
+    tokens = np.arange(60, dtype=np.uint16)
+    np.save(tmp_path / "a_train_0.npy", tokens)
+    packed = Packed([Documents(tmp_path, "train", 10, tokenizer)], 24, tokenizer)
+    batch = packed.batch([*range(len(packed))])
+    assert sorted(batch.targets.tolist()) == tokens[1:51].tolist()
+    assert (batch.ids.flatten()[batch.where] + 1).equal(batch.targets)
+    assert packed.left_out == packed.cut == 0
