@@ -44,7 +44,7 @@ def open_pictures(root, unpack=None):
     if not root:
         return Pictures([Folder(Path.cwd(), search=False), Folder(Path("/"), search=False)], ())
     parts = []  # (kind, paths)
-    for path in local_paths(root):
+    for path in local_paths(root, "--image_root"):
         kind = kind_of(path)
         if kind:
             parts.append((kind, [path]))
@@ -320,10 +320,11 @@ def tar_members(paths):
 # ----------------------------------------------------------------------------- paths and patterns
 
 
-def local_paths(patterns):
+def local_paths(patterns, setting="the path"):
     """The paths that comma-separated paths and patterns name, numbers in names in their order.
 
-    hf://OWNER/NAME/FILE is fetched from the Hugging Face hub first. UserError if one names none.
+    hf://OWNER/NAME/FILE is fetched from the Hugging Face hub first. UserError if one names none,
+    which says to correct `setting`.
     """
     paths = []
     for pattern in map(str.strip, patterns.split(",")):
@@ -332,7 +333,7 @@ def local_paths(patterns):
         else:
             found = [pattern] if os.path.exists(pattern) else glob.glob(pattern)
         if not found:
-            raise UserError(f"no file matches {pattern}")
+            raise UserError(f"no file matches {pattern}; correct {setting}")
         paths += map(Path, sorted(found, key=by_numbers))
     return paths
 

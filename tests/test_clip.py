@@ -311,6 +311,9 @@ class Knowing(torch.nn.Module):
         super().__init__()
         self.logit_scale = torch.nn.Parameter(torch.tensor(4.0))
 
+    def scale(self):
+        return self.logit_scale.exp()
+
     def image_features(self, pixels):
         red = (pixels[:, 0, 0, 0] * 0.26862954 + 0.48145466) * 255
         return F.one_hot(red.round().long(), 256).float()

@@ -14,6 +14,7 @@ from conftest import COMMON, ROOT, TINY, newest, run
 
 from common import hub
 from common.config import UserError
+from common.log import Log
 
 REPOSITORY = "someone/Some-Tokens"
 NAMES = ("a_val_000000.npy", "a_train_000001.npy", "a_train_000002.npy", "a_train_000003.npy")
@@ -180,13 +181,20 @@ def test_training_starts_with_the_first_shard_and_takes_the_same_steps(
     """The others are held back until the run waits for them; all at once gives the same weights."""
     flags = (f"--data=hf://{REPOSITORY}", *TINY["pretrain"], *COMMON, "--max_steps=16",
              "--save_every=0", "--eval_every=0")
+    say = Log.say
+
+    def heard(log, text):
+        say(log, text)
+        if text.startswith("waiting for"):
+            server.hold.set()
+
+    monkeypatch.setattr(Log, "say", heard)
     weights = []
     for name, held in (("slow", True), ("fast", False)):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         if held:
             server.hold.clear()
-            threading.Timer(6, server.hold.set).start()
         result = run("pretrain.py", *flags, "--out=out")
         assert result.status == 0, result.err
         assert ("waiting for" in result.out) == held, result.out

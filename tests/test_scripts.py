@@ -162,7 +162,7 @@ MISTAKES = {
     "too little to validate on": "pretrain.py --data={things}/short --context=16 "
                                  "| {things}/short (val); empty",
     "chats longer than a row": "sft.py --init_from={runs}/pretrain --data={data}/chats --context=4 "
-                               "--batch_tokens=4 | {data}/chats; empty",
+                               "--batch_tokens=4 | {data}/chats; none fits --context=4",
     # checkpoints
     "a missing checkpoint": "sft.py --init_from={tmp}/no | there is no checkpoint {tmp}/no",
     "a folder without a checkpoint": "sft.py --init_from={data} | {data} holds no checkpoint",
