@@ -360,7 +360,7 @@ def test_a_picture_counts_as_many_positions_as_it_has_patches(tokenizer, tmp_pat
     chats = write_chats(tmp_path, tokenizer, [messages], [1])
     n = len(render(tokenizer, messages, 1).ids) - 1 + 63
     assert len(Packed([chats], n, tokenizer, 64, 8)) == 1
-    with pytest.raises(UserError, match="of 1 chats none fits .* a picture alone takes 64"):
+    with pytest.raises(UserError, match=r"of 1 chats none fits .* a picture alone takes 64"):
         Packed([chats], n - 1, tokenizer, 64, 8)
 
 
