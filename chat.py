@@ -1,111 +1,238 @@
 """A conversation with a model: its turns, its pictures, its cache; and many questions at once.
 
-One Conversation belongs to one user. What was said and seen stays in its KV cache, so a turn costs
-only its own tokens, and a picture is encoded once.
+One Conversation belongs to one user. What was said and seen stays in a row of a KV cache, so a turn
+costs only its own tokens, and a picture is encoded once.
 """
 
 import contextlib
+from dataclasses import dataclass, field
 
 import torch
 
+import decode
 from common.config import UserError
-from data import Batch
-from model import KVCache, generate, generate_batch
+from decode import Decoding, Sampler, Sampling, generate_batch
+from linears import for_decoding
 from pictures import PictureError, to_pixels
-from tokenizer import user_turn
-from vision import VisionLanguageModel
+from vision import VisionLanguageModel, open_model
 
 BLIND = ("this checkpoint cannot see: it is a text model; "
          "a vision_pretrain or vision_sft checkpoint takes pictures")
+ANSWER_ROOM = 4  # an answer may count on so much of the context: a quarter
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character decode to
+
+
+def open_for_chat(name, device, precision="auto"):
+    """(model, tokenizer, info) of a decoder or vision checkpoint, made fast at decoding.
+
+    precision: as linears.for_decoding takes it.
+    """
+    model, tokenizer, info = open_model(name, device, kinds=("decoder", "vision"))
+    return ready_to_chat(model, precision), tokenizer, info
+
+
+def ready_to_chat(model, precision="auto"):
+    """A decoder or vision model, made fast at decoding in place."""
+    decoder = for_decoding(decoder_of(model), precision)
+    return model.to(decoder.token_embedding.weight.dtype).eval()
+
+
+def decoder_of(model):
+    """The decoder of a vision model; a decoder itself."""
+    return model.decoder if isinstance(model, VisionLanguageModel) else model
+
+
+@dataclass
+class Turn:
+    """What a user said and showed, and what the model answered."""
+
+    text: str
+    asked: list  # the ids of the user's turn and of the mark that the answer follows
+    features: list = field(default_factory=list)  # the pictures as the decoder reads them, (P, C)
+    answer: list = field(default_factory=list)  # ids, without <|end|>
 
 
 class Conversation:
-    """Turns of one user with a decoder or vision model."""
+    """Turns of one user with a decoder or vision model.
 
-    def __init__(self, model, tokenizer):
+    What the cache holds is a beginning of `ids()`; whatever is missing is read before an answer. So
+    turns can be taken back, an answer stopped anywhere and the row lost without losing anything.
+
+    decoding, row: the memory to use; generate: decode.generate, or what does the same elsewhere.
+    """
+
+    def __init__(self, model, tokenizer, decoding=None, generate=None):
         self.model, self.tokenizer = model, tokenizer
         self.sees = isinstance(model, VisionLanguageModel)
-        self.decoder = model.decoder if self.sees else model
-        self.device = self.decoder.head.weight.device
-        self.reset()
+        self.decoding = decoding or Decoding(decoder_of(model))
+        self.generate = generate or decode.generate
+        self.row, self.turns = 0, []
 
     def reset(self):
         """Forget everything said and seen."""
-        self.cache = KVCache(self.decoder)
-        self.begun = False
+        self.turns = []
+        self.decoding.cut(0, self.row)
 
-    def ask(self, text, images=(), max_tokens=256, **sampling):
-        """Yield the answer to `text` and PIL `images` in pieces of text, as they are made."""
+    def undo(self):
+        """Take the last turn back; says whether there was one."""
+        if not self.turns:
+            return False
+        self.turns.pop()
+        self.decoding.cut(len(self.ids()), self.row)
+        return True
+
+    def ids(self):
+        """Everything said, as the model reads it: an image is P times <|image|>."""
+        ids = [self.tokenizer.end_of_text]
+        for i, turn in enumerate(self.turns):
+            ids += turn.asked
+            ids += turn.answer
+            ids += [self.tokenizer.end] if i < len(self.turns) - 1 else []
+        return ids
+
+    def hear(self, text, images=(), max_tokens=256):
+        """Add the user's turn, of `text` and PIL `images`; `answer` then answers it.
+
+        Returns how many of the oldest turns had to be forgotten so that this one and an answer of
+        max_tokens fit the model's context. The picture in use is never forgotten: it moves to the
+        first turn that stays. Raises UserError if the turn alone does not fit.
+        """
         if images and not self.sees:
             raise UserError(BLIND)
-        ids = [] if self.begun else [self.tokenizer.end_of_text]
-        ids += user_turn(self.tokenizer, [None] * len(images) + [text])
-        yield from self._go_on([*ids, self.tokenizer.assistant], images, max_tokens,
-                               self.tokenizer.end, sampling)
-
-    def continue_text(self, text, max_tokens=256, **sampling):
-        """Yield what follows `text`, as a document, not as a chat."""
-        ids = [self.tokenizer.end_of_text, *self.tokenizer.encode(text)]
-        yield from self._go_on(ids, (), max_tokens, self.tokenizer.end_of_text, sampling)
-
-    def _go_on(self, ids, images, max_tokens, stop, sampling):
-        embeddings = embed(self.model, self.tokenizer, [ids], [images])[0]
-        used, room = self.cache.length, self.cache.keys.size(3)
-        if used + embeddings.size(1) >= room:
+        features = list(see(self.model, images)) if images else []
+        turns = [*self.turns, Turn(text, self._asked(text, features), features)]
+        room = self.decoding.cache.slots - 1
+        answer_room, n_forgotten = min(max_tokens, room // ANSWER_ROOM), 0
+        while self._length(turns) + answer_room > room and len(turns) > 1:
+            turns = self._without_oldest(turns)
+            n_forgotten += 1
+        if self._length(turns) + 1 > room:
+            pictures = sum(len(x) for turn in turns for x in turn.features)
             raise UserError(
-                f"this turn has {embeddings.size(1)} tokens and {used} are used already, but the "
-                f"model's context is {room}; " + ("/reset starts over" if used else "shorten it"))
-        self.begun = True
+                f"this turn has {self._length(turns) - pictures} tokens"
+                + (f" beside {pictures} of its pictures" if pictures else "")
+                + f", but the model's context is {room}; shorten it")
+        if n_forgotten:
+            self.decoding.cut(1, self.row)
+        self.turns = turns
+        return n_forgotten
+
+    def answer(self, max_tokens=256, sampler=None):
+        """Yield the answer to what was heard last in pieces of text, as they are made."""
+        ids, turn = self.ids(), self.turns[-1]
+        sampler = sampler or Sampler(Sampling())
+        sampler.begin(ids)
+        missing = ids[self.decoding.length(self.row) :]
+        n_features = missing.count(self.tokenizer.image)
+        features = [x for turn in self.turns for x in turn.features]
+        features = torch.cat(features)[-n_features:] if n_features else None
+        embeddings = embed(self.model, self.tokenizer, [missing], features)
+        try:
+            tokens = self.generate(self.decoding, embeddings, max_tokens, self.tokenizer.end,
+                                   sampler, self.row)
+            with contextlib.closing(tokens):
+                yield from self._pieces(tokens, turn.answer)
+        finally:  # stopped or not: what the cache holds beyond what was taken does not count
+            self.decoding.cut(len(ids) + len(turn.answer), self.row)
+
+    def ask(self, text, images=(), max_tokens=256, sampler=None):
+        """hear and answer: yields the pieces of the answer."""
+        self.hear(text, images, max_tokens)
+        yield from self.answer(max_tokens, sampler)
+
+    def continue_text(self, text, max_tokens=256, sampler=None):
+        """Yield what follows `text`, as a document, not as a chat."""
+        self.reset()
+        ids = [self.tokenizer.end_of_text, *self.tokenizer.encode(text)]
+        room = self.decoding.room(self.row)
+        if len(ids) > room:
+            raise UserError(f"this text has {len(ids)} tokens, but the model's context is {room}; "
+                            "shorten it")
+        sampler = sampler or Sampler(Sampling())
+        sampler.begin(ids)
+        embeddings = embed(self.model, self.tokenizer, [ids])
+        tokens = self.generate(self.decoding, embeddings, max_tokens, self.tokenizer.end_of_text,
+                               sampler, self.row)
+        yield from self._pieces(tokens, [])
+        self.reset()
+
+    def _asked(self, text, features):
+        t = self.tokenizer
+        images = [t.image] * sum(map(len, features))
+        return [t.user, *images, *t.encode(text), t.end, t.assistant]
+
+    def _length(self, turns):
+        return sum(len(turn.asked) + len(turn.answer) + 1 for turn in turns)
+
+    def _without_oldest(self, turns):
+        """The turns but the first, whose pictures the next takes over if it has none and no later
+        turn shows any."""
+        first, second, *rest = turns
+        if first.features and not any(turn.features for turn in (second, *rest)):
+            second = Turn(second.text, self._asked(second.text, first.features), first.features,
+                          second.answer)
+        return [second, *rest]
+
+    def _pieces(self, tokens, said):
+        """Ids to text, as soon as it is whole characters; `said` gathers the ids."""
         pending, shown = [], ""
-        for token in generate(self.decoder, embeddings, self.cache, max_tokens, stop, **sampling):
+        for token in tokens:
+            said.append(token)
             pending.append(token)
             text = self.tokenizer.decode(pending)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is still in parts
-                yield text[len(shown):]
-                shown = text
-            if text.endswith((" ", "\n")) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            if text.endswith(UNFINISHED):  # a character is still in parts
+                continue
+            yield text[len(shown):]
+            shown = text
+            if text.endswith((" ", "\n")):
                 pending, shown = [], ""
 
 
 @torch.inference_mode()
-def embed(model, tokenizer, chats, images):
-    """Embeddings (B, T, C) of B chats as ids, padded on the right, and their lengths (B,).
+def see(model, images):
+    """PIL images as the decoder reads them: (M, P, C)."""
+    pixels = to_pixels(images, *model.pictures[1:])
+    return model.image_tokens(pixels.to(next(model.parameters()).device))
 
-    images[b] holds the PIL pictures of chat b, one for each <|image|> id in it.
+
+@torch.inference_mode()
+def embed(model, tokenizer, rows, features=None):
+    """Embeddings (B, T, C) of rows of ids (B lists), padded on the right.
+
+    features: (M * P, C), of all pictures, for the <|image|> ids in the rows, one after the other.
     """
-    sees = isinstance(model, VisionLanguageModel)
-    device = next(model.parameters()).device
-    P = model.clip_config.n_patches if sees else 1
-    chats = [[i for token in chat for i in [token] * (P if token == tokenizer.image else 1)]
-             for chat in chats]
-    lengths = torch.tensor([len(chat) for chat in chats], device=device)
-    ids = torch.full((len(chats), max(map(len, chats))), tokenizer.end_of_text)
-    for row, chat in zip(ids, chats, strict=True):
-        row[: len(chat)] = torch.tensor(chat)
-    if not sees:
-        return model.token_embedding(ids.to(device)), lengths
-    batch = Batch(ids, ids)
-    pictures = [picture for some in images for picture in some]
-    if pictures:
-        batch.pixels = to_pixels(pictures, *model.pictures[1:])
-        batch.image_positions = (ids.flatten() == tokenizer.image).nonzero()[:, 0]
-    batch.to(device)
-    return model.embed(batch.ids, batch.pixels, batch.image_positions), lengths
+    embedding = decoder_of(model).token_embedding
+    ids = torch.full((len(rows), max(map(len, rows))), tokenizer.end_of_text)
+    for row, some in zip(ids, rows, strict=True):
+        row[: len(some)] = torch.tensor(some)
+    ids = ids.to(embedding.weight.device)
+    x = embedding(ids)
+    if features is not None:
+        x[ids == tokenizer.image] = features.to(x.dtype)
+    return x
 
 
-def answer_all(model, tokenizer, chats, images, max_tokens=64, batch=64, autocast=None):
-    """Greedy answers (str) to many prompts: chats as ids that end where the answer begins."""
-    decoder = model.decoder if isinstance(model, VisionLanguageModel) else model
-    order = sorted(range(len(chats)), key=lambda i: len(chats[i]))  # alike lengths, little padding
-    found = [""] * len(chats)
+def answer_all(model, tokenizer, chats, images, max_tokens=64, batch=64, samplers=None,
+               stop=None):
+    """Answers (str) to many prompts: chats as ids that end where the answer begins, one <|image|>
+    for each of its PIL pictures in images. samplers: one each, or None for greedy answers; stop:
+    the id that ends an answer, <|end|> if None."""
+    patches = model.clip_config.n_patches if isinstance(model, VisionLanguageModel) else 1
+    rows = [[i for token in chat for i in [token] * (patches if token == tokenizer.image else 1)]
+            for chat in chats]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # alike lengths, little padding
+    slots = min(max(map(len, rows), default=0) + max_tokens + 1, model.config.max_positions)
+    decoding = Decoding(decoder_of(model), min(batch, max(1, len(rows))), slots)
+    found = [""] * len(rows)
     for start in range(0, len(order), batch):
         some = order[start : start + batch]
-        with autocast() if autocast else torch.inference_mode():
-            part = [chats[i] for i in some], [images[i] for i in some]
-            x, lengths = embed(model, tokenizer, *part)
-            rows = generate_batch(decoder, x, lengths, max_tokens, tokenizer.end)
-        for i, row in zip(some, rows, strict=True):
-            found[i] = tokenizer.decode(row)
+        pictures = [picture for i in some for picture in images[i]]
+        features = see(model, pictures).flatten(0, 1) if pictures else None
+        x = embed(model, tokenizer, [rows[i] for i in some], features)
+        answers = generate_batch(decoding, x, [len(rows[i]) for i in some], max_tokens,
+                                 stop or tokenizer.end, samplers and [samplers[i] for i in some])
+        for i, answer in zip(some, answers, strict=True):
+            found[i] = tokenizer.decode(answer)
     return found
 
 

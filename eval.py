@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 
-from chat import Conversation, answer_all, fits, turns_of
+from chat import Conversation, answer_all, fits, open_for_chat, ready_to_chat, turns_of
 from clip import caption_choice
 from common import checkpoint
 from common.checkpoint import write_json
 from common.config import UserError, parse, read_json, run_main
-from common.distributed import peak_memory_gb, setup
+from common.distributed import peak_memory_gb, pick_device, setup
 from data import Text, check_tokenizer, validation_loss
 from looking import Held, Looking
 from packing import Captions, Chats, Packed
@@ -87,16 +87,18 @@ def score(name, cfg, machine):
         chats = Chats(data / "chats", "val")
         packed = Packed([Held(chats, items, tokenizer)], model.config.max_positions, tokenizer)
         scores["chat_loss"] = validation_loss(machine, packed, 8, loss_of(model), len(packed))
-        scores["chat_exact"], _ = exact(model, tokenizer, chats, items, machine)
     if info["kind"] == "vision":
         scores |= looking_scores(model, tokenizer, data, stage, items, machine)
+    if stage in ("sft", "vision_sft"):  # losses are done: from here on the model only answers
+        ready_to_chat(model)
+        scores["chat_exact"], _ = exact(model, tokenizer, chats, items)
     if stage == "vision_sft":
         for label, split, shuffled in (("vqa_exact", "val", False), ("vqa_shuffled", "val", True),
                                        ("vqa_heldout_pairs", "val_pairs", False)):
             if split != "val" and not (data / "scenes" / split).is_dir():
                 continue  # only the picture world has held-out pairs
             chats = Chats(data / "scenes", split)
-            right, kinds = exact(model, tokenizer, chats, items, machine, shuffled)
+            right, kinds = exact(model, tokenizer, chats, items, shuffled)
             scores[label] = right
             scores |= {f"{label}/{kind}": share for kind, share in sorted(kinds.items())}
     for label, figure in scores.items():
@@ -152,7 +154,7 @@ def text_loss(model, tokenizer, folder, items, machine, T=None, batch=32):
     return {"text_val_loss": loss / tokens, "text_bits_per_byte": loss / n_bytes / math.log(2)}
 
 
-def exact(model, tokenizer, chats, items, machine, shuffled=False):
+def exact(model, tokenizer, chats, items, shuffled=False):
     """Share of answers that are right to the letter, and that share by group.
 
     Every turn of the assistant in the first `items` chats is asked for, with the right history.
@@ -182,7 +184,7 @@ def exact(model, tokenizer, chats, items, machine, shuffled=False):
         print(f"({chats.folder}: {too_long} turns too long for the context)", file=sys.stderr)
     if not prompts:
         raise UserError(f"no chat of {chats.folder} fits the model's context")
-    found = answer_all(model, tokenizer, prompts, images, ANSWER_TOKENS, autocast=machine.autocast)
+    found = answer_all(model, tokenizer, prompts, images, ANSWER_TOKENS)
     by_group = defaultdict(list)
     for answer, right, group in zip(found, wanted, groups, strict=True):
         by_group[group].append(answer == right)
@@ -216,7 +218,7 @@ def report(name, cfg, scores):
                      f"{m['peak_rss_gb']:.2f} |")
     if info["kind"] == "vision":
         lines += ["", "## Talking about pictures it never saw", ""]
-        lines += conversations(name, Path(cfg.data) / "pictures", folder)
+        lines += conversations(name, Path(cfg.data) / "pictures", folder, cfg.device)
     lines += ["", "## Loss curves", ""]
     for stage in stages:
         run = Path(stage["folder"]).parent
@@ -227,9 +229,9 @@ def report(name, cfg, scores):
     print(f"{folder / 'report.md'} and report.json sum it up")
 
 
-def conversations(name, pictures, folder, n=4):
+def conversations(name, pictures, folder, device, n=4):
     """Markdown: the first pictures of a folder, copied beside the report, and a talk about each."""
-    model, tokenizer, _ = open_model(name, kinds=("vision",))
+    model, tokenizer, _ = open_for_chat(name, pick_device(device))
     lines = []
     for path in sorted(pictures.glob("*.png"))[:n]:
         (folder / "pictures").mkdir(exist_ok=True)

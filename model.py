@@ -1,4 +1,4 @@
-"""The GPT decoder: configuration, layers, loss, KV cache and generation.
+"""The GPT decoder: configuration, layers, loss and KV cache.
 
 20 layers of width 1280 and 10 heads make the reference size: 522 M parameters, 3.06 GFLOP a token.
 Pre-LayerNorm, rotary positions, ReLU, no dropout, untied head. One attention path serves training,
@@ -10,6 +10,7 @@ the cache.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,15 +42,15 @@ class Attention(nn.Module):
         self.qkv.weight.stacked = 3  # three matrices in one: the optimizer treats them apart
         self.out = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, rotary, mask, cache):
+    def forward(self, x, rotary, mask, slots):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         (q, k), v = rotate(qkv[:2], *rotary), qkv[2]
-        if cache is not None:
-            k, v = cache(k, v)  # (B, H, S, D): these and all earlier positions
-        y = attend(q, k, v, mask, causal=mask is None and T > 1)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+        if slots is not None:
+            k, v = slots.store(k, v)  # (B, H, S, D): these and all earlier positions
+        y = attend(q.to(k.dtype), k, v, mask, causal=mask is None and T > 1)
+        return self.out(y.transpose(1, 2).reshape(B, T, C).to(x.dtype))
 
 
 class MLP(nn.Module):
@@ -72,8 +73,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, rotary, mask, cache=None):
-        x = x + self.attention(self.norm1(x), rotary, mask, cache)
+    def forward(self, x, rotary, mask, slots=None):
+        x = x + self.attention(self.norm1(x), rotary, mask, slots)
         return x + self.mlp(self.norm2(x))
 
 
@@ -86,9 +87,9 @@ class GPT(nn.Module):
         self.final_norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         D = config.n_embd // config.n_head
-        table = rotary_table(D, config.max_positions, config.rope_theta)
-        self.register_buffer("rotary_cos", table.cos(), persistent=False)  # (max_positions, D/2)
-        self.register_buffer("rotary_sin", table.sin(), persistent=False)
+        cos, sin = rotary_tables(D, config.max_positions, config.rope_theta)
+        self.register_buffer("rotary_cos", cos, persistent=False)  # (max_positions, D)
+        self.register_buffer("rotary_sin", sin, persistent=False)
         self.apply(init_weights)
         # Words begin loud against what the blocks will add; see docs/log.md, "The recipe".
         nn.init.normal_(self.token_embedding.weight)
@@ -114,29 +115,28 @@ class GPT(nn.Module):
         x = x if where is None else x.index_select(0, where)
         return head_loss(x, self.head.weight, targets.flatten())
 
-    def hidden(self, x, positions=None, mask=None, cache=None):
+    def hidden(self, x, positions=None, mask=None, cache=None, run=None):
         """Embeddings (B, T, C) to normalised final states (B, T, C).
 
-        positions: (B, T) or None for 0, 1, 2 ... (behind the cache's length, with a cache). With a
-        cache the position is also the slot in it, so a batch may hold rows of different lengths.
+        positions: a slice of them, the same in every row, or (B, T), or None for 0, 1, 2 ... With
+        a cache they come from it: each row goes on behind what it holds. run: run(block, ...) in
+        place of block(...).
         """
-        T = x.size(1)
+        T, layers = x.size(1), [None] * len(self.blocks)
         if len(self.rotary_cos) < T:
             raise ValueError(f"{T} positions, but the model was made for {len(self.rotary_cos)}")
         if cache is not None:
-            mask = cache.start(T, positions)
-            if positions is None:
-                positions = torch.arange(cache.length - T, cache.length, device=x.device)
+            positions, mask, layers = cache.extend(T)
         if positions is None:
-            rotary = self.rotary_cos[:T], self.rotary_sin[:T]
-        else:
-            rotary = self.rotary_cos[positions], self.rotary_sin[positions]
-        if rotary[0].dim() == 3:
-            rotary = tuple(table.unsqueeze(1) for table in rotary)  # (B, 1, T, D/2), over heads
+            positions = slice(T)
         dtype = compute_dtype(x)
-        x, rotary = x.to(dtype), tuple(table.to(dtype) for table in rotary)
-        for i, block in enumerate(self.blocks):
-            x = block(x, rotary, mask, None if cache is None else cache.layer(i))
+        rotary = self.rotary_cos[positions].to(dtype), self.rotary_sin[positions].to(dtype)
+        if rotary[0].dim() == 3:
+            rotary = tuple(table.unsqueeze(1) for table in rotary)  # (B, 1, T, D), over heads
+        x = x.to(dtype)
+        for block, slots in zip(self.blocks, layers, strict=True):
+            inputs = x, rotary, mask, slots
+            x = block(*inputs) if run is None else run(block, *inputs)
         return self.final_norm(x)
 
     def n_params(self):
@@ -212,120 +212,97 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-def rotary_table(D, n_positions, theta):
-    """Angles (n_positions, D / 2) of rotary embedding, half-split form: columns i and i + D/2 of a
-    head turn together (Su et al. 2021, as in GPT-NeoX and LLaMA)."""
+def rotary_tables(D, n_positions, theta):
+    """Cosine and signed sine (n_positions, D) of rotary embedding, half-split form: columns i and
+    i + D/2 of a head turn together (Su et al. 2021, as in GPT-NeoX and LLaMA)."""
     frequencies = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
-    return (torch.arange(n_positions, dtype=torch.float64)[:, None] * frequencies).float()
+    angles = torch.arange(n_positions, dtype=torch.float64)[:, None] * frequencies  # (., D / 2)
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Turn x (..., T, D) by its positions; cos and sin (T, D / 2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Turn x (..., T, D) by its positions; cos and sin (T, D) as in rotary_tables."""
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
+
+
+class Slots(NamedTuple):
+    """A layer's part of a cache: what may be looked at, and where T new positions go."""
+
+    keys: torch.Tensor  # (B, H, S, D)
+    values: torch.Tensor
+    new_keys: torch.Tensor | None  # (B, H, T, D), the same memory; None where rows differ:
+    new_values: torch.Tensor | None
+    positions: torch.Tensor | None  # (B, T) slots of each row
+    fresh: bool  # nothing was there before
+
+    def store(self, k, v):
+        """Put k and v (B, H, T, D) where they belong; returns the (B, H, S, D) to look at."""
+        if self.positions is None:
+            self.new_keys.copy_(k)
+            self.new_values.copy_(v)
+            return (k, v) if self.fresh else (self.keys, self.values)
+        index = self.positions[:, None, :, None].expand_as(k)
+        self.keys.scatter_(2, index, k.to(self.keys.dtype))
+        self.values.scatter_(2, index, v.to(self.values.dtype))
+        return self.keys, self.values
 
 
 class KVCache:
-    """Keys and values of one conversation, or of one batch of them. Its owner is the caller: no
-    module keeps any, so two users cannot meet in it. Allocated once; length counts used slots."""
+    """Keys and values of B conversations, a row each. Allocated once, never copied.
+
+    Its owner is the caller: no module keeps any, so two users cannot meet in it. lengths[b] counts
+    the slots that row b has used. Cutting it shorter forgets what was behind.
+    """
 
     def __init__(self, model, batch=1, slots=None):
-        c, weight = model.config, model.head.weight
+        c, weight = model.config, model.token_embedding.weight
         shape = (c.n_layer, batch, c.n_head, slots or c.max_positions, c.n_embd // c.n_head)
+        # A CPU takes 5 to 9 times as long for one query over bf16 keys as over fp32 ones.
+        dtype = torch.float32 if weight.device.type == "cpu" else compute_dtype(weight)
         # Zeros, not empty: what a mask hides is still multiplied by 0, and 0 * NaN is NaN.
-        self.keys = torch.zeros(shape, device=weight.device, dtype=compute_dtype(weight))
+        self.keys = torch.zeros(shape, device=weight.device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
-        self.length, self._positions = 0, None
+        self.lengths = [0] * batch
 
-    def start(self, T, positions):
-        """Make room for T positions; returns the attention mask for them (None: causal or full)."""
-        end = self.length + T
-        if end > self.keys.size(3):
-            raise ValueError(f"{end} positions do not fit a cache of {self.keys.size(3)}")
-        before, self.length, self._positions = self.length, end, positions
-        if positions is None and (T == 1 or before == 0):
-            return None
-        if positions is None:
-            positions = torch.arange(before, end, device=self.keys.device)[None]
-        return (torch.arange(end, device=self.keys.device) <= positions[:, None, :, None])
+    @property
+    def slots(self):
+        return self.keys.size(3)
 
-    def layer(self, i):
-        """The function that stores layer i's new k and v (B, H, T, D) and returns all so far."""
-        keys, values, end = self.keys[i], self.values[i], self.length
+    def rows(self, first, last):
+        """Rows first to last as a cache of their own over the same memory, lengths copied."""
+        part = object.__new__(KVCache)
+        part.keys, part.values = self.keys[:, first:last], self.values[:, first:last]
+        part.lengths = self.lengths[first:last]
+        return part
 
-        def append(k, v):
-            if self._positions is None:
-                slots = slice(end - k.size(2), end)
-                keys[:, :, slots], values[:, :, slots] = k, v
-            else:
-                slots = self._positions[:, None, :, None].expand_as(k)
-                keys.scatter_(2, slots, k.to(keys.dtype))
-                values.scatter_(2, slots, v.to(values.dtype))
-            return keys[:, :, :end], values[:, :, :end]
+    def extend(self, T):
+        """Make room for T more positions in every row.
 
-        return append
+        Returns what GPT.hidden needs: (their positions, the attention mask, the Slots by layer).
+        """
+        before, end = self.lengths, max(self.lengths) + T
+        if end > self.slots:
+            raise ValueError(f"{end} positions do not fit a cache of {self.slots}")
+        self.lengths = [n + T for n in before]
+        steps = torch.arange(T, device=self.keys.device)
+        if min(before) < max(before):
+            starts = torch.tensor(before, device=self.keys.device)
+            return self.place(starts[:, None] + steps, end)
+        begin, mask = before[0], None
+        if T > 1 and begin > 0:
+            mask = torch.arange(end, device=self.keys.device) <= begin + steps[:, None]
+            mask = mask[None, None]
+        new = (x[:, :, :, begin:end].unbind() for x in (self.keys, self.values))
+        return slice(begin, end), mask, [
+            Slots(*layer, None, begin == 0) for layer in zip(*self.seen(end), *new, strict=True)]
 
+    def place(self, positions, end):
+        """As extend, for positions (B, T) on the device, where `end` slots are looked at."""
+        mask = torch.arange(end, device=positions.device) <= positions[:, None, :, None]
+        return positions, mask, [Slots(*layer, None, None, positions, False)
+                                 for layer in zip(*self.seen(end), strict=True)]
 
-def pick(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
-    """The next ids (B,) from logits (B, V): the likeliest at temperature 0, else a draw."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k:
-        smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
-    if top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability ahead of each
-        drop = (before >= top_p) & (before > 0)  # never the likeliest
-        logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-
-@torch.inference_mode()
-def generate(model, embeddings, cache, max_tokens, stop, **sampling):
-    """Yield the ids (int) that follow embeddings (1, T, C), one by one, `stop` not among them.
-
-    Everything yielded, and `stop`, is in the cache afterwards, so that a conversation goes on by
-    calling this with the next turn's embeddings alone. Ends early when the cache is full.
-    """
-    for _ in range(max_tokens):
-        x = model.hidden(embeddings, cache=cache)[:, -1]
-        token = pick(model.head(x), **sampling)
-        embeddings = model.token_embedding(token)[:, None]
-        token = token.item()
-        if token == stop:
-            break
-        yield token
-        if cache.length == cache.keys.size(3):
-            return
-    else:  # the limit came first: the last token was yielded, but is not in the cache yet
-        model.hidden(embeddings, cache=cache)
-    if cache.length < cache.keys.size(3):
-        stop = torch.tensor([[stop]], device=embeddings.device)
-        model.hidden(model.token_embedding(stop), cache=cache)
-
-
-@torch.inference_mode()
-def generate_batch(model, embeddings, lengths, max_tokens, stop):
-    """Greedy continuations of B prompts of different lengths, each ending at `stop`.
-
-    embeddings: (B, T, C), padded on the right; lengths: (B,). Returns B lists of ids. A slot that
-    holds padding is overwritten before any position may see it.
-    """
-    B, T, _ = embeddings.shape
-    cache = KVCache(model, B, T + max_tokens)
-    positions = torch.arange(T, device=embeddings.device).expand(B, T)
-    x = model.hidden(embeddings, positions, cache=cache)
-    x = x[torch.arange(B, device=x.device), lengths - 1]
-    tokens, done = [], torch.zeros(B, dtype=torch.bool, device=x.device)
-    for i in range(max_tokens):
-        token = model.head(x).argmax(-1)
-        done |= token == stop
-        tokens.append(token)
-        if done.all() or i == max_tokens - 1:
-            break
-        x = model.hidden(model.token_embedding(token)[:, None], (lengths + i)[:, None], cache=cache)
-        x = x[:, 0]
-    rows = torch.stack(tokens, dim=1).tolist()
-    return [row[: row.index(stop)] if stop in row else row for row in rows]
+    def seen(self, end):
+        """The first `end` slots of the keys and of the values, layer by layer (B, H, end, D)."""
+        return self.keys[:, :, :, :end].unbind(), self.values[:, :, :, :end].unbind()

@@ -32,7 +32,7 @@ class PictureError(UserError):
         self.reason = reason
 
 
-def read_image(source, name=None, size=0, how="pad"):
+def read_image(source, name=None, size=0, how="pad", max_pixels=MAX_PIXELS):
     """A PIL image (RGB, upright) from a path or bytes; PictureError if it cannot be read.
 
     With a size it will be fitted into, a large JPEG is decoded at a half, a quarter or an eighth.
@@ -43,9 +43,9 @@ def read_image(source, name=None, size=0, how="pad"):
             warnings.simplefilter("ignore")  # Pillow only warns at a bomb; the check below refuses
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 width, height = image.size
-                if width * height > MAX_PIXELS:
+                if width * height > max_pixels:
                     raise PictureError("a picture that is too large", f"{name}: {width} x {height} "
-                                       f"is more than {MAX_PIXELS // 10**6} megapixels")
+                                       f"is more than {max_pixels / 10**6:g} megapixels")
                 share = SHARPNESS * size / (max if how == "pad" else min)(width, height)
                 if 0 < share < 1:
                     image.draft(None, (int(width * share) or 1, int(height * share) or 1))

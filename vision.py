@@ -70,7 +70,8 @@ class VisionLanguageModel(nn.Module):
     def image_tokens(self, pixels):
         """uint8 pixels (M, S, S, 3) to the decoder's embeddings (M, P, C) of the pictures."""
         with torch.inference_mode():
-            features = self.vision_tower.patches(normalise(pixels))
+            pixels = normalise(pixels).to(self.projector.linear_1.weight.dtype)
+            features = self.vision_tower.patches(pixels)
         return self.projector(features.clone())  # no gradient may pass what inference mode made
 
 

@@ -145,12 +145,17 @@ def cores():
     return os.cpu_count() or 1
 
 
-def compile_blocks(model):
-    """Compile the repeated blocks of `model` in place: one compilation serves all of a kind, and
-    parameter names stay as they are."""
+def need_compiler():
+    """UserError where torch.compile would find no C++ compiler."""
     if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
         raise UserError("--compile=True needs a C++ compiler such as g++, and there is none; "
                         "install one or leave the flag away")
+
+
+def compile_blocks(model):
+    """Compile the repeated blocks of `model` in place: one compilation serves all of a kind, and
+    parameter names stay as they are."""
+    need_compiler()
     for module in model.modules():
         if getattr(module, "repeated", False):
             module.compile()

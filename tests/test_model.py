@@ -1,17 +1,15 @@
 """The claims of model.py: an ordinary GPT, exact in every path, packed, cached or batched."""
 
 import math
-from itertools import islice
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils import deterministic
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import attention
 import model as gpt
-from model import GPT, GPTConfig, KVCache, generate, generate_batch, pick
+from model import GPT, GPTConfig, KVCache
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 the_head_loss = gpt.head_loss
@@ -84,12 +82,6 @@ def cached_logits(model, ids, cuts, cache=None):
     cache = cache or KVCache(model, len(ids))
     pieces = model.token_embedding(ids).split(cuts, dim=1)
     return torch.cat([model.head(model.hidden(piece, cache=cache)) for piece in pieces], dim=1)
-
-
-def answer_of(model, prompt, n, stop=-1):
-    """The first n ids after prompt (T,), or those before `stop`; no id is -1."""
-    x = model.token_embedding(prompt[None])
-    return list(islice(generate(model, x, KVCache(model), n + 1, stop), n))
 
 
 # ------------------------------------------------------------------------------------- architecture
@@ -253,109 +245,6 @@ def test_no_positions_have_no_loss_and_no_gradient():
 def test_a_cache_changes_no_logit(cuts):
     model, ids = new_model(), some_ids(2, 12)
     torch.testing.assert_close(cached_logits(model, ids, cuts), model(ids), atol=1e-5, rtol=0)
-
-
-def ended_by_stop(model, prompt):
-    """(prompt's greedy answer up to an id that it says once only, that id)."""
-    answer = answer_of(model, prompt, 20)
-    n = next(i for i in range(3, 20) if answer[i] not in answer[:i])
-    return answer[:n], answer[n]
-
-
-def test_rows_of_one_batch_get_the_answers_they_get_alone():
-    """Lengths differ, one row ends early at `stop`, and another runs to the limit."""
-    model = new_model(seed=3)
-    lengths = torch.tensor([3, 9, 6, 1])
-    ids = some_ids(4, 9)
-    _, stop = ended_by_stop(model, ids[0, :3])
-    alone = [answer_of(model, ids[b, :n], 8, stop) for b, n in enumerate(lengths)]
-    assert min(map(len, alone)) < 8 == max(map(len, alone))
-    assert generate_batch(model, model.token_embedding(ids), lengths, 8, stop) == alone
-
-
-def test_memory_that_nobody_wrote_cannot_reach_an_answer():
-    """Slots of a cache that a short row leaves empty may hold anything, NaN included."""
-    model = new_model(seed=3)
-    lengths, ids = torch.tensor([2, 9]), some_ids(2, 9)
-    alone = [answer_of(model, ids[b, :n], 4) for b, n in enumerate(lengths)]
-    assert deterministic.fill_uninitialized_memory  # PyTorch's default: new memory is NaN
-    torch.use_deterministic_algorithms(True)
-    try:
-        found = generate_batch(model, model.token_embedding(ids), lengths, 4, -1)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert found == alone
-
-
-def test_a_full_cache_ends_generation_without_an_error():
-    model, prompt = new_model(), some_ids(6)
-    cache = KVCache(model, slots=10)
-    answer = list(generate(model, model.token_embedding(prompt[None]), cache, 100, stop=-1))
-    assert answer == answer_of(model, prompt, 5) and cache.length == 10
-    with pytest.raises(ValueError, match="11 positions do not fit a cache of 10"):
-        model.hidden(model.token_embedding(prompt[None, :1]), cache=cache)
-
-
-@pytest.mark.parametrize("ending", ["stop", "limit"])
-@torch.no_grad()
-def test_the_next_turn_sees_the_whole_answer_and_its_end(ending):
-    model, prompt, turn = new_model(seed=3), some_ids(5), some_ids(1, 4, seed=9)
-    answer, stop = ended_by_stop(model, prompt)
-    cache = KVCache(model)
-    limit = 20 if ending == "stop" else len(answer)
-    embeddings = model.token_embedding(prompt[None])
-    assert list(generate(model, embeddings, cache, limit, stop)) == answer
-    so_far = torch.tensor([[*prompt.tolist(), *answer, stop]])
-    assert cache.length == so_far.size(1)
-    whole = model(torch.cat((so_far, turn), dim=1))[:, -4:]
-    torch.testing.assert_close(cached_logits(model, turn, [4], cache), whole, atol=1e-5, rtol=0)
-
-
-# ------------------------------------------------------------------------------------------ drawing
-
-SHARES = torch.tensor([0.15, 0.5, 0.05, 0.3])  # probabilities, in no order
-
-
-def drawn(shares=SHARES, n=20_000, seed=0, **sampling):
-    """How often each id is drawn, as shares (V,)."""
-    rows = shares.log().expand(n, -1)
-    ids = pick(rows, generator=torch.Generator().manual_seed(seed), **sampling)
-    return ids.bincount(minlength=len(shares)) / n
-
-
-def test_temperature_0_picks_the_likeliest_of_each_row():
-    assert pick(torch.stack((SHARES, SHARES.flip(0)))).tolist() == [1, 2]
-
-
-@pytest.mark.parametrize(("sampling", "expected"), [
-    ({"temperature": 1.0}, SHARES),
-    ({"temperature": 0.5}, SHARES**2 / (SHARES**2).sum()),
-    ({"temperature": 2.0}, SHARES**0.5 / (SHARES**0.5).sum()),
-    ({"temperature": 1.0, "top_k": 1}, torch.tensor([0, 1, 0, 0])),
-    ({"temperature": 1.0, "top_k": 2}, torch.tensor([0, 5 / 8, 0, 3 / 8])),
-    ({"temperature": 1.0, "top_k": 9}, SHARES),
-    ({"temperature": 1.0, "top_p": 0.35}, torch.tensor([0, 1, 0, 0])),
-    ({"temperature": 1.0, "top_p": 0.55}, torch.tensor([0, 5 / 8, 0, 3 / 8])),
-    ({"temperature": 1.0, "top_p": 0.85}, torch.tensor([3 / 19, 10 / 19, 0, 6 / 19])),
-    ({"temperature": 1.0, "top_k": 2, "top_p": 0.6}, torch.tensor([0, 1, 0, 0])),
-], ids=lambda value: str(value) if isinstance(value, dict) else "")
-def test_draws_have_the_shares_that_the_settings_leave(sampling, expected):
-    found = drawn(**sampling)
-    assert found.bool().tolist() == expected.bool().tolist()
-    torch.testing.assert_close(found, expected.float(), atol=0.02, rtol=0)
-
-
-def test_each_row_of_a_batch_is_cut_by_itself():
-    rows = torch.stack((SHARES, SHARES.roll(1))).log().repeat(500, 1)
-    for sampling in ({"top_k": 2}, {"top_p": 0.6}):
-        ids = pick(rows, temperature=1.0, **sampling)
-        assert set(ids[::2].tolist()) == {1, 3} and set(ids[1::2].tolist()) == {2, 0}
-
-
-def test_the_same_seed_draws_the_same():
-    rows = some_ids(200, 96).float() / 50
-    a, b, c = (pick(rows, 1.0, generator=torch.Generator().manual_seed(s)) for s in (4, 4, 5))
-    assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 # --------------------------------------------------------------------------- documents by bounds

@@ -1,0 +1,364 @@
+"""Talk to a checkpoint in the browser, about pictures if it sees.
+
+    python app.py out/demo/vision_sft                 # http://127.0.0.1:7860
+    python app.py NAME/REPO --port=8080               # a checkpoint on the Hugging Face hub
+
+As a Hugging Face Space it runs as it is: put the repository there, and the checkpoint into a folder
+`checkpoint`, or its name into a variable CHECKPOINT. Every browser session has a conversation of
+its own; all that wait for an answer are decoded together. Nothing about users is logged, uploads
+are deleted when their page is closed and when the program ends.
+"""
+
+import asyncio
+import atexit
+import contextlib
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections import OrderedDict, deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+UPLOADS = Path(tempfile.mkdtemp(prefix="nanogpt-vision-"))  # nothing else is ever opened for a user
+os.environ["GRADIO_TEMP_DIR"] = str(UPLOADS)
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
+
+import gradio as gr  # noqa: E402 (reads those two when it is imported)
+
+from chat import Conversation, decoder_of, open_for_chat  # noqa: E402
+from common.config import UserError, parse, run_main  # noqa: E402
+from common.distributed import pick_device  # noqa: E402
+from decode import Sampler, Sampling  # noqa: E402
+from pictures import read_image  # noqa: E402
+from serving import Engine  # noqa: E402
+
+SESSIONS = 256  # conversations remembered; the one silent longest is forgotten first
+UPLOADS_KEPT = 3600  # seconds that a picture outlives a page that never said goodbye
+QUESTIONS = "What do you see?", "Describe the picture.", "How many things are there?"
+REQUESTS = "Tell me a story.", "What is your name?"
+
+CSS = """
+footer, .built-with { opacity: 0.6 }
+.about p { text-align: center; margin: 0; opacity: 0.75; font-size: 0.85rem }
+gradio-app .gradio-container { max-width: 860px !important; margin: 0 auto }
+@media (max-width: 600px) {
+  gradio-app .gradio-container { padding: 6px !important }
+  h1 { font-size: 1.25rem !important; margin: 0.2rem 0 !important }
+}
+"""
+
+
+@dataclass
+class Config(Sampling):
+    temperature: float = 0.0  # what the page starts with; 0 takes the likeliest token
+    max_tokens: int = 256  # longest answer
+    host: str = ""  # address to listen at; empty: 127.0.0.1, or what GRADIO_SERVER_NAME says
+    port: int = 7860  # 0 for any free one
+    title: str = "nanoGPT-Vision"
+    examples: str = ""  # folder of pictures to try; empty: the demo's, where they are
+    streams: int = 8  # answers made at once, in one batch
+    queue: int = 32  # questions that may wait for their turn; more are refused
+    per_minute: int = 20  # questions a minute of one session
+    max_text: int = 4000  # characters of a question
+    max_images: int = 4  # pictures of a question
+    upload_mb: float = 5.0  # largest picture file, in megabytes
+    upload_megapixels: float = 25.0  # largest picture, checked before it is decoded
+    device: str = "auto"  # auto, cpu, cuda, mps
+    # of weights and sums; int8 is for CPUs: fastest, and hardly less exact
+    precision: Literal["auto", "bf16", "fp16", "fp32", "int8"] = "auto"
+    compile: bool = False  # torch.compile: much slower to start, then faster on a GPU
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("max_tokens", "streams", "queue", "per_minute", "max_text", "max_images",
+                     "upload_mb", "upload_megapixels"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
+
+
+class Session:
+    """One browser page: its conversation, and which question of the page made which turn of it.
+
+    A page may take questions back, ask them again or start over; then its history is shorter than
+    `asked`, and the conversation is taken back as far before the next question.
+    """
+
+    def __init__(self, model, tokenizer, engine):
+        self.engine = engine
+        self.conversation = Conversation(model, tokenizer, engine.decoding, engine.generate)
+        self.conversation.row = None
+        self.asked = []  # (text, turns in all behind it) of each question on the page
+        self.n_forgotten = 0  # turns the context had no more room for
+        self.times, self.lock = deque(), threading.Lock()
+
+    def answer(self, texts, text, files, cfg):
+        """Yield the answer so far, again and again, to a question; `texts` are those before it."""
+        with self.lock:
+            lost = self.rewind(texts)
+            try:
+                self.count(cfg)
+                with self.engine.seat(self.conversation):
+                    notes = ["(What was said here before is lost; this is a new start.)"] * lost
+                    notes += self.hear(text, files, cfg)
+                    shown = "\n".join([*notes, ""])
+                    sampler = Sampler(cfg, self.engine.decoding.device)
+                    for piece in self.conversation.answer(cfg.max_tokens, sampler):
+                        shown += piece
+                        yield shown
+                    if shown == "":
+                        yield "(The model has nothing to say.)"
+            except UserError as error:
+                yield f"({sentence(error)})"
+            finally:
+                self.asked.append((text, self.n_turns()))
+
+    def hear(self, text, files, cfg):
+        """Add the question to the conversation; returns what the user should know."""
+        pictures = [read_upload(file, cfg) for file in files]
+        if not text.strip() and not pictures:
+            raise UserError("Say something, or show a picture")
+        if len(text) > cfg.max_text:
+            raise UserError(f"That is {len(text):,} characters long, and {cfg.max_text:,} are the "
+                            "limit here")
+        if len(pictures) > cfg.max_images:
+            raise UserError(f"That is {len(pictures)} pictures, and {cfg.max_images} are the limit")
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        n = self.conversation.hear(text, pictures, cfg.max_tokens)
+        self.n_forgotten += n
+        return [f"(This has grown longer than I can remember: the oldest {n} questions are "
+                "forgotten.)"] if n else []
+
+    def count(self, cfg):
+        """Note the time of a question; UserError if there were too many within a minute."""
+        now = time.monotonic()
+        while self.times and self.times[0] < now - 60:
+            self.times.popleft()
+        if len(self.times) >= cfg.per_minute:
+            wait = int(self.times[0] + 60 - now) + 1
+            raise UserError(f"{cfg.per_minute} questions a minute are the limit here; ask again in "
+                            f"{wait} seconds")
+        self.times.append(now)
+
+    def rewind(self, texts):
+        """Take back what is not on the page any more; says whether the page has more than we."""
+        kept = 0
+        for said, (text, _) in zip(texts, self.asked, strict=False):
+            if said != text:
+                break
+            kept += 1
+        self.asked = self.asked[:kept]
+        n_turns = self.asked[-1][1] if self.asked else 0
+        if n_turns < self.n_forgotten or not self.asked:
+            self.forget()
+        while self.n_turns() > n_turns:
+            self.conversation.undo()
+        return len(texts) > kept and bool(texts)
+
+    def n_turns(self):
+        """Turns made so far, those included that are forgotten."""
+        return self.n_forgotten + len(self.conversation.turns)
+
+    def forget(self):
+        """Start the conversation over, and give its row back."""
+        self.engine.leave(self.conversation)
+        self.conversation.turns, self.conversation.row, self.n_forgotten = [], None, 0
+
+
+class App:
+    """The page and the sessions behind it."""
+
+    def __init__(self, model, tokenizer, info, cfg):
+        self.model, self.tokenizer, self.info, self.cfg = model, tokenizer, info, cfg
+        self.engine = Engine(decoder_of(model), cfg.streams, cfg.compile)
+        self.sessions, self.lock = OrderedDict(), threading.Lock()
+        self.threads = ThreadPoolExecutor(2 * cfg.streams, "answer")
+
+    def session(self, name):
+        """The session of that name, new if it has none."""
+        with self.lock:
+            session = self.sessions.pop(name, None) or Session(self.model, self.tokenizer,
+                                                               self.engine)
+            self.sessions[name] = session
+            oldest = self.sessions.popitem(last=False)[1] if len(self.sessions) > SESSIONS else None
+        if oldest:
+            self.engine.leave(oldest.conversation)
+        return session
+
+    def close(self, request: gr.Request):
+        """The page was closed: forget its session."""
+        with self.lock:
+            session = self.sessions.pop(request.session_hash, None)
+        if session:
+            self.engine.leave(session.conversation)
+
+    async def respond(self, message, history, temperature, top_p, penalty, max_tokens,
+                      request: gr.Request):
+        """Answer a question in the browser, word by word."""
+        texts = [said(m["content"]) for m in history if m["role"] == "user"]
+        session = self.session(request.session_hash)
+        try:
+            cfg = replace(self.cfg, temperature=float(temperature), top_p=float(top_p),
+                          repetition_penalty=float(penalty), seed=secrets.randbits(48),
+                          max_tokens=max(1, min(int(max_tokens), self.cfg.max_tokens)))
+        except (UserError, TypeError, ValueError) as error:
+            yield f"({sentence(error)})"
+            return
+        text = message.get("text") or ""
+        pieces = session.answer(texts, text, message.get("files") or [], cfg)
+        async for shown in iterate(pieces, self.threads):
+            yield shown
+
+    def page(self):
+        """The gradio page."""
+        cfg, sees = self.cfg, self.info["kind"] == "vision"
+        box = gr.MultimodalTextbox(
+            placeholder="Ask about a picture, or just talk" if sees else "Say something",
+            file_types=["image"], file_count="multiple", sources=["upload"] if sees else [],
+            show_label=False, autofocus=True, stop_btn=True, max_plain_text_length=cfg.max_text)
+        chatbot = gr.Chatbot(show_label=False, render_markdown=False, sanitize_html=True, scale=1,
+                             placeholder="Show a picture and ask." if sees else "Say something.")
+        settings = [
+            gr.Slider(0, 2, cfg.temperature, step=0.05, label="Temperature",
+                      info="0 gives the likeliest answer, higher a wilder one"),
+            gr.Slider(0.05, 1, cfg.top_p, step=0.05, label="Top-p",
+                      info="draw from the likeliest tokens that make up this probability"),
+            gr.Slider(1, 2, cfg.repetition_penalty, step=0.05, label="Repetition penalty"),
+            gr.Slider(1, cfg.max_tokens, cfg.max_tokens, step=1, label="Longest answer, in tokens")]
+        with gr.Blocks(title=cfg.title, analytics_enabled=False, fill_height=True,
+                       delete_cache=(600, UPLOADS_KEPT)) as page:
+            gr.ChatInterface(
+                self.respond, multimodal=True, chatbot=chatbot, textbox=box, title=cfg.title,
+                examples=self.examples(sees, len(settings)), run_examples_on_click=True,
+                cache_examples=False, additional_inputs=settings,
+                additional_inputs_accordion=gr.Accordion("Settings", open=False),
+                concurrency_limit=cfg.streams, flagging_mode="never", fill_height=True,
+                api_name="chat")
+            gr.Markdown(describe(self.info), elem_classes="about")
+            page.unload(self.close)
+        return page.queue(max_size=cfg.queue, default_concurrency_limit=cfg.streams)
+
+    def examples(self, sees, n_settings):
+        """Messages to try, as the chat interface wants them."""
+        if not sees:
+            return [[{"text": text, "files": []}, *[None] * n_settings] for text in REQUESTS]
+        folder = Path(self.cfg.examples or demo_pictures(self.info) or "examples")
+        if self.cfg.examples and not folder.is_dir():
+            raise UserError(f"there is no folder --examples={folder}")
+        files = sorted(path for path in folder.glob("*")
+                       if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        found = []
+        for path, text in zip(files, QUESTIONS, strict=False):
+            copy = UPLOADS / "examples" / path.name  # only what lies there is ever served
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(path, copy)
+            found.append([{"text": text, "files": [str(copy)]}, *[None] * n_settings])
+        return found
+
+    def launch(self, **more):
+        """Serve the page; returns when the program is interrupted."""
+        cfg = self.cfg
+        theme = gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"],
+                               font_mono=["ui-monospace", "monospace"])
+        page = self.page()
+        try:
+            page.launch(server_name=cfg.host or None, server_port=cfg.port or None, share=False,
+                        show_error=False, quiet=True, theme=theme, css=CSS, ssr_mode=False,
+                        max_file_size=int(cfg.upload_mb * 1e6), footer_links=["gradio", "settings"],
+                        enable_monitoring=False, prevent_thread_lock=True)
+        except OSError as error:
+            raise UserError(f"cannot listen at port {cfg.port}: {error}; try --port=0") from None
+        print(f"{page.local_url}  (Ctrl-C ends)", flush=True)
+        return page
+
+
+END = object()
+
+
+async def iterate(pieces, threads):
+    """An ordinary generator, run in threads; closed there, too, however this one ends."""
+    loop = asyncio.get_running_loop()
+    step = None
+    try:
+        while True:
+            step = threads.submit(next, pieces, END)
+            piece = await asyncio.shield(asyncio.wrap_future(step, loop=loop))
+            if piece is END:
+                return
+            yield piece
+    finally:
+        def close():
+            with contextlib.suppress(BaseException):
+                step.result()
+            pieces.close()
+
+        if step is not None:
+            threading.Thread(target=close, daemon=True).start()
+
+
+def said(content):
+    """The text of a message of the page's history: a string, or a list with files among it."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    texts = [part if isinstance(part, str) else part.get("text") for part in parts
+             if isinstance(part, str | dict)]
+    return "\n".join(text for text in texts if text)
+
+
+def read_upload(file, cfg):
+    """The PIL image of an uploaded file; UserError if it is too large, or no picture."""
+    path = Path(file).resolve()
+    if not path.is_relative_to(UPLOADS.resolve()) or not path.is_file():
+        raise UserError("That file was not uploaded here; choose it once more")
+    if path.stat().st_size > cfg.upload_mb * 1e6:
+        raise UserError(f"{path.name} is larger than {cfg.upload_mb:g} MB")
+    return read_image(path, path.name, max_pixels=int(cfg.upload_megapixels * 1e6))
+
+
+def sentence(error):
+    """An error as one sentence, a capital letter in front and a full stop behind."""
+    text = str(error).strip().rstrip(".")
+    return text[:1].upper() + text[1:] + "."
+
+
+def demo_pictures(info):
+    """The folder of held-out pictures beside the data that a checkpoint of the demo was made from,
+    or None."""
+    folder = Path(str(info.get("settings", {}).get("data", ""))).parent / "pictures"
+    return folder if folder.is_dir() else None
+
+
+def describe(info):
+    """Which checkpoint this is, in a line of Markdown."""
+    stages = [*(parent["stage"] for parent in info.get("lineage", [])), info["stage"]]
+    millions = info["decoder"]["n_layer"], info["decoder"]["n_embd"]
+    return (f"{info['stage']}, step {info['step']:,}: a decoder of {millions[0]} layers of width "
+            f"{millions[1]}, trained from nothing by {', '.join(stages)}")
+
+
+def main():
+    argv = sys.argv[1:]
+    name = os.environ.get("CHECKPOINT", "checkpoint")
+    if argv and not argv[0].startswith("-"):
+        name, argv = argv[0], argv[1:]
+    cfg = parse(Config, argv)
+    model, tokenizer, info = open_for_chat(name, pick_device(cfg.device), cfg.precision)
+    if info["stage"] == "pretrain":
+        raise UserError(f"{name} is a pretrained checkpoint, which continues text and does not "
+                        "chat: python sample.py continues text; sft.py teaches it to chat")
+    page = App(model, tokenizer, info, cfg).launch()
+    try:
+        page.block_thread()
+    finally:
+        page.close()
+
+
+if __name__ == "__main__":
+    run_main(main)
