@@ -15,6 +15,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -71,7 +72,7 @@ class Config(Sampling):
     upload_mb: float = 5.0  # largest picture file, in megabytes
     upload_megapixels: float = 25.0  # largest picture, checked before it is decoded
     device: str = "auto"  # auto, cpu, cuda, mps
-    # of weights and sums; int8 is for CPUs: fastest, and hardly less exact
+    # of weights and sums; int8 is for CPUs: the fastest, and hardly less exact
     precision: Literal["auto", "bf16", "fp16", "fp32", "int8"] = "auto"
     compile: bool = False  # torch.compile: much slower to start, then faster on a GPU
 
@@ -130,10 +131,17 @@ class Session:
         if len(pictures) > cfg.max_images:
             raise UserError(f"That is {len(pictures)} pictures, and {cfg.max_images} are the limit")
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        notes = []
+        if pictures and self.conversation.turns:  # models are trained on pictures at the start
+            self.n_forgotten += len(self.conversation.turns)
+            self.conversation.reset()
+            notes.append("(A new picture, a new conversation.)")
         n = self.conversation.hear(text, pictures, cfg.max_tokens)
         self.n_forgotten += n
-        return [f"(This has grown longer than I can remember: the oldest {n} questions are "
-                "forgotten.)"] if n else []
+        if n:
+            notes.append("(This has grown longer than I can remember; the oldest "
+                         f"{f'{n} questions are' if n > 1 else 'question is'} forgotten.)")
+        return notes
 
     def count(self, cfg):
         """Note the time of a question; UserError if there were too many within a minute."""
@@ -157,9 +165,10 @@ class Session:
         n_turns = self.asked[-1][1] if self.asked else 0
         if n_turns < self.n_forgotten or not self.asked:
             self.forget()
+            self.asked, n_turns = [(text, 0) for text, _ in self.asked], 0
         while self.n_turns() > n_turns:
             self.conversation.undo()
-        return len(texts) > kept and bool(texts)
+        return kept < len(texts)
 
     def n_turns(self):
         """Turns made so far, those included that are forgotten."""
@@ -223,6 +232,7 @@ class App:
             file_types=["image"], file_count="multiple", sources=["upload"] if sees else [],
             show_label=False, autofocus=True, stop_btn=True, max_plain_text_length=cfg.max_text)
         chatbot = gr.Chatbot(show_label=False, render_markdown=False, sanitize_html=True, scale=1,
+                             buttons=["copy"],
                              placeholder="Show a picture and ask." if sees else "Say something.")
         settings = [
             gr.Slider(0, 2, cfg.temperature, step=0.05, label="Temperature",
@@ -237,7 +247,7 @@ class App:
                 self.respond, multimodal=True, chatbot=chatbot, textbox=box, title=cfg.title,
                 examples=self.examples(sees, len(settings)), run_examples_on_click=True,
                 cache_examples=False, additional_inputs=settings,
-                additional_inputs_accordion=gr.Accordion("Settings", open=False),
+                additional_inputs_accordion="Settings",
                 concurrency_limit=cfg.streams, flagging_mode="never", fill_height=True,
                 api_name="chat")
             gr.Markdown(describe(self.info), elem_classes="about")
@@ -336,11 +346,12 @@ def demo_pictures(info):
 
 
 def describe(info):
-    """Which checkpoint this is, in a line of Markdown."""
-    stages = [*(parent["stage"] for parent in info.get("lineage", [])), info["stage"]]
-    millions = info["decoder"]["n_layer"], info["decoder"]["n_embd"]
-    return (f"{info['stage']}, step {info['step']:,}: a decoder of {millions[0]} layers of width "
-            f"{millions[1]}, trained from nothing by {', '.join(stages)}")
+    """Which checkpoint this is, in a line of Markdown: stage, size, where it comes from."""
+    parents = [f"{p['stage']} ({p['step']:,} steps)" for p in info.get("lineage", [])]
+    behind = f", behind it {', '.join(parents)}" if parents else ""
+    width = f"{info['decoder']['n_layer']} layers of width {info['decoder']['n_embd']}"
+    return (f"**{info['stage']}** after {info['step']:,} steps: {info['parameters'] / 1e6:.1f} M "
+            f"parameters, {width}{behind}")
 
 
 def main():
@@ -354,6 +365,7 @@ def main():
         raise UserError(f"{name} is a pretrained checkpoint, which continues text and does not "
                         "chat: python sample.py continues text; sft.py teaches it to chat")
     page = App(model, tokenizer, info, cfg).launch()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         page.block_thread()
     finally:

@@ -23,11 +23,10 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character 
 
 
 def open_for_chat(name, device, precision="auto"):
-    """(model, tokenizer, info) of a decoder or vision checkpoint, made fast at decoding.
-
-    precision: as linears.for_decoding takes it.
-    """
+    """(model, tokenizer, info) of a decoder or vision checkpoint, made fast at decoding; info
+    gains "parameters", their number. precision: as linears.for_decoding takes it."""
     model, tokenizer, info = open_model(name, device, kinds=("decoder", "vision"))
+    info["parameters"] = sum(p.numel() for p in model.parameters())
     return ready_to_chat(model, precision), tokenizer, info
 
 

@@ -45,7 +45,7 @@ class Config(Sampling):
     output: str = ""  # the JSONL file for their answers; what is there already is not done again
     batch: int = 64  # questions answered at once
     device: str = "auto"  # auto, cpu, cuda, mps
-    # of weights and sums; int8 is for CPUs: fastest, and hardly less exact
+    # of weights and sums; int8 is for CPUs: the fastest, and hardly less exact
     precision: Literal["auto", "bf16", "fp16", "fp32", "int8"] = "auto"
     compile: bool = False  # torch.compile: much slower to start, then faster on a GPU
 
