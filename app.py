@@ -247,7 +247,7 @@ class App:
                 self.respond, multimodal=True, chatbot=chatbot, textbox=box, title=cfg.title,
                 examples=self.examples(sees, len(settings)), run_examples_on_click=True,
                 cache_examples=False, additional_inputs=settings,
-                additional_inputs_accordion="Settings",
+                additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
                 concurrency_limit=cfg.streams, flagging_mode="never", fill_height=True,
                 api_name="chat")
             gr.Markdown(describe(self.info), elem_classes="about")

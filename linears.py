@@ -14,6 +14,7 @@ from torch import nn
 from common.config import UserError
 from common.distributed import pick_dtype
 
+
 class PackedLinear(nn.Module):
     """A Linear whose weight is stored in the blocks that oneDNN multiplies by."""
 
