@@ -2,7 +2,8 @@
 
     python bench.py configs/full/pretrain.py                     # any stage's config and settings
     torchrun --standalone --nproc_per_node=8 bench.py configs/full/sft.py --micro_rows=16
-    python bench.py configs/full/pretrain.py --decode=True       # tokens a second of generation
+    python bench.py decode configs/full/vision_sft.py            # how fast it talks
+    python bench.py decode configs/small/pretrain.py --peer=transformers
     python bench.py configs/full/sft.py --profile=True           # what a step spends its time on
     python bench.py --peer=nanoGPT/model.py                      # its model.py and ours, in turn
     python bench.py configs/full/vision_pretrain.py --peer=transformers
@@ -30,13 +31,14 @@ import torch
 from PIL import Image
 
 import tokenizer as tokenizers
+from bench_decode import decode_speeds
 from clip import CLIP, feature_pulls, normalise
 from common import distributed as system
 from common.config import UserError, parse, run_main
 from common.optim import make_optimizer
 from common.run import Run
 from data import Batch, Loader, check_tokenizer
-from model import GPT, KVCache, generate
+from model import GPT
 from packing import Captions, Packed
 from peers import REPEATS, WARM, beside_nanogpt, beside_transformers
 from pictures import fit, read_image
@@ -50,26 +52,27 @@ class Config:
     """What bench.py lets you set beside the stage's own settings."""
 
     steps: int = 4  # steps of a measurement; there are five, after two steps that do not count
-    decode: bool = False  # measure generation instead of training
     profile: bool = False  # print the operations that take the most time of a step instead
     peer: str = ""  # path of nanoGPT's model.py, or transformers: measure its step beside ours
 
 
 def main():
     own = [f"--{field.name}" for field in dataclasses.fields(Config)]
-    mine = [flag for flag in sys.argv[1:] if flag.split("=")[0] in own or flag == "--help"]
-    theirs = [flag for flag in sys.argv[1:] if flag not in mine]
+    decode, argv = sys.argv[1:2] == ["decode"], sys.argv[1:]
+    mine = [flag for flag in argv if flag.split("=")[0] in own or flag == "--help"]
+    theirs = [flag for flag in argv[decode:] if flag not in mine]
     bench = parse(Config, mine)
     if bench.peer not in ("", "transformers"):
         return show(**beside_nanogpt(bench.peer))
-    stages = [stage for stage in STAGES if not bench.peer or stage.startswith("vision")]
+    stages = [stage for stage in STAGES if (stage != "clip_pretrain" if decode else
+                                            not bench.peer or stage.startswith("vision"))]
     if not theirs or Path(theirs[0]).stem not in stages:
         raise UserError("say which config to time, like configs/full/vision_pretrain.py; its name "
                         f"must be a stage's: {', '.join(stages)}")
     stage, folder = Path(theirs[0]).stem, Path(theirs[0]).parent
     cfg = parse(importlib.import_module(stage).Config, theirs)
-    if bench.decode:
-        return show(**decoding(cfg, folder))
+    if decode:
+        return show(**talking(cfg, stage, folder, bench.peer))
     with tempfile.TemporaryDirectory() as out:
         cfg = dataclasses.replace(cfg, out=out, resume=False, tracker="none")
         if bench.peer:
@@ -79,6 +82,14 @@ def main():
         if training.run.machine.is_main:
             show(**figures)
         training.run.machine.leave()
+
+
+def talking(cfg, stage, folder, peer):
+    """The figures of bench_decode for the model of a stage's config."""
+    tokenizer = tokenizer_of(cfg)
+    sizes = cfg if stage == "pretrain" else sibling(folder, "pretrain")
+    clip = sibling(folder, "clip_pretrain").clip(tokenizer) if stage.startswith("vision") else None
+    return decode_speeds(sizes.decoder(tokenizer), clip, tokenizer, cfg, peer)
 
 
 def show(**figures):
@@ -306,34 +317,6 @@ class RandomChats:
         if self.image_size:
             ids[2] = t.image
         return ids, np.arange(len(ids)) > half + 1
-
-
-# ---------------------------------------------------------------------------------------- decoding
-
-
-def decoding(cfg, folder, n_tokens=200):
-    """Tokens a second of one conversation, and what share of the memory's speed that is: every
-    weight but the embedding table is read once a token, and the cache as far as it is filled."""
-    machine = system.setup(cfg.device, cfg.precision)
-    tokenizer = tokenizer_of(cfg)
-    decoder = GPT(sibling(folder, "pretrain").decoder(tokenizer))
-    decoder.to(machine.device, machine.dtype).eval()
-    prompt = torch.randint(tokenizer.end_of_text, (1, 64), device=machine.device)
-    seconds = []
-    for _ in range(REPEATS + 1):
-        cache = KVCache(decoder)
-        tokens = generate(decoder, decoder.token_embedding(prompt), cache, n_tokens, stop=-1)
-        next(tokens)  # the prompt
-        began = time.perf_counter()
-        n = sum(1 for _ in itertools.islice(tokens, n_tokens - 1))
-        seconds.append((time.perf_counter() - began) / n)
-    median = statistics.median(seconds[1:])
-    weights = (decoder.n_params() - decoder.token_embedding.weight.numel())
-    filled = 2 * cache.keys[..., : 64 + n_tokens // 2, :].numel()
-    moved = (weights + filled) * decoder.head.weight.element_size()
-    return {"decoding": f"{decoder.n_params() / 1e6:.1f} M", "machine": machine.name,
-            "precision": str(machine.dtype)[6:], "tok_per_s": 1 / median, "ms": median * 1e3,
-            "share_of_bandwidth": moved / median / system.memory_bandwidth(machine)}
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class Conversation:
             raise UserError(BLIND)
         features = list(see(self.model, images)) if images else []
         turns = [*self.turns, Turn(text, self._asked(text, features), features)]
-        room = self.decoding.cache.slots - 1
+        room = self.decoding.slots
         answer_room, n_forgotten = min(max_tokens, room // ANSWER_ROOM), 0
         while self._length(turns) + answer_room > room and len(turns) > 1:
             turns = self._without_oldest(turns)
@@ -220,7 +220,7 @@ def answer_all(model, tokenizer, chats, images, max_tokens=64, batch=64, sampler
     rows = [[i for token in chat for i in [token] * (patches if token == tokenizer.image else 1)]
             for chat in chats]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # alike lengths, little padding
-    slots = min(max(map(len, rows), default=0) + max_tokens + 1, model.config.max_positions)
+    slots = min(max(map(len, rows), default=0) + max_tokens, model.config.max_positions)
     decoding = Decoding(decoder_of(model), min(batch, max(1, len(rows))), slots)
     found = [""] * len(rows)
     for start in range(0, len(order), batch):

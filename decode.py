@@ -92,12 +92,13 @@ def pick(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
 class Decoding:
     """Rows of a KV cache, and the decoder that goes on with them.
 
-    A row is one conversation. The last slot of every row stays free: a row that waits while others
-    decode computes too, and what it computes falls there or on what is not yet used.
+    A row is one conversation. Every row has a slot more than it may use: a row that waits while
+    others decode computes too, and what it computes falls behind what the row holds.
     """
 
     def __init__(self, model, rows=1, slots=None, compile=False):
-        self.model, self.cache = model, KVCache(model, rows, slots)
+        self.model, self.slots = model, slots or model.config.max_positions
+        self.cache = KVCache(model, rows, self.slots + 1)
         self.device = self.cache.keys.device
         self.graphs, self.run = {}, None
         if compile:
@@ -119,7 +120,7 @@ class Decoding:
 
     def room(self, row=0):
         """How many more positions a row can take."""
-        return self.cache.slots - 1 - self.cache.lengths[row]
+        return self.slots - self.cache.lengths[row]
 
     @torch.inference_mode()
     def prefill(self, embeddings, row=0, lengths=None):

@@ -87,8 +87,9 @@ class GPT(nn.Module):
         self.final_norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         D = config.n_embd // config.n_head
-        cos, sin = rotary_tables(D, config.max_positions, config.rope_theta)
-        self.register_buffer("rotary_cos", cos, persistent=False)  # (max_positions, D)
+        # One more row than positions: decode.Decoding lets a full row wait at the one behind.
+        cos, sin = rotary_tables(D, config.max_positions + 1, config.rope_theta)
+        self.register_buffer("rotary_cos", cos, persistent=False)  # (max_positions + 1, D)
         self.register_buffer("rotary_sin", sin, persistent=False)
         self.apply(init_weights)
         # Words begin loud against what the blocks will add; see docs/log.md, "The recipe".
@@ -123,8 +124,9 @@ class GPT(nn.Module):
         place of block(...).
         """
         T, layers = x.size(1), [None] * len(self.blocks)
-        if len(self.rotary_cos) < T:
-            raise ValueError(f"{T} positions, but the model was made for {len(self.rotary_cos)}")
+        if self.config.max_positions < T:
+            raise ValueError(f"{T} positions, but the model was made for "
+                             f"{self.config.max_positions}")
         if cache is not None:
             positions, mask, layers = cache.extend(T)
         if positions is None:

@@ -20,6 +20,7 @@ from clip import normalise
 from common import distributed as system
 from common.config import TrainSettings, UserError
 from common.optim import make_optimizer
+from export import llava_config
 from model import GPT, GPTConfig
 
 REPEATS = 5  # every figure is the median of so many
@@ -192,23 +193,8 @@ def load_transformers():
 def llava_of(decoder, clip, image_id):
     """`LlavaForConditionalGeneration` with the sizes of our two configs, its weights initial."""
     transformers = load_transformers()
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=clip.vision_width, intermediate_size=4 * clip.vision_width,
-        num_hidden_layers=clip.vision_layers, num_attention_heads=clip.vision_heads,
-        image_size=clip.image_size, patch_size=clip.patch_size, hidden_act=clip.activation)
-    text = transformers.GPTNeoXConfig(
-        vocab_size=decoder.vocab_size, hidden_size=decoder.n_embd,
-        intermediate_size=4 * decoder.n_embd, num_hidden_layers=decoder.n_layer,
-        num_attention_heads=decoder.n_head, hidden_act="relu", use_parallel_residual=False,
-        max_position_embeddings=decoder.max_positions, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": decoder.rope_theta,
-                         "partial_rotary_factor": 1.0})  # the default turns a quarter of a head
-    config = transformers.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=image_id,
-        image_seq_length=clip.n_patches, projector_hidden_act="gelu", vision_feature_layer=-2,
-        vision_feature_select_strategy="default")
     return transformers.LlavaForConditionalGeneration._from_config(
-        config, attn_implementation="sdpa")
+        llava_config(decoder, clip, image_id), attn_implementation="sdpa")
 
 
 def freeze(model, stage):

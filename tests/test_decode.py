@@ -92,12 +92,12 @@ def test_memory_that_nobody_wrote_cannot_reach_an_answer():
 
 def test_a_full_cache_ends_generation_without_an_error():
     model, prompt = new_model(), some_ids(6)
-    decoding = Decoding(model, slots=11)
+    decoding = Decoding(model, slots=10)
     x = model.token_embedding(prompt[None])
     answer = list(generate(decoding, x, 100, -1, Sampler(GREEDY)))
     assert answer == answer_of(model, prompt, 5)
     assert (decoding.length(), decoding.room()) == (10, 0)
-    found = generate_batch(Decoding(model, 2, 11), model.token_embedding(some_ids(2, 6)), [6, 3],
+    found = generate_batch(Decoding(model, 2, 10), model.token_embedding(some_ids(2, 6)), [6, 3],
                            100, -1)
     assert list(map(len, found)) == [5, 8]
     with pytest.raises(ValueError, match="12 positions do not fit a cache of 11"):

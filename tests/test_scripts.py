@@ -24,7 +24,7 @@ from common.config import UserError
 from common.run import Run
 from pretrain import Config
 
-SCRIPTS = [(f"{name}.py",) for name in ("prepare", *STAGES, "sample", "eval", "bench")]
+SCRIPTS = [(f"{name}.py",) for name in ("prepare", *STAGES, "sample", "app", "eval", "bench")]
 COMMANDS = [("prepare.py", name) for name in ("demo", "text", "chat", "images", "fineweb")]
 
 
