@@ -78,15 +78,34 @@ def pick(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
-    if top_k:
-        smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
-    if top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability ahead of each
-        drop = (before >= top_p) & (before > 0)  # never the likeliest
-        logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    if not top_k and top_p == 1:
+        return draw(logits.softmax(-1), generator)
+    values, order = likeliest(logits, top_k, top_p)
+    p = values.softmax(-1) if top_k else (values - logits.logsumexp(-1, keepdim=True)).exp()
+    before = p.cumsum(-1) - p  # probability ahead of each
+    before[:, 0] = 0.0  # never drop the likeliest
+    return order.gather(1, draw(p * (before < top_p), generator)[:, None])[:, 0]
+
+
+def likeliest(logits, top_k, top_p):
+    """(values, ids), both (B, n), falling: of top_k logits, or of as many as top_p needs.
+
+    Sorting a whole vocabulary takes longer than making its logits does.
+    """
+    V = logits.size(-1)
+    n, total = min(top_k or 64, V), logits.logsumexp(-1, keepdim=True)
+    while True:
+        values, order = logits.topk(n)
+        if top_k or n == V or (values - total).exp().sum(-1).min() >= top_p:
+            return values, order
+        n = min(8 * n, V)
+
+
+def draw(p, generator):
+    """Indices (B,) drawn with probabilities p (B, n), which need not sum to 1."""
+    sums = p.cumsum(-1)
+    u = torch.rand(len(p), 1, generator=generator, device=p.device) * (1 - 2**-23)
+    return torch.searchsorted(sums, u * sums[:, -1:], right=True)[:, 0]
 
 
 class Decoding:
@@ -231,7 +250,7 @@ def generate_batch(decoding, embeddings, lengths, max_tokens, stop, samplers=Non
         if samplers is None:
             tokens = pick(logits)
         else:
-            tokens = torch.cat([draw(logits[i : i + 1]) for i, draw in enumerate(samplers)])
+            tokens = torch.cat([sampler(logits[i : i + 1]) for i, sampler in enumerate(samplers)])
         for row, token in enumerate(tokens.tolist()):
             if row not in done and token != stop:
                 answers[row].append(token)

@@ -207,6 +207,20 @@ def test_draws_have_the_shares_that_the_settings_leave(sampling, expected):
     torch.testing.assert_close(found, expected.float(), atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9])
+def test_top_p_leaves_what_sorting_the_whole_vocabulary_leaves(top_p):
+    """A thousand ids nearly alike: many are needed, or few."""
+    logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
+    p, order = logits.softmax(-1).sort(descending=True)
+    wanted = order[p.cumsum(-1) - p < top_p]
+    ids = pick(logits.expand(100_000, -1), 1.0, top_p=top_p,
+               generator=torch.Generator().manual_seed(1))
+    assert set(ids.tolist()) <= set(wanted.tolist())
+    shares = ids.bincount(minlength=1000)[wanted] / len(ids)
+    torch.testing.assert_close(shares, p[0, : len(wanted)] / p[0, : len(wanted)].sum(), atol=4e-3,
+                               rtol=0)
+
+
 def test_each_row_of_a_batch_is_cut_by_itself():
     rows = torch.stack((SHARES, SHARES.roll(1))).log().repeat(500, 1)
     for sampling in ({"top_k": 2}, {"top_p": 0.6}):
