@@ -174,17 +174,19 @@ class Conversation:
 
     def _pieces(self, tokens, said):
         """Ids to text, as soon as it is whole characters; `said` gathers the ids."""
-        pending, shown = [], ""
+        pending, shown, text = [], "", ""
         for token in tokens:
             said.append(token)
             pending.append(token)
             text = self.tokenizer.decode(pending)
-            if text.endswith(UNFINISHED):  # a character is still in parts
-                continue
-            yield text[len(shown):]
-            shown = text
+            whole = text.removesuffix(UNFINISHED)  # a character that is still in parts is one mark
+            if len(whole) > len(shown):
+                yield whole[len(shown):]
+                shown = whole
             if text.endswith((" ", "\n")):
-                pending, shown = [], ""
+                pending, shown, text = [], "", ""
+        if len(text) > len(shown):  # it ended inside a character
+            yield text[len(shown):]
 
 
 @torch.inference_mode()
@@ -211,17 +213,21 @@ def embed(model, tokenizer, rows, features=None):
     return x
 
 
+def spread(model, tokenizer, ids):
+    """The ids of a rendered chat as the model reads them: P times <|image|> for a picture."""
+    patches = model.clip_config.n_patches if isinstance(model, VisionLanguageModel) else 1
+    return [i for token in ids for i in [token] * (patches if token == tokenizer.image else 1)]
+
+
 def answer_all(model, tokenizer, chats, images, max_tokens=64, batch=64, samplers=None,
-               stop=None):
+               stop=None, compile=False):
     """Answers (str) to many prompts: chats as ids that end where the answer begins, one <|image|>
     for each of its PIL pictures in images. samplers: one each, or None for greedy answers; stop:
     the id that ends an answer, <|end|> if None."""
-    patches = model.clip_config.n_patches if isinstance(model, VisionLanguageModel) else 1
-    rows = [[i for token in chat for i in [token] * (patches if token == tokenizer.image else 1)]
-            for chat in chats]
+    rows = [spread(model, tokenizer, chat) for chat in chats]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # alike lengths, little padding
     slots = min(max(map(len, rows), default=0) + max_tokens, model.config.max_positions)
-    decoding = Decoding(decoder_of(model), min(batch, max(1, len(rows))), slots)
+    decoding = Decoding(decoder_of(model), min(batch, max(1, len(rows))), slots, compile)
     found = [""] * len(rows)
     for start in range(0, len(order), batch):
         some = order[start : start + batch]
@@ -246,9 +252,7 @@ def turns_of(chats, i):
 
 def fits(model, tokenizer, prompt, max_tokens):
     """Whether the ids of a prompt, its pictures and an answer of max_tokens fit the model."""
-    patches = model.clip_config.n_patches if isinstance(model, VisionLanguageModel) else 1
-    positions = len(prompt) + prompt.count(tokenizer.image) * (patches - 1)
-    return positions + max_tokens <= model.config.max_positions
+    return len(spread(model, tokenizer, prompt)) + max_tokens <= model.config.max_positions
 
 
 def sample_answers(model, tokenizer, chats, n, max_tokens=64):

@@ -75,7 +75,7 @@ class Sampler:
 def pick(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     """The next ids (B,) from logits (B, V): the likeliest at temperature 0, else a draw."""
     logits = logits.float()  # bf16 has ties, and its argmax takes 4 times as long on a CPU
-    if temperature == 0:
+    if temperature < 1e-5:  # so small that no draw differs, and some logits would overflow
         return logits.argmax(-1)
     logits = logits / temperature
     if not top_k and top_p == 1:

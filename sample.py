@@ -11,7 +11,10 @@ A checkpoint is a folder or a name on the Hugging Face hub. Without --prompt it 
 the conversation; /help lists its commands, Ctrl-C stops an answer. Questions can come from a pipe.
 """
 
+import contextlib
+import io
 import json
+import os
 import shlex
 import sys
 from dataclasses import dataclass, fields, replace
@@ -26,14 +29,20 @@ from common.config import UserError, parse, run_main
 from common.distributed import pick_device
 from decode import Decoding, Sampler, Sampling
 from pictures import read_image
+from prep.rows import MAX_PICTURES
 from tokenizer import IMAGE_MARK
 
 HELP = """/image FILE ...    start over with this picture, or these
-/reset             start over
+/reset             start over, without a picture
 /undo              take the last question and answer back
-/save FILE         write the conversation to a JSON file, in the form that prepare.py reads
-/set NAME VALUE    change a setting: {names}
+/save FILE         write the conversation to a new file, .json or .jsonl, as prepare.py reads it
+/set               show the settings
+/set NAME VALUE    change one: {names}
 /quit              end (so does Ctrl-D); Ctrl-C stops an answer"""
+
+# What would move a terminal's cursor, or worse, is shown as a mark; tabs and line breaks stay.
+UNPRINTABLE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)],
+                            "\N{REPLACEMENT CHARACTER}") | {ord("\r"): ""}
 
 
 @dataclass
@@ -68,8 +77,11 @@ def main():
         parse(Config, argv)  # --help, or a flag that does not exist
         raise UserError("say which checkpoint to talk to: python sample.py out/demo/vision_sft")
     cfg = parse(Config, argv[1:])
+    for stream in sys.stdin, sys.stdout:  # what is no UTF-8, or no letter here, ends nothing
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     device = pick_device(cfg.device)
-    pictures = [read_image(path) for path in cfg.image]
+    pictures = read_images(cfg.image)
     model, tokenizer, info = open_for_chat(argv[0], device, cfg.precision)
     if cfg.input:
         return answer_file(model, tokenizer, info["stage"], cfg)
@@ -93,11 +105,19 @@ def main():
         talk.go_on()
 
 
+def read_images(names):
+    """PIL images of some files, in their order."""
+    if len(names) > MAX_PICTURES:
+        raise UserError(f"{len(names)} pictures, but {MAX_PICTURES} are the most at once")
+    return [read_image(name) for name in names]
+
+
 def show(pieces):
     """Print an answer as it comes; Ctrl-C stops it."""
+    terminal = sys.stdout.isatty()
     try:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(piece.translate(UNPRINTABLE) if terminal else piece, end="", flush=True)
     except KeyboardInterrupt:
         print(" ...", end="")
     print()
@@ -109,28 +129,31 @@ class Talk:
     def __init__(self, conversation, cfg, device):
         self.conversation, self.cfg, self.device = conversation, cfg, device
         self.sampler = Sampler(cfg, device)
-        self.names, self.pictures = (), []  # of the conversation; of the next question
+        self.names, self.pictures = (), []  # of the conversation
 
     def show_pictures(self, names, pictures):
         """Start over with pictures, which the next question is about."""
         self.conversation.reset()
-        self.names, self.pictures = tuple(names), pictures
+        self.names, self.pictures = tuple(map(os.path.abspath, names)), pictures
 
-    def ask(self, text):
-        """Print the answer to a question as it comes."""
-        n = self.conversation.hear(text, self.pictures, self.cfg.max_tokens)
-        self.pictures = []  # seen: the conversation keeps them
+    def ask(self, text, name=""):
+        """Print the answer to a question as it comes, behind the name of who answers."""
+        pictures = [] if self.conversation.turns else self.pictures  # it has seen them
+        n = self.conversation.hear(text, pictures, self.cfg.max_tokens)
         if n:
-            print(f"(the context of {self.conversation.decoding.cache.slots} tokens is full: the "
+            print(f"(the context of {self.conversation.decoding.slots} tokens is full: the "
                   f"oldest {f'{n} turns are' if n > 1 else 'turn is'} forgotten)")
+        print(name, end="", flush=True)
         show(self.conversation.answer(self.cfg.max_tokens, self.sampler))
+        if name and not self.conversation.turns[-1].answer:
+            print("(no answer)")
 
     def go_on(self):
         """Read questions until /quit or the end of the input."""
         terminal, ending = sys.stdin.isatty(), False
         if terminal:
-            import readline  # noqa: F401 (line editing and history for input())
-
+            with contextlib.suppress(ImportError):  # Windows has none
+                import readline  # noqa: F401 (line editing and history for input())
             print("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends")
         while True:
             try:
@@ -152,77 +175,82 @@ class Talk:
                 return
             try:
                 if text.startswith("/"):
-                    self.obey(text)
+                    self.obey(*text.split(None, 1))
                 elif text:
-                    print("model: ", end="", flush=True)
-                    self.ask(text)
+                    self.ask(text, "model: ")
             except UserError as error:
                 print(f"({error})")
+            except KeyboardInterrupt:  # before an answer began, or in a command
+                print("\n(stopped)")
 
-    def obey(self, line):
+    def obey(self, name, rest=""):
         """Carry out a command."""
-        name, _, rest = line.partition(" ")
-        rest = rest.strip()
         if name == "/help":
             print(HELP.format(names=", ".join(self.settings())))
         elif name == "/reset":
             self.show_pictures((), [])
             print("(starting over)")
         elif name == "/undo":
-            print("(the last question and its answer are taken back)" if self.undo()
+            print("(the last question and its answer are taken back)" if self.conversation.undo()
                   else "(there is nothing to take back)")
         elif name == "/image":
             if not self.conversation.sees:
                 raise UserError(BLIND)
             names = file_names(rest)
-            self.show_pictures(names, [read_image(name) for name in names])
+            self.show_pictures(names, read_images(names))
             print(f"({'new pictures' if len(names) > 1 else 'a new picture'}, "
                   "a new conversation)")
         elif name == "/save":
             print(f"(saved as {self.save(rest)})")
         elif name == "/set":
-            print(f"({self.set(*rest.split(None, 1))})" if len(rest.split()) > 1 else
-                  "\n".join(f"{n} {getattr(self.cfg, n)}" for n in self.settings()))
+            if rest:
+                print(f"({self.set(*rest.split(None, 1))})")
+            else:
+                print("\n".join(f"{n} {getattr(self.cfg, n)}" for n in self.settings()))
         else:
             raise UserError(f"there is no {name}; /help lists the commands")
-
-    def undo(self):
-        first = len(self.conversation.turns) == 1
-        if first and self.names:  # the pictures went with it: the next question shows them again
-            self.pictures = [read_image(name) for name in self.names]
-        return self.conversation.undo()
 
     def settings(self):
         return [field.name for field in fields(Sampling)] + ["max_tokens"]
 
-    def set(self, name, value):
-        """Change a setting; returns what it is now."""
+    def set(self, name, value=None):
+        """Change a setting, to nothing new without a value; returns what it is now."""
         if name not in self.settings():
             raise UserError(f"there is no setting {name}: {', '.join(self.settings())}")
-        kind = type(getattr(self.cfg, name))
+        now = getattr(self.cfg, name)
+        if value is None:
+            return f"{name} is {now}"
         try:
-            self.cfg = replace(self.cfg, **{name: kind(value)})
+            self.cfg = replace(self.cfg, **{name: type(now)(value)})
         except ValueError:
-            raise UserError(f"{name} is a number, like {getattr(self.cfg, name)}, "
-                            f"not {value!r}") from None
+            kind = "whole number" if isinstance(now, int) else "number"
+            raise UserError(f"{name} is a {kind}, like {now}, not {value!r}") from None
         self.sampler = Sampler(self.cfg, self.device)
         return f"{name} is {getattr(self.cfg, name)}"
 
     def save(self, name):
         """Write the conversation to a new file; returns its path."""
-        if not name or not self.conversation.turns:
-            raise UserError("/save FILE, after something was said")
-        path, messages = Path(file_names(name)[0]), []
+        if not name:
+            raise UserError("say which file")
+        messages, decode = [], self.conversation.tokenizer.decode
         for turn in self.conversation.turns:
-            answer = self.conversation.tokenizer.decode(turn.answer)
-            messages += [{"role": "user", "content": turn.text},
-                         {"role": "assistant", "content": answer}]
+            if decode(turn.answer).strip():  # no row has a turn without an answer
+                # the mark means a picture there, but was only text here
+                question = turn.text.replace(IMAGE_MARK, IMAGE_MARK.replace("<", "< "))
+                messages += [{"role": "user", "content": question},
+                             {"role": "assistant", "content": decode(turn.answer)}]
+        if not messages:
+            raise UserError("there is nothing to save: no question was answered yet")
         if self.names:
             messages[0]["content"] = IMAGE_MARK * len(self.names) + "\n" + messages[0]["content"]
         row = {"images": list(self.names), "messages": messages}
+        path = Path(file_names(name)[0])
+        listed = path.suffix == ".json"  # else a line of JSON, as in .jsonl
         try:
             with open(path, "x", encoding="utf-8") as file:
-                json.dump([row], file, indent=2, ensure_ascii=False)
+                json.dump([row] if listed else row, file, indent=2 if listed else None,
+                          ensure_ascii=False)
+                file.write("\n")
         except FileExistsError:
             raise UserError(f"{path} is there already: say another name") from None
         except OSError as error:
@@ -231,14 +259,14 @@ class Talk:
 
 
 def file_names(text):
-    """File names typed as in a shell, quoted or not."""
+    """File names typed as in a shell, quoted or not, ~ for one's home."""
     try:
-        names = [text] if Path(text).is_file() else shlex.split(text)
+        names = [text] if os.path.isfile(text) else shlex.split(text)
     except ValueError:  # a quote without its pair
         names = [text]
-    if not names:
+    if not any(names):
         raise UserError("say which file")
-    return names
+    return [os.path.expanduser(name) for name in names]
 
 
 if __name__ == "__main__":

@@ -48,10 +48,14 @@ def messages_of(row):
         names = {"human": "user", "gpt": "assistant"}
         roles = [turn.get("from") or turn.get("role") for turn in turns]
         texts = [turn.get("value") or turn.get("content") for turn in turns]
+        if not all(isinstance(role, str) for role in roles):
+            raise ValueError("turns of another form")
         messages = [{"role": names.get(role, role), "content": text}
                     for role, text in zip(roles, texts, strict=True)]
     else:
         question = row.get("instruction") or row.get("prompt") or ""
+        if not isinstance(question, str):
+            raise ValueError("a question that is no text")
         question += f"\n{row['input']}" if row.get("input") else ""
         answer = row.get("response") or row.get("output") or row.get("caption")
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

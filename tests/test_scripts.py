@@ -376,7 +376,7 @@ def answers(result):
 def test_a_conversation_can_be_piped(pipeline):
     pictures = pipeline.data / "pictures"
     lines = ["What do you see?", "Is it red?", f"/image {pictures}/1.png", "What do you see?",
-             "/reset", "Is it red?", "/reset", "What do you see?", "/help", "/image no.png", "",
+             "/reset", "Is it red?", "/reset", "What do you see?", "/photo", "/image no.png", "",
              "/quit", "Is anyone there?"]
     argv = ("sample.py", pipeline.folder / "vision_sft", f"--image={pictures}/0.png", *SHORT)
     result = run_alone(*argv, stdin="\n".join(lines))
@@ -388,7 +388,7 @@ def test_a_conversation_can_be_piped(pipeline):
         ([argv[2]], "What do you see?\nIs it red?"),
         ([f"--image={pictures}/1.png"], "What do you see?"),
         ([], "Is it red?"))]
-    for words in "(starting over)", "there is no /help", "there is no picture no.png":
+    for words in "(starting over)", "there is no /photo", "there is no picture no.png":
         assert words in result.out
 
 
@@ -403,7 +403,7 @@ def test_a_mistake_in_a_conversation_does_not_end_it(pipeline):
 def test_a_conversation_longer_than_the_context_says_so_and_can_start_over(pipeline):
     questions = ["Tell me a story."] * 40 + ["/reset", "hello"]
     result = run("sample.py", pipeline.folder / "sft", *SHORT, stdin="\n".join(questions))
-    assert "/reset starts over" in result.out
+    assert "oldest turn is forgotten" in result.out
     alone = run("sample.py", pipeline.folder / "sft", "--prompt=hello", *SHORT)
     assert answers(result)[-1] == alone.out.removesuffix("\n")
 
