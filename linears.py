@@ -20,6 +20,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear):
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
 
@@ -45,6 +46,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear):
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(dim=1).clamp_min(1e-12) / 127  # (N,)
         zeros = torch.zeros(len(scale), dtype=torch.long)
