@@ -3,6 +3,8 @@
     python eval.py out/demo/pretrain --data=data/demo
     python eval.py out/demo/vision_sft --data=data/demo --report=out/demo
     python eval.py out/full/clip_pretrain --zero_shot=data/imagenet/val
+    python eval.py out/full/pretrain --tasks=hellaswag:hellaswag_val.jsonl,piqa:piqa.jsonl
+    python eval.py out/full/vision_sft --tasks=pope:coco_pope.json --image_root=val2014.zip
 
 What is scored follows from the checkpoint: text by loss and bits per byte, chats by loss and exact
 answers, CLIP by picking the right caption of 32 and, with --zero_shot, the right class by its name
@@ -10,6 +12,9 @@ alone, pictures by the loss with the right one, another one and none, and by exa
 with the pictures shuffled among the questions (what remains then was guessed). Later stages have
 the loss on text and chats again, to show what they forgot. All answers are greedy. With --report
 the checkpoints it came from are scored as well, and report.md and report.json sum up the pipeline.
+With --tasks instead it is asked the questions of public benchmarks, or of one's own, from local
+files: NAME:FILE, names as in tasks.TASKS. With --out the answer to every question is kept there,
+and a run that was stopped goes on behind them.
 """
 
 import math
@@ -21,7 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+from asking import Asking
 from chat import Conversation, answer_all, fits, open_for_chat, ready_to_chat, turns_of
 from clip import caption_choice
 from common import checkpoint
@@ -44,6 +51,9 @@ class Config:
     items: int = 1000  # most items a task scores
     zero_shot: str = ""  # folder of pictures, a subfolder a class, for a CLIP; empty for none
     prompt: str = "a photo of a {}."  # the caption of a class there
+    tasks: str = ""  # NAME:FILE, NAME:FILE ... of benchmarks to score instead, see above
+    image_root: str = ""  # where their pictures are: a folder, zip or tar
+    out: str = ""  # folder for the answers to every question; empty for none
     report: str = ""  # folder for report.md and report.json of the whole pipeline; empty for none
     started: float = 0.0  # when the pipeline started (seconds since 1970), for its total time
     device: str = "auto"  # auto, cpu, cuda, mps
@@ -56,6 +66,8 @@ def main():
         raise UserError("say which checkpoint to score: python eval.py out/demo/vision_sft")
     cfg = parse(Config, argv[1:])
     machine = setup(cfg.device)
+    if cfg.tasks:
+        return benchmarks(argv[0], cfg, machine)
     names = [argv[0]]
     if cfg.report:
         lineage = checkpoint.read(argv[0])[0].get("lineage", [])
@@ -68,6 +80,30 @@ def main():
         print(f"({name}: {time.time() - began:.0f} s)", file=sys.stderr)
     if cfg.report:
         report(argv[0], cfg, scores)
+
+
+def benchmarks(name, cfg, machine):
+    """Score the tasks of --tasks; prints them, and writes eval.json where there is --out."""
+    wishes = [wish.strip().partition(":")[::2] for wish in cfg.tasks.split(",")]
+    model, tokenizer, info = open_for_chat(name, machine.device)
+    found = {}
+    for task, path in wishes:
+        asking = Asking(task, path, model, tokenizer, cfg.items, cfg.image_root, cfg.out)
+        with tqdm(total=len(asking.questions), desc=task, disable=None) as bar:
+            found[task] = result = asking.run(bar.update)
+        for label, (value, error) in result["scores"].items():
+            beside = [f"{result['n']} questions"]
+            if result["chance"] is not None and label.startswith("acc"):
+                beside.append(f"guessing {result['chance']:.3f}")
+            if "blind" in result:
+                beside.append("blind {:.3f} ± {:.3f}".format(*result["blind"][label]))
+            print(f"{task + '/' + label:24s} {value:.4f} ± {error:.4f}  ({', '.join(beside)})")
+        if asking.left_out:
+            print(f"({task}: {len(asking.left_out)} left out, such as {asking.left_out[0]})",
+                  file=sys.stderr)
+    if cfg.out:
+        write_json(Path(cfg.out) / "eval.json", {
+            "checkpoint": info["folder"], "sha256": info["sha256"], "tasks": found})
 
 
 def score(name, cfg, machine):
