@@ -12,7 +12,10 @@ are deleted when their page is closed and when the program ends.
 import asyncio
 import atexit
 import contextlib
+import html
+import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -20,18 +23,24 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-UPLOADS = Path(tempfile.mkdtemp(prefix="nanogpt-vision-"))  # nothing else is ever opened for a user
+UPLOADS = Path(tempfile.mkdtemp(prefix="nanogpt-vision-")).resolve()  # all that users can open
+EXAMPLES = UPLOADS / "examples"
 os.environ["GRADIO_TEMP_DIR"] = str(UPLOADS)
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = os.environ["GRADIO_RUN_HISTORY"] = "False"
+os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000000"  # answers between two summaries
 atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
 
-import gradio as gr  # noqa: E402 (reads those two when it is imported)
+import gradio as gr  # noqa: E402 (reads those when it is imported)
+from starlette.middleware import Middleware  # noqa: E402
+from starlette.middleware.base import BaseHTTPMiddleware  # noqa: E402
+from starlette.responses import PlainTextResponse  # noqa: E402
 
 from chat import Conversation, decoder_of, open_for_chat  # noqa: E402
 from common.config import UserError, parse, run_main  # noqa: E402
@@ -45,12 +54,16 @@ UPLOADS_KEPT = 3600  # seconds that a picture outlives a page that never said go
 QUESTIONS = "What do you see?", "Describe the picture.", "How many things are there?"
 REQUESTS = "Tell me a story.", "What is your name?"
 
+# Addresses of gradio's that fetch others, store what nobody asked for, or run programs
+CLOSED = re.compile(r"/gradio_api/(file[=/]\s*https?:|proxy=|deep_link|process_recording)")
+
 CSS = """
 footer, .built-with { opacity: 0.6 }
+footer .show-api-divider, button[title="Share"] { display: none !important }
 .about p { text-align: center; margin: 0; opacity: 0.75; font-size: 0.85rem }
-gradio-app .gradio-container { max-width: 860px !important; margin: 0 auto }
+gradio-app .gradio-container { width: 100%; max-width: 860px !important; margin: 0 auto }
 @media (max-width: 600px) {
-  gradio-app .gradio-container { padding: 6px !important }
+  gradio-app .gradio-container main { padding: 6px !important }
   h1 { font-size: 1.25rem !important; margin: 0.2rem 0 !important }
 }
 """
@@ -91,12 +104,13 @@ class Session:
     `asked`, and the conversation is taken back as far before the next question.
     """
 
-    def __init__(self, model, tokenizer, engine):
-        self.engine = engine
-        self.conversation = Conversation(model, tokenizer, engine.decoding, engine.generate)
+    def __init__(self, held):
+        self.engine = held.engine
+        self.conversation = Conversation(held.model, held.tokenizer, held.engine.decoding,
+                                         held.engine.generate)
         self.conversation.row = None
-        self.asked = []  # (text, turns in all behind it) of each question on the page
-        self.n_forgotten = 0  # turns the context had no more room for
+        self.asked = []  # (words, turns in all behind it) of each question on the page
+        self.files, self.n_forgotten = set(), 0  # uploads shown; turns there was no more room for
         self.times, self.lock = deque(), threading.Lock()
 
     def answer(self, texts, text, files, cfg):
@@ -106,6 +120,8 @@ class Session:
             try:
                 self.count(cfg)
                 with self.engine.seat(self.conversation):
+                    # Not before: the row may have become another's.
+                    self.engine.decoding.cut(len(self.conversation.ids()), self.conversation.row)
                     notes = ["(What was said here before is lost; this is a new start.)"] * lost
                     notes += self.hear(text, files, cfg)
                     shown = "\n".join([*notes, ""])
@@ -116,20 +132,20 @@ class Session:
                     if shown == "":
                         yield "(The model has nothing to say.)"
             except UserError as error:
-                yield f"({sentence(error)})"
+                yield f"({explain(error)})"
             finally:
-                self.asked.append((text, self.n_turns()))
+                n_turns = len(self.conversation.turns) + self.n_forgotten
+                self.asked.append((text.split(), n_turns))
 
     def hear(self, text, files, cfg):
         """Add the question to the conversation; returns what the user should know."""
-        pictures = [read_upload(file, cfg) for file in files]
-        if not text.strip() and not pictures:
+        if not text.strip() and not files:
             raise UserError("Say something, or show a picture")
         if len(text) > cfg.max_text:
-            raise UserError(f"That is {len(text):,} characters long, and {cfg.max_text:,} are the "
-                            "limit here")
-        if len(pictures) > cfg.max_images:
-            raise UserError(f"That is {len(pictures)} pictures, and {cfg.max_images} are the limit")
+            raise UserError(f"{len(text):,} characters are too many; at most {cfg.max_text:,}")
+        if len(files) > cfg.max_images:
+            raise UserError(f"{len(files)} pictures are too many; at most {cfg.max_images}")
+        pictures = [self.read_upload(file, cfg) for file in files]
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         notes = []
         if pictures and self.conversation.turns:  # models are trained on pictures at the start
@@ -139,9 +155,19 @@ class Session:
         n = self.conversation.hear(text, pictures, cfg.max_tokens)
         self.n_forgotten += n
         if n:
-            notes.append("(This has grown longer than I can remember; the oldest "
-                         f"{f'{n} questions are' if n > 1 else 'question is'} forgotten.)")
+            which = f"{n} questions are" if n > 1 else "question is"
+            notes.append(f"(This is longer than I can remember; the oldest {which} forgotten.)")
         return notes
+
+    def read_upload(self, file, cfg):
+        """The PIL image of an uploaded file; UserError if it is too large, or no picture."""
+        path = Path(file["path"] if isinstance(file, dict) else file).resolve()  # dict: Retry
+        if not path.is_relative_to(UPLOADS) or not path.is_file():
+            raise UserError("That file is not here (any more); choose it once more")
+        name, self.files = f"the file {path.name}", self.files | ({path} - set(EXAMPLES.glob("*")))
+        if path.stat().st_size > cfg.upload_mb * 1e6:
+            raise UserError(f"{name} is larger than {cfg.upload_mb:g} MB")
+        return read_image(path.read_bytes(), name, max_pixels=int(cfg.upload_megapixels * 1e6))
 
     def count(self, cfg):
         """Note the time of a question; UserError if there were too many within a minute."""
@@ -150,34 +176,23 @@ class Session:
             self.times.popleft()
         if len(self.times) >= cfg.per_minute:
             wait = int(self.times[0] + 60 - now) + 1
-            raise UserError(f"{cfg.per_minute} questions a minute are the limit here; ask again in "
-                            f"{wait} seconds")
+            raise UserError(f"At most {cfg.per_minute} questions a minute; wait {wait} seconds")
         self.times.append(now)
 
     def rewind(self, texts):
-        """Take back what is not on the page any more; says whether the page has more than we."""
+        """Take back what is not on the page any more; says whether all that is there is lost."""
         kept = 0
-        for said, (text, _) in zip(texts, self.asked, strict=False):
-            if said != text:
-                break
-            kept += 1
-        self.asked = self.asked[:kept]
-        n_turns = self.asked[-1][1] if self.asked else 0
-        if n_turns < self.n_forgotten or not self.asked:
-            self.forget()
-            self.asked, n_turns = [(text, 0) for text, _ in self.asked], 0
-        while self.n_turns() > n_turns:
-            self.conversation.undo()
-        return kept < len(texts)
-
-    def n_turns(self):
-        """Turns made so far, those included that are forgotten."""
-        return self.n_forgotten + len(self.conversation.turns)
-
-    def forget(self):
-        """Start the conversation over, and give its row back."""
+        for text in texts:  # some may never have come here: stopped while they waited, say
+            kept += self.asked[kept : kept + 1] != [] and self.asked[kept][0] == text.split()
+        del self.asked[kept:]
+        n_turns = self.asked[-1][1] if kept else 0
+        if n_turns > self.n_forgotten:
+            del self.conversation.turns[n_turns - self.n_forgotten :]
+            return False
         self.engine.leave(self.conversation)
         self.conversation.turns, self.conversation.row, self.n_forgotten = [], None, 0
+        self.asked = [(words, 0) for words, _ in self.asked]
+        return n_turns > 0 or len(texts) > kept == 0
 
 
 class App:
@@ -192,37 +207,51 @@ class App:
     def session(self, name):
         """The session of that name, new if it has none."""
         with self.lock:
-            session = self.sessions.pop(name, None) or Session(self.model, self.tokenizer,
-                                                               self.engine)
+            session = self.sessions.pop(name, None) or Session(self)
             self.sessions[name] = session
-            oldest = self.sessions.popitem(last=False)[1] if len(self.sessions) > SESSIONS else None
-        if oldest:
-            self.engine.leave(oldest.conversation)
+            oldest = next(iter(self.sessions)) if len(self.sessions) > SESSIONS else None
+        self.close(oldest)
         return session
 
-    def close(self, request: gr.Request):
-        """The page was closed: forget its session."""
+    def close(self, name):
+        """Forget a session; its row is free, and uploads that no other session shows are gone."""
         with self.lock:
-            session = self.sessions.pop(request.session_hash, None)
+            session = self.sessions.pop(name, None)
+            shown = set().union(*(other.files for other in self.sessions.values()))
         if session:
             self.engine.leave(session.conversation)
+            for file in session.files - shown:
+                file.unlink(missing_ok=True)
+
+    def left(self, request: gr.Request):
+        self.close(request.session_hash)
+
+    async def gate(self, request, call_next):
+        """Refuse what the page has no use for, and say in a sentence where gradio would fail."""
+        if CLOSED.search(request.url.path):
+            return PlainTextResponse("There is nothing here.", 404)
+        size = request.headers.get("content-length", "inf" if request.method == "POST" else "0")
+        n_files = self.cfg.max_images if request.url.path.endswith("/upload") else 0
+        if float(size) > 1e6 * (1 + n_files * self.cfg.upload_mb):
+            return PlainTextResponse("That is too much at once.", 413)
+        try:
+            response = await call_next(request)
+        except Exception as error:
+            return PlainTextResponse(explain(error), 400)
+        response.status_code = 400 if response.status_code == 500 else response.status_code
+        return response
 
     async def respond(self, message, history, temperature, top_p, penalty, max_tokens,
                       request: gr.Request):
         """Answer a question in the browser, word by word."""
         texts = [said(m["content"]) for m in history if m["role"] == "user"]
-        session = self.session(request.session_hash)
-        try:
-            cfg = replace(self.cfg, temperature=float(temperature), top_p=float(top_p),
-                          repetition_penalty=float(penalty), seed=secrets.randbits(48),
-                          max_tokens=max(1, min(int(max_tokens), self.cfg.max_tokens)))
-        except (UserError, TypeError, ValueError) as error:
-            yield f"({sentence(error)})"
-            return
-        text = message.get("text") or ""
-        pieces = session.answer(texts, text, message.get("files") or [], cfg)
+        cfg = replace(self.cfg, temperature=float(temperature), top_p=float(top_p),
+                      repetition_penalty=float(penalty), seed=secrets.randbits(48),
+                      max_tokens=max(1, min(int(max_tokens), self.cfg.max_tokens)))
+        text, files = message.get("text") or "", message.get("files") or []
+        pieces = self.session(request.session_hash).answer(texts, text, files, cfg)
         async for shown in iterate(pieces, self.threads):
-            yield shown
+            yield html.escape(shown, quote=False)  # gradio takes what looks like HTML for HTML
 
     def page(self):
         """The gradio page."""
@@ -230,19 +259,20 @@ class App:
         box = gr.MultimodalTextbox(
             placeholder="Ask about a picture, or just talk" if sees else "Say something",
             file_types=["image"], file_count="multiple", sources=["upload"] if sees else [],
-            show_label=False, autofocus=True, stop_btn=True, max_plain_text_length=cfg.max_text)
-        chatbot = gr.Chatbot(show_label=False, render_markdown=False, sanitize_html=True, scale=1,
-                             buttons=["copy"],
+            show_label=False, autofocus=True, stop_btn=True, max_plain_text_length=10**9)
+        chatbot = gr.Chatbot(show_label=False, render_markdown=False, scale=1, buttons=["copy"],
                              placeholder="Show a picture and ask." if sees else "Say something.")
         settings = [
-            gr.Slider(0, 2, cfg.temperature, step=0.05, label="Temperature",
+            gr.Slider(0, max(2, cfg.temperature), cfg.temperature, step=0.05, label="Temperature",
                       info="0 gives the likeliest answer, higher a wilder one"),
-            gr.Slider(0.05, 1, cfg.top_p, step=0.05, label="Top-p",
+            gr.Slider(min(0.05, cfg.top_p), 1, cfg.top_p, step=0.05, label="Top-p",
                       info="draw from the likeliest tokens that make up this probability"),
-            gr.Slider(1, 2, cfg.repetition_penalty, step=0.05, label="Repetition penalty"),
-            gr.Slider(1, cfg.max_tokens, cfg.max_tokens, step=1, label="Longest answer, in tokens")]
-        with gr.Blocks(title=cfg.title, analytics_enabled=False, fill_height=True,
-                       delete_cache=(600, UPLOADS_KEPT)) as page:
+            gr.Slider(min(1, cfg.repetition_penalty), max(2, cfg.repetition_penalty),
+                      cfg.repetition_penalty, step=0.05, label="Repetition penalty"),
+            gr.Slider(1, max(2, cfg.max_tokens), cfg.max_tokens, step=1,
+                      label="Longest answer, in tokens")]
+        with Page(title=cfg.title, analytics_enabled=False, fill_height=True,
+                  delete_cache=(600, UPLOADS_KEPT)) as page:
             gr.ChatInterface(
                 self.respond, multimodal=True, chatbot=chatbot, textbox=box, title=cfg.title,
                 examples=self.examples(sees, len(settings)), run_examples_on_click=True,
@@ -251,7 +281,7 @@ class App:
                 concurrency_limit=cfg.streams, flagging_mode="never", fill_height=True,
                 api_name="chat")
             gr.Markdown(describe(self.info), elem_classes="about")
-            page.unload(self.close)
+            page.unload(self.left)
         return page.queue(max_size=cfg.queue, default_concurrency_limit=cfg.streams)
 
     def examples(self, sees, n_settings):
@@ -263,92 +293,84 @@ class App:
             raise UserError(f"there is no folder --examples={folder}")
         files = sorted(path for path in folder.glob("*")
                        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-        found = []
-        for path, text in zip(files, QUESTIONS, strict=False):
-            copy = UPLOADS / "examples" / path.name  # only what lies there is ever served
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copy(path, copy)
-            found.append([{"text": text, "files": [str(copy)]}, *[None] * n_settings])
-        return found
+        EXAMPLES.mkdir(exist_ok=True)
+        return [[{"text": text, "files": [shutil.copy(path, EXAMPLES)]}, *[None] * n_settings]
+                for path, text in zip(files, QUESTIONS, strict=False)]
 
-    def launch(self, **more):
-        """Serve the page; returns when the program is interrupted."""
+    def launch(self):
+        """Serve the page, in a thread; returns what has to be closed."""
         cfg = self.cfg
         theme = gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"],
                                font_mono=["ui-monospace", "monospace"])
         page = self.page()
         try:
             page.launch(server_name=cfg.host or None, server_port=cfg.port or None, share=False,
-                        show_error=False, quiet=True, theme=theme, css=CSS, ssr_mode=False,
-                        max_file_size=int(cfg.upload_mb * 1e6), footer_links=["gradio", "settings"],
-                        enable_monitoring=False, prevent_thread_lock=True)
+                        quiet=True, theme=theme, css=CSS, ssr_mode=False, enable_monitoring=False,
+                        footer_links=["gradio", "settings"], prevent_thread_lock=True,
+                        max_file_size=int(cfg.upload_mb * 1e6), state_session_capacity=SESSIONS,
+                        app_kwargs={"middleware": [Middleware(BaseHTTPMiddleware, self.gate)]})
         except OSError as error:
             raise UserError(f"cannot listen at port {cfg.port}: {error}; try --port=0") from None
         print(f"{page.local_url}  (Ctrl-C ends)", flush=True)
         return page
 
 
-END = object()
+class Page(gr.Blocks):
+    """gr.Blocks that fetches no address, and refuses in a sentence whatever it stumbles over."""
+
+    async def process_api(self, block_fn, inputs, *args, **kwargs):
+        try:
+            if re.search(r'"path": "\s*\w+://', json.dumps(inputs)):
+                raise UserError("Only uploaded pictures are looked at, no addresses")
+            return await super().process_api(block_fn, inputs, *args, **kwargs)
+        except Exception as error:
+            raise gr.Error(explain(error), print_exception=False) from None
+
+
+def explain(error):
+    """An error as a sentence for the user. One that nobody foresaw is noted for the host, without a
+    word of what the user said."""
+    if not isinstance(error, gr.Error | UserError):
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        print(f"{type(error).__name__} at {at.filename}:{at.lineno}", file=sys.stderr, flush=True)
+        error = "That could not be understood. Reload the page and try again"
+    text = str(getattr(error, "message", error)).strip().rstrip(".")
+    return text[:1].upper() + text[1:] + "."
 
 
 async def iterate(pieces, threads):
     """An ordinary generator, run in threads; closed there, too, however this one ends."""
-    loop = asyncio.get_running_loop()
-    step = None
+    step = threads.submit(next, pieces, None)
     try:
-        while True:
-            step = threads.submit(next, pieces, END)
-            piece = await asyncio.shield(asyncio.wrap_future(step, loop=loop))
-            if piece is END:
-                return
+        while (piece := await asyncio.shield(asyncio.wrap_future(step))) is not None:
             yield piece
+            step = threads.submit(next, pieces, None)
     finally:
         def close():
             with contextlib.suppress(BaseException):
                 step.result()
             pieces.close()
 
-        if step is not None:
-            threading.Thread(target=close, daemon=True).start()
+        threading.Thread(target=close, daemon=True).start()
 
 
 def said(content):
     """The text of a message of the page's history: a string, or a list with files among it."""
-    if isinstance(content, str):
-        return content
     parts = content if isinstance(content, list) else [content]
-    texts = [part if isinstance(part, str) else part.get("text") for part in parts
-             if isinstance(part, str | dict)]
-    return "\n".join(text for text in texts if text)
-
-
-def read_upload(file, cfg):
-    """The PIL image of an uploaded file; UserError if it is too large, or no picture."""
-    path = Path(file).resolve()
-    if not path.is_relative_to(UPLOADS.resolve()) or not path.is_file():
-        raise UserError("That file was not uploaded here; choose it once more")
-    if path.stat().st_size > cfg.upload_mb * 1e6:
-        raise UserError(f"{path.name} is larger than {cfg.upload_mb:g} MB")
-    return read_image(path, path.name, max_pixels=int(cfg.upload_megapixels * 1e6))
-
-
-def sentence(error):
-    """An error as one sentence, a capital letter in front and a full stop behind."""
-    text = str(error).strip().rstrip(".")
-    return text[:1].upper() + text[1:] + "."
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return "\n".join(text for text in texts if isinstance(text, str))
 
 
 def demo_pictures(info):
-    """The folder of held-out pictures beside the data that a checkpoint of the demo was made from,
-    or None."""
+    """The demo's held-out pictures, beside the data of a checkpoint made from it, or None."""
     folder = Path(str(info.get("settings", {}).get("data", ""))).parent / "pictures"
     return folder if folder.is_dir() else None
 
 
 def describe(info):
     """Which checkpoint this is, in a line of Markdown: stage, size, where it comes from."""
-    parents = [f"{p['stage']} ({p['step']:,} steps)" for p in info.get("lineage", [])]
-    behind = f", behind it {', '.join(parents)}" if parents else ""
+    parents = ", ".join(f"{p['stage']} ({p['step']:,} steps)" for p in info.get("lineage", []))
+    behind = f", behind it {parents}" if parents else ""
     width = f"{info['decoder']['n_layer']} layers of width {info['decoder']['n_embd']}"
     return (f"**{info['stage']}** after {info['step']:,} steps: {info['parameters'] / 1e6:.1f} M "
             f"parameters, {width}{behind}")

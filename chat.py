@@ -11,6 +11,7 @@ import torch
 
 import decode
 from common.config import UserError
+from common.report import Sample
 from decode import Decoding, Sampler, Sampling, generate_batch
 from linears import for_decoding
 from pictures import PictureError, to_pixels
@@ -121,11 +122,7 @@ class Conversation:
         ids, turn = self.ids(), self.turns[-1]
         sampler = sampler or Sampler(Sampling())
         sampler.begin(ids)
-        missing = ids[self.decoding.length(self.row) :]
-        n_features = missing.count(self.tokenizer.image)
-        features = [x for turn in self.turns for x in turn.features]
-        features = torch.cat(features)[-n_features:] if n_features else None
-        embeddings = embed(self.model, self.tokenizer, [missing], features)
+        embeddings = self._embeddings(ids, self.decoding.length(self.row))
         try:
             tokens = self.generate(self.decoding, embeddings, max_tokens, self.tokenizer.end,
                                    sampler, self.row)
@@ -154,6 +151,19 @@ class Conversation:
                                sampler, self.row)
         yield from self._pieces(tokens, [])
         self.reset()
+
+    @torch.inference_mode()
+    def _embeddings(self, ids, start):
+        """Embeddings (1, T, C) of `ids` from `start` on, pictures among them."""
+        x = embed(self.model, self.tokenizer, [ids[start:]])
+        at = 1
+        for turn in self.turns:  # by place, not by id: a model may say <|image|>, and it shows none
+            for i, part in enumerate(turn.features):
+                first = at + 1 + i * len(part) - start
+                left = part[max(0, -first) :]  # what is not in the memory yet
+                x[0, first + len(part) - len(left) : first + len(part)] = left.to(x.dtype)
+            at += len(turn.asked) + len(turn.answer) + 1
+        return x
 
     def _asked(self, text, features):
         t = self.tokenizer
@@ -255,8 +265,8 @@ def fits(model, tokenizer, prompt, max_tokens):
     return len(spread(model, tokenizer, prompt)) + max_tokens <= model.config.max_positions
 
 
-def sample_answers(model, tokenizer, chats, n, max_tokens=64):
-    """The first turns of the first n chats that fit, with the model's answers, for a report."""
+def sample_answers(model, tokenizer, chats, n=8, max_tokens=64):
+    """The first turns of the first n chats that fit, with the model's answers: for a report."""
     model.eval()
     pixels = model.pictures[1:] if isinstance(model, VisionLanguageModel) else ()
     turns, images = [], []
@@ -267,6 +277,30 @@ def sample_answers(model, tokenizer, chats, n, max_tokens=64):
                 images.append(chats.images(i, *pixels)[: turn[0].count(tokenizer.image)])
                 turns.append(turn)
     found = answer_all(model, tokenizer, [turn[0] for turn in turns], images)
-    return [f"{tokenizer.decode(prompt)}\nmodel: {answer}\nright: {tokenizer.decode(right)}"
-            for (prompt, right), answer in zip(turns, found, strict=True)]
+    return [Sample([*spoken(tokenizer, prompt), ("model", answer),
+                    ("right", tokenizer.decode(right))], shown)
+            for (prompt, right), answer, shown in zip(turns, found, images, strict=True)]
 
+
+def spoken(tokenizer, ids):
+    """The turns of a rendered chat as (role, text), without its special tokens."""
+    roles, turns = {i: role for role, i in tokenizer.role_ids.items()}, []
+    for i in ids:
+        if i in roles:
+            turns.append((roles[i], []))
+        elif turns and i < tokenizer.end_of_text:  # special tokens come after all others
+            turns[-1][1].append(i)
+    return [(role, tokenizer.decode(said)) for role, said in turns if said]
+
+
+def sample_texts(model, tokenizer, texts, n=8, given=16, max_tokens=60):
+    """Beginnings of n windows of a data.Text with the model's continuations: for a report."""
+    model.eval()
+    given = min(given, texts.T // 2, model.config.max_positions // 2)
+    n = min(n, len(texts))
+    windows = [texts.window(i * len(texts) // n).tolist() for i in range(n)]
+    prompts = [[tokenizer.end_of_text, *window[:given]] for window in windows]
+    found = answer_all(model, tokenizer, prompts, [[]] * n, max_tokens, stop=tokenizer.end_of_text)
+    return [Sample([("beginning", tokenizer.decode(window[:given])), ("model", text),
+                    ("right", tokenizer.decode(window[given : given + max_tokens]))])
+            for window, text in zip(windows, found, strict=True)]

@@ -355,6 +355,29 @@ def test_an_answer_that_ends_inside_a_character_shows_what_its_ids_say(text):
     assert "".join(chat.ask("Say it.")) == TOKENIZER.decode(ids) == f"5 {UNFINISHED}"
 
 
+def test_a_model_that_says_the_mark_of_a_picture_shows_none():
+    """The next turn goes on, in the same memory or in a new one, with the one picture there is."""
+    chat = new_chat()
+    chat.generate = dictated([READABLE[0], TOKENIZER.image, READABLE[1]])
+    say(chat, "What is that?", [RED])
+    chat.generate = generate
+    other = retold(chat)
+    assert say(chat, "And now?") == say(other, "And now?") == uncached_last(chat)
+
+
+def uncached_last(chat):
+    """The last answer once more, every id from the whole text, the picture where it was shown."""
+    chat = retold(chat)
+    chat.turns[-1].answer = []
+    features = torch.cat(chat.turns[0].features)
+    ids = chat.ids()
+    for _ in range(N):
+        x = chat.model.decoder.token_embedding(torch.tensor(ids)).detach()
+        x[2 : 2 + len(features)] = features
+        ids.append(chat.model.decoder(None, embeddings=x[None])[0, -1].argmax().item())
+    return TOKENIZER.decode(ids[-N:])
+
+
 def test_the_same_seed_says_the_same():
     texts = [tuple(say(chat, text, n=20, sampling=Sampling(temperature=1.0, seed=seed))
                    for text in ("What do you see?", "Why?"))
