@@ -3,17 +3,26 @@ data, losses, time, price, and an example with a real answer."""
 
 import dataclasses
 import importlib
+import shlex
 from pathlib import Path
 
-from chat import Conversation, ready_to_chat
+from chat import BLIND, Conversation, ready_to_chat
 from common.config import UserError, read_json
 from pictures import read_image
 
 QUESTION = "What do you see?"
 LIMITS = """A small model, for learning how such models are made. It invents facts, repeats itself,
 and knows little beyond its training data; nothing was done to make it safe or fair. Do not rely on
-what it says. English only. Text of users that spells a special token is ordinary text in the
-project's own code, but `transformers` reads it as the token: clean it first where that matters."""
+what it says. English only."""
+TOKENS = """What users write is ordinary text to the chat template, whatever token it spells; text
+that is given to the tokenizer itself can spell special tokens."""
+STAGES = ("pretrain", "sft", "clip_pretrain", "vision_pretrain", "vision_sft")
+
+USE_NATIVE = """With the code of nanoGPT-Vision:
+
+```
+python sample.py {name}
+```"""
 
 USE_TEXT = """```python
 from transformers import pipeline
@@ -38,11 +47,12 @@ def card(name, info, cfg, picture="", answer=""):
     sees, pretrained = info["kind"] == "vision", info["stage"] == "pretrain"
     stages = [*info.get("lineage", []), info]
     data = [settings["data"] for settings in map(settings_of, stages) if settings.get("data")]
-    head = ["---", f"license: {cfg.license}", "language: en", "library_name: transformers",
+    head = ["---", f"license: {cfg.license}", "language: en",
+            f"library_name: {'nanogpt-vision' if cfg.native else 'transformers'}",
             f"pipeline_tag: {'image-text-to-text' if sees else 'text-generation'}",
             "tags:", "- nanogpt-vision", "---", ""]
-    use = USE_VISION if sees else USE_TEXT
-    question = ('"Once upon a time"' if pretrained
+    use = USE_NATIVE if cfg.native else USE_VISION if sees else USE_TEXT
+    question = ('"<|endoftext|>Once upon a time"' if pretrained  # documents began with it
                 else '[{"role": "user", "content": "What is your name?"}]')
     lines = [*head, f"# {name.split('/')[-1]}", "",
              f"{info['parameters'] / 1e6:.1f} M parameters, trained from nothing with "
@@ -63,30 +73,40 @@ def card(name, info, cfg, picture="", answer=""):
     if scores:
         lines += ["## Scores", "", "| score | |", "|---|---|"]
         lines += [f"| {label} | {value:.4g} |" for label, value in scores.items()] + [""]
-    lines += ["## Limits", "", LIMITS, ""]
+    lines += ["## Limits", "", LIMITS, *([] if cfg.native or pretrained else ["", TOKENS]), ""]
     return "\n".join(lines)
 
 
-def settings_of(stage):
-    """The settings of a stage in a lineage: its own, or those in its checkpoint if it is there."""
+def config_of(stage):
+    """What the checkpoint of a stage in a lineage says of itself, if it is still there."""
     if "settings" in stage:
-        return stage["settings"]
+        return stage
     try:
-        return read_json(Path(stage["folder"]) / "config.json").get("settings", {})
+        return read_json(Path(stage["folder"]) / "config.json")
     except UserError:  # trained elsewhere, or removed since
         return {}
 
 
+def settings_of(stage):
+    """The settings of a stage in a lineage, as far as they are known; those of imports are not
+    ours."""
+    config = config_of(stage)
+    return {} if "imported_from" in config else config.get("settings", {})
+
+
 def command_of(stage):
     """The command that trains a stage with these settings, those left away that are the default."""
-    settings = settings_of(stage)
-    if not settings:
+    config, settings = config_of(stage), settings_of(stage)
+    if "imported_from" in config:
+        return shlex.join(["python", "upload.py", "--out=out/imported",
+                           f"--import_original={config['imported_from']['file']}"])
+    if not settings or stage["stage"] not in STAGES:
         return ""
-    config = importlib.import_module(stage["stage"]).Config
-    usual = {field.name: field.default for field in dataclasses.fields(config)}
+    own = importlib.import_module(stage["stage"]).Config
+    usual = {field.name: field.default for field in dataclasses.fields(own)}
     flags = [f"--{name}={value}" for name, value in settings.items()
              if name in usual and value != usual[name]]
-    return " ".join([f"python {stage['stage']}.py", *flags])
+    return shlex.join(["python", f"{stage['stage']}.py", *flags])
 
 
 def scores_of(info):
@@ -101,15 +121,23 @@ def scores_of(info):
 
 def figure(metrics, name, divisor, digits):
     value = metrics.get(name)
-    return "" if value is None else f"{value / divisor:.{digits}f}"
+    return f"{value / divisor:.{digits}f}" if value else ""
+
+
+def held_out_pictures(info):
+    """The pictures that a checkpoint of the demo never saw, where they are."""
+    folder = Path(str(info.get("settings", {}).get("data", ""))).parent / "pictures"
+    return sorted(folder.glob("*.png"))
 
 
 def example(model, tokenizer, info, file):
     """(file, what the model answers to it); the file is one that it never saw, if any is known."""
+    if info["kind"] != "vision":
+        if file:
+            raise UserError(f"--picture={file}: {BLIND}")
+        return "", ""
+    file = file or next(iter(held_out_pictures(info)), "")
     if not file:
-        folder = Path(str(info.get("settings", {}).get("data", ""))).parent / "pictures"
-        file = next(iter(sorted(folder.glob("*.png"))), "")
-    if not file or info["kind"] != "vision":
         return "", ""
     conversation = Conversation(ready_to_chat(model, "fp32"), tokenizer)
     return file, "".join(conversation.ask(QUESTION, [read_image(file)], 64)).strip()

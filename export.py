@@ -6,24 +6,36 @@ AutoProcessor, open without any code of ours.
 Letters for shapes: C width, H heads, D head size.
 """
 
+from pathlib import Path
+
 import torch
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from clip import MEAN, STD
-from common.config import UserError
+from common.checkpoint import write_json
+from common.config import UserError, read_json
 from tokenizer import SPECIALS, gpt2_files
 
 # The chat template of tokenizer.render, for Jinja. A message is a string, or a list of parts whose
-# images stand where they are.
+# images stand where they are. Nobody can type a special token here either: a character that no text
+# has parts what spells one, and the tokenizer drops it after it has looked for special tokens.
+APART = "\ufdd0"
 CHAT_TEMPLATE = """{{- '<|endoftext|>' -}}
 {%- for message in messages -%}
+{%- if message['role'] not in ['system', 'user', 'assistant'] -%}
+{{- raise_exception('unknown role ' + message['role']) -}}
+{%- endif -%}
 {{- '<|' + message['role'] + '|>' -}}
 {%- if message['content'] is string -%}
-{{- message['content'] -}}
+{{- message['content'].replace('<|', '<APART|') -}}
 {%- else -%}
 {%- for part in message['content'] -%}
-{{- '<|image|>' if part['type'] == 'image' else part['text'] -}}
+{%- if part['type'] in ['image', 'image_url'] -%}
+{{- '<|image|>' -}}
+{%- else -%}
+{{- 'APART' + part['text'].replace('<|', '<APART|') -}}
+{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
 {{- '<|end|>' -}}
@@ -31,7 +43,7 @@ CHAT_TEMPLATE = """{{- '<|endoftext|>' -}}
 {%- if add_generation_prompt -%}
 {{- '<|assistant|>' -}}
 {%- endif -%}
-"""
+""".replace("APART", APART)
 
 
 def neox_config(config):
@@ -117,6 +129,19 @@ def their_model(model, tokenizer, dtype=torch.float32):
     return theirs.to(dtype).eval()
 
 
+def in_files(weights):
+    """Weights under their names in files: a LLaVA's are those of llava-hf's on the hub, which every
+    version of `transformers` reads."""
+    if "model.multi_modal_projector.linear_1.weight" not in weights:
+        return weights
+    names = {"model.language_model.": "language_model.model.",
+             "lm_head.": "language_model.lm_head.",
+             "model.vision_tower.": "vision_tower.vision_model.",
+             "model.multi_modal_projector.": "multi_modal_projector."}
+    return {theirs + name.removeprefix(own): weight for name, weight in weights.items()
+            for own, theirs in names.items() if name.startswith(own)}
+
+
 def their_tokenizer(tokenizer, chats=True, longest=1024):
     """A fast tokenizer of `transformers` with our ids, and the chat template if it is for chats."""
     import transformers
@@ -127,6 +152,7 @@ def their_tokenizer(tokenizer, chats=True, longest=1024):
         fast.decoder = decoders.ByteLevel()
     else:
         fast = FastTokenizer.from_str(tokenizer.source)
+    fast.normalizer = normalizers.Replace(APART, "")
     fast.add_special_tokens([AddedToken(name, special=True, normalized=False)
                              for name in SPECIALS])
     for name, i in tokenizer.specials.items():
@@ -142,7 +168,8 @@ def their_tokenizer(tokenizer, chats=True, longest=1024):
 
 
 def their_processor(tokenizer, clip):
-    """A LlavaProcessor that makes the squares that the model was trained on."""
+    """A LlavaProcessor that makes the squares that the model was trained on. pictures.fit makes
+    padded ones of pictures 16 times as wide in two steps; there a pixel may differ a little."""
     import transformers
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -157,18 +184,34 @@ def their_processor(tokenizer, clip):
         num_additional_image_tokens=1, image_token="<|image|>", chat_template=CHAT_TEMPLATE)
 
 
-def write_folder(model, tokenizer, stage, to, dtype=torch.float32):
+def write_folder(model, tokenizer, stage, to, dtype=torch.float32, max_shard_size="2GB"):
     """Write what `transformers` needs of a decoder or vision model into the folder `to`."""
     chats = stage != "pretrain"
     theirs = their_model(model, tokenizer, dtype)
-    theirs.config.bos_token_id = theirs.generation_config.bos_token_id = tokenizer.end_of_text
-    theirs.config.pad_token_id = theirs.generation_config.pad_token_id = tokenizer.end_of_text
-    ends = [tokenizer.end, tokenizer.end_of_text] if chats else tokenizer.end_of_text
-    theirs.config.eos_token_id = theirs.generation_config.eos_token_id = ends
+    end = tokenizer.end if chats else tokenizer.end_of_text
+    for config in theirs.config, theirs.config.get_text_config(), theirs.generation_config:
+        config.bos_token_id = config.pad_token_id = tokenizer.end_of_text
+        config.eos_token_id = end
     theirs.generation_config.max_new_tokens = 256
-    theirs.save_pretrained(to, max_shard_size="2GB")
+    theirs.generation_config.do_sample = False  # or pipelines draw, as ours do only if asked to
+    theirs.save_pretrained(to, state_dict=in_files(theirs.state_dict()), save_original_format=False,
+                           max_shard_size=max_shard_size)
     fast = their_tokenizer(tokenizer, chats, model.config.max_positions)
     if hasattr(model, "decoder"):
         their_processor(fast, model.clip_config).save_pretrained(to)
     else:
         fast.save_pretrained(to)
+    name_for_version_4(to, model.config.rope_theta)
+
+
+def name_for_version_4(folder, rope_theta):
+    """Say in the files of an export what `transformers` 4 reads under other names than 5, which
+    takes these, too. Without them, it would turn a quarter of each head by other angles."""
+    file = Path(folder) / "config.json"
+    config = read_json(file)
+    config.get("text_config", config).update(rotary_pct=1.0, rotary_emb_base=rope_theta)
+    write_json(file, config)
+    file = Path(folder) / "tokenizer_config.json"
+    config = read_json(file)
+    config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    write_json(file, config | {"tokenizer_class": "PreTrainedTokenizerFast"})

@@ -9,11 +9,12 @@
 
 --dry_run=True prints what would be pushed. The token comes from the environment (HF_TOKEN) or from
 `hf auth login`. A push that broke off goes on with the same command: what is there is not sent
-again.
+again. --to and --repo write for `transformers`, which has to be installed: pip install transformers
 """
 
 import ast
-import os
+import hashlib
+import importlib.metadata
 import shutil
 import sys
 import tempfile
@@ -23,16 +24,19 @@ from typing import Literal
 
 import torch
 
-from card import card, example
+from card import card, example, held_out_pictures
 from common import checkpoint
+from common.checkpoint import file_sum
 from common.config import UserError, parse, run_main
 from export import CHAT_TEMPLATE, write_folder
 from vision import open_model
 
 HERE = Path(__file__).resolve().parent
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 SPACE_CARD = """---
 title: {title}
 sdk: gradio
+sdk_version: {gradio}
 app_file: app.py
 license: {license}
 ---
@@ -55,7 +59,7 @@ class Config:
     license: str = "mit"  # of the weights, for the card; mind the data's
     picture: str = ""  # an example for the card; empty: a held-out one of the demo, if it is there
     private: bool = False  # a new repository or Space is private
-    overwrite: bool = False  # write into what is there already
+    overwrite: bool = False  # write into what is there already; other weights there go
     dry_run: bool = False  # print what would be pushed, and push nothing
 
 
@@ -76,6 +80,8 @@ def main():
         raise UserError("say where it should go: --to, --repo, --space or --gguf")
     if cfg.gguf:
         write_llama(name, cfg)
+    if cfg.to and checkpoint.locate(name).resolve() == Path(cfg.to).resolve():
+        raise UserError(f"{cfg.to} is the checkpoint itself; say another folder")
     if cfg.to or cfg.repo:
         with new_folder(cfg.to, cfg.overwrite) as folder:
             (native if cfg.native else for_transformers)(name, folder, cfg)
@@ -88,31 +94,35 @@ def main():
 
 
 class new_folder:
-    """A folder that appears under its name when all is in it; without a name, for a while."""
+    """A folder whose content appears under its name when all is in it; without a name, for a
+    while."""
 
     def __init__(self, name, overwrite):
-        self.target = Path(name) if name else None
+        self.name, self.target = name, Path(name).absolute() if name else None
         if self.target and self.target.exists() and not self.target.is_dir():
             raise UserError(f"{name} is a file; say a folder")
         if self.target and self.target.is_dir() and any(self.target.iterdir()) and not overwrite:
             raise UserError(f"the folder {name} is not empty; say another, or --overwrite=True")
 
     def __enter__(self):
-        parent = None
-        if self.target:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            parent = self.target.parent
-        self.folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=parent))
+        near = self.target and next(path for path in self.target.parents if path.exists())
+        try:  # near, as a rename takes the same disk
+            self.folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=near))
+        except OSError as error:
+            raise UserError(f"cannot write into {near}: {error.strerror}") from None
         return self.folder
 
     def __exit__(self, kind, *_):
         if kind is None and self.target:
-            shutil.rmtree(self.target, ignore_errors=True)
-            self.folder.rename(self.target)
-            self.target.chmod(0o755)
-            print(f"written: {self.target}")
-        else:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.target.mkdir(parents=True, exist_ok=True)
+            for pattern in WEIGHTS:  # readers might take the old ones
+                for path in self.target.glob(pattern):
+                    path.unlink()
+            for path in self.folder.iterdir():
+                path.chmod(0o644)
+                path.replace(self.target / path.name)
+            print(f"written: {self.name}")
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def for_transformers(name, folder, cfg):
@@ -120,6 +130,13 @@ def for_transformers(name, folder, cfg):
     model, tokenizer, info = open_model(name, kinds=("decoder", "vision"))
     info["parameters"] = sum(p.numel() for p in model.parameters())
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
+    try:
+        from transformers.utils.logging import disable_progress_bar
+    except ImportError:
+        raise UserError("this is written by a library that is missing here: "
+                        "pip install transformers") from None
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     write_folder(model, tokenizer, info["stage"], folder, dtype)
     add_card(model, tokenizer, info, folder, cfg)
 
@@ -139,23 +156,31 @@ def copy_checkpoint(source, folder):
 
 def add_card(model, tokenizer, info, folder, cfg):
     file, answer = example(model, tokenizer, info, cfg.picture)
-    if file:
-        shutil.copy(file, folder / f"example{Path(file).suffix}")
     picture = f"example{Path(file).suffix}" if file else ""
-    text = card(cfg.repo or Path(cfg.to).name, info, cfg, picture, answer)
+    if file:
+        shutil.copy(file, folder / picture)
+    text = card(cfg.repo or Path(cfg.to).absolute().name, info, cfg, picture, answer)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def space(name, folder, cfg):
-    """Fill `folder` with app.py, what it imports, and the checkpoint."""
+    """Fill `folder` with app.py, what it imports, the checkpoint, and pictures to try."""
     info = checkpoint.read(name, ("decoder", "vision"))[0]
+    if info["stage"] == "pretrain":
+        raise UserError(f"{name} is a pretrained checkpoint, which continues text and does not "
+                        "chat; a Space takes one of sft.py or of a vision stage")
     copy_checkpoint(info["folder"], folder / "checkpoint")
     for path in imported(HERE / "app.py"):
         copy = folder / path.relative_to(HERE)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
+    if info["kind"] == "vision":
+        for path in held_out_pictures(info)[:3]:
+            (folder / "examples").mkdir(exist_ok=True)
+            shutil.copy(path, folder / "examples")
     shutil.copy(HERE / "requirements.txt", folder)
-    text = SPACE_CARD.format(title=cfg.space.split("/")[-1], license=cfg.license)
+    text = SPACE_CARD.format(title=cfg.space.split("/")[-1], license=cfg.license,
+                             gradio=importlib.metadata.version("gradio"))
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -191,9 +216,10 @@ def write_llama(name, cfg):
 
 
 def push(folder, repo, kind, cfg):
-    """Push what is in `folder` to the hub, in one commit."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    """Push what is in `folder` to the hub; what is there already is not sent."""
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
 
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     print(f"{'would push' if cfg.dry_run else 'pushing'} to the {kind} {repo}:")
@@ -201,32 +227,64 @@ def push(folder, repo, kind, cfg):
         print(f"  {(folder / file).stat().st_size:>14,}  {file}")
     if cfg.dry_run:
         return
-    api = HfApi()
-    if not (os.environ.get("HF_TOKEN") or api.token):
+    if not get_token():
         raise UserError("there is no token for the hub: set HF_TOKEN, or say `hf auth login`")
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    api = HfApi()
     try:
         try:
-            there = set(api.list_repo_files(repo, repo_type=kind))
+            there = [entry for entry in api.list_repo_tree(repo, recursive=True, repo_type=kind)
+                     if hasattr(entry, "blob_id")]
         except RepositoryNotFoundError:
-            there = set()
+            there = []
             api.create_repo(repo, repo_type=kind, private=cfg.private, exist_ok=True,
                             space_sdk="gradio" if kind == "space" else None)
-        others = sorted(there - {".gitattributes", "README.md", *map(str, files)})
+        others = {entry.path for entry in there if not same(entry, folder / entry.path)}
+        others.discard(".gitattributes")  # the hub makes it for a new repository
+        if not others and {*map(str, files)} <= {entry.path for entry in there}:
+            return print(f"pushed: {repo} has all of that already")
+        others.discard("README.md")  # and this one for a Space
         if others and not cfg.overwrite:
-            raise UserError(f"{repo} is there already with other files ({', '.join(others[:3])}); "
-                            "say another name, or --overwrite=True to push beside them")
+            raise UserError(f"{repo} is there already with other content "
+                            f"({', '.join(sorted(others)[:3])}); say another name, or "
+                            "--overwrite=True to write into it")
         found = api.upload_folder(repo_id=repo, repo_type=kind, folder_path=folder,
+                                  delete_patterns=list(WEIGHTS) if cfg.overwrite else None,
                                   commit_message="nanoGPT-Vision")
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        advice = {401: "the token is not accepted: check HF_TOKEN",
-                  403: "the token may not write there: give it write access"}.get(
-                      status, "start the command again; what is there already is not sent again")
-        raise UserError(f"the hub refused ({status or 'no answer'}): {advice}") from None
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"the push broke off ({type(error).__name__}); start the command again; "
-                        "what is there already is not sent again") from None
-    print(f"pushed: {found.commit_url if hasattr(found, 'commit_url') else found}")
+    except UserError:
+        raise
+    except HFValidationError:
+        raise UserError(f"the hub takes no repository called {repo!r}: say NAME/REPO") from None
+    except Exception as error:  # whatever the library's network layer of the day raises
+        raise UserError(explain(error)) from None
+    print(f"pushed: {found.commit_url}")
+
+
+def same(entry, path):
+    """Whether a file of the hub (RepoFile) has the content of the file `path`."""
+    if not path.is_file() or entry.size != path.stat().st_size:
+        return False
+    if entry.lfs:
+        return entry.lfs.sha256 == file_sum(path)
+    content = path.read_bytes()  # git's sum of a file
+    return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def explain(error):
+    """What went wrong at a push, in a sentence that does not show the token."""
+    from huggingface_hub import get_token
+
+    error = error.__cause__ or error
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    advice = {401: "the token is not accepted: check HF_TOKEN",
+              402: "it wants to be paid for that, as for gradio Spaces of free accounts",
+              403: "the token may not write there: give it write access"}.get(status)
+    if advice:
+        return f"the hub refused ({status}): {advice}"
+    why = " ".join(f"{type(error).__name__}: {error}".replace(get_token() or " ", " ").split())
+    return (f"the push broke off ({why[:300].rstrip('.')}); start the command again, and what is "
+            "there already is not sent again")
 
 
 if __name__ == "__main__":
