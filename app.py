@@ -42,6 +42,7 @@ from starlette.middleware import Middleware  # noqa: E402
 from starlette.middleware.base import BaseHTTPMiddleware  # noqa: E402
 from starlette.responses import PlainTextResponse  # noqa: E402
 
+from card import held_out_pictures  # noqa: E402
 from chat import Conversation, decoder_of, open_for_chat  # noqa: E402
 from common.config import UserError, parse, run_main  # noqa: E402
 from common.distributed import pick_device  # noqa: E402
@@ -288,11 +289,12 @@ class App:
         """Messages to try, as the chat interface wants them."""
         if not sees:
             return [[{"text": text, "files": []}, *[None] * n_settings] for text in REQUESTS]
-        folder = Path(self.cfg.examples or demo_pictures(self.info) or "examples")
+        folder = Path(self.cfg.examples or "examples")
         if self.cfg.examples and not folder.is_dir():
             raise UserError(f"there is no folder --examples={folder}")
         files = sorted(path for path in folder.glob("*")
                        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        files = files or held_out_pictures(self.info)
         EXAMPLES.mkdir(exist_ok=True)
         return [[{"text": text, "files": [shutil.copy(path, EXAMPLES)]}, *[None] * n_settings]
                 for path, text in zip(files, QUESTIONS, strict=False)]
@@ -359,12 +361,6 @@ def said(content):
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     return "\n".join(text for text in texts if isinstance(text, str))
-
-
-def demo_pictures(info):
-    """The demo's held-out pictures, beside the data of a checkpoint made from it, or None."""
-    folder = Path(str(info.get("settings", {}).get("data", ""))).parent / "pictures"
-    return folder if folder.is_dir() else None
 
 
 def describe(info):
