@@ -14,7 +14,6 @@ The data are random but go the whole way: packed into rows, pictures decoded. Th
 import dataclasses
 import functools
 import importlib
-import io
 import itertools
 import json
 import signal
@@ -28,10 +27,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import tokenizer as tokenizers
-from bench_decode import decode_speeds
+from bench_decode import decode_speeds, jpeg
 from clip import CLIP, feature_pulls, normalise
 from common import distributed as system
 from common.config import UserError, parse, run_main
@@ -258,18 +256,6 @@ def sibling(folder, stage):
     """The settings of another stage in the same folder of configs, or its defaults."""
     path = folder / f"{stage}.py"
     return parse(importlib.import_module(stage).Config, [str(path)] if path.is_file() else [])
-
-
-def jpeg(width, height):
-    """A JPEG file of quality 90, with coarse and fine detail about as in a photo."""
-    rng, photo = np.random.default_rng(0), np.zeros((height, width, 3), np.float32)
-    for scale in (64, 16, 4, 1):
-        shape = (-(-height // scale), -(-width // scale), 3)
-        grain = Image.fromarray(rng.integers(0, 256, shape).astype(np.uint8))
-        photo += np.asarray(grain.resize((width, height), Image.BICUBIC)) * scale**0.5
-    file = io.BytesIO()
-    Image.fromarray((photo / 15).astype(np.uint8)).save(file, "JPEG", quality=90)
-    return file.getvalue()
 
 
 class RandomText:

@@ -5,19 +5,22 @@ Every figure is the median of five, taken in turn, so that what else the machine
 """
 
 import copy
+import io
 import statistics
 import time
 
+import numpy as np
 import torch
+from PIL import Image
 
 from chat import Conversation, ready_to_chat
 from common.distributed import memory_bandwidth, setup
 from decode import Decoding, Sampler, Sampling, generate, generate_batch
 from export import neox_config, neox_weights
-from linears import Int8Linear, PackedLinear, for_decoding
+from linears import HalfLinear, Int8Linear, PackedLinear, for_decoding
 from model import GPT
 from peers import REPEATS, load_transformers
-from pictures import blank
+from pictures import read_image
 from vision import VisionLanguageModel
 
 PROMPT, TOKENS = 128, 256
@@ -97,7 +100,7 @@ def bytes_a_token(decoder, cache):
     """What a token must read: every weight but the embedding table, and the cache as far as it is
     filled in the mean."""
     size, linears = decoder.token_embedding.weight.element_size(), {
-        torch.nn.Linear: None, PackedLinear: None, Int8Linear: 1}
+        torch.nn.Linear: None, PackedLinear: None, HalfLinear: 2, Int8Linear: 1}
     weights = sum(module.in_features * module.out_features * (linears[type(module)] or size)
                   for module in decoder.modules() if type(module) in linears)
     filled = 2 * cache.keys[:, :1, :, : PROMPT + TOKENS // 2].numel()
@@ -152,11 +155,11 @@ def many(decoder, precision):
 
 
 def first_tokens(model, tokenizer, precision):
-    """Milliseconds to the first token: of a question, of one about a picture, and of the second
-    question about it, whose answer costs its own tokens only."""
+    """Milliseconds to the first token: of a question, of one about a picture (a JPEG of 640 x 480),
+    and of the second question about it, whose answer costs its own tokens only."""
     conversation = Conversation(ready_to_chat(copy.deepcopy(model), precision), tokenizer)
     sees = conversation.sees
-    picture = [blank(640)] if sees else []
+    photo = jpeg(640, 480)
     found = {"first_token_ms": [], "first_token_image_ms": [], "second_turn_ms": []}
     for _ in range(REPEATS + 1):
         conversation.reset()
@@ -164,16 +167,28 @@ def first_tokens(model, tokenizer, precision):
         if sees:
             conversation.reset()
             found["first_token_image_ms"].append(
-                first_token(conversation, QUESTIONS[0], picture))
+                first_token(conversation, QUESTIONS[0], [photo]))
         found["second_turn_ms"].append(first_token(conversation, QUESTIONS[1], []))
     figures = {name: statistics.median(times[1:]) for name, times in found.items() if times}
     first = figures.get("first_token_image_ms", figures["first_token_ms"])
     return figures | {"second_of_first_turn": figures["second_turn_ms"] / first}
 
 
-def first_token(conversation, text, pictures):
+def first_token(conversation, text, files):
     began = time.perf_counter()
-    conversation.hear(text, pictures, 1)
+    conversation.hear(text, [read_image(file) for file in files], 1)
     for _ in conversation.answer(1):
         break
     return (time.perf_counter() - began) * 1e3
+
+
+def jpeg(width, height):
+    """A JPEG file of quality 90, with coarse and fine detail about as in a photo."""
+    rng, photo = np.random.default_rng(0), np.zeros((height, width, 3), np.float32)
+    for scale in (64, 16, 4, 1):
+        shape = (-(-height // scale), -(-width // scale), 3)
+        grain = Image.fromarray(rng.integers(0, 256, shape).astype(np.uint8))
+        photo += np.asarray(grain.resize((width, height), Image.BICUBIC)) * scale**0.5
+    file = io.BytesIO()
+    Image.fromarray((photo / 15).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()

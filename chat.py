@@ -11,6 +11,7 @@ import torch
 
 import decode
 from common.config import UserError
+from common.distributed import pick_dtype
 from common.report import Sample
 from decode import Decoding, Sampler, Sampling, generate_batch
 from linears import for_decoding
@@ -32,9 +33,14 @@ def open_for_chat(name, device, precision="auto"):
 
 
 def ready_to_chat(model, precision="auto"):
-    """A decoder or vision model, made fast at decoding in place."""
+    """A decoder or vision model, made fast at decoding in place; its eyes never in 8 bits."""
     decoder = for_decoding(decoder_of(model), precision)
-    return model.to(decoder.token_embedding.weight.dtype).eval()
+    if model is not decoder:
+        dtype = pick_dtype(decoder.token_embedding.weight.device,
+                           "auto" if precision == "int8" else precision)
+        model.vision_tower.to(dtype)
+        model.projector.to(dtype)
+    return model.eval()
 
 
 def decoder_of(model):
