@@ -1,5 +1,5 @@
 # make demo   trains a small vision-language model from nothing and talks to it (14 minutes on 2 cores)
-# make test   runs the tests (6 minutes)
+# make test   runs the tests (10 minutes)
 PYTHON ?= python3
 .DEFAULT_GOAL := demo
 .PHONY: demo test
