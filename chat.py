@@ -302,11 +302,14 @@ def spoken(tokenizer, ids):
 def sample_texts(model, tokenizer, texts, n=8, given=16, max_tokens=60):
     """Beginnings of n windows of a data.Text with the model's continuations: for a report."""
     model.eval()
+    end, n = tokenizer.end_of_text, min(n, len(texts))
     given = min(given, texts.T // 2, model.config.max_positions // 2)
-    n = min(n, len(texts))
     windows = [texts.window(i * len(texts) // n).tolist() for i in range(n)]
-    prompts = [[tokenizer.end_of_text, *window[:given]] for window in windows]
-    found = answer_all(model, tokenizer, prompts, [[]] * n, max_tokens, stop=tokenizer.end_of_text)
-    return [Sample([("beginning", tokenizer.decode(window[:given])), ("model", text),
-                    ("right", tokenizer.decode(window[given : given + max_tokens]))])
-            for window, text in zip(windows, found, strict=True)]
+    windows = [window[window[0] == end :] for window in windows]  # the mark of a beginning
+    found = answer_all(model, tokenizer, [[end, *window[:given]] for window in windows], [[]] * n,
+                       max_tokens, stop=end)
+    rights = [window[given : given + max_tokens] for window in windows]
+    rights = [right[: right.index(end)] if end in right else right for right in rights]
+    return [Sample([("beginning", tokenizer.decode(window[:given]).strip()),
+                    ("model", text.strip()), ("right", tokenizer.decode(right).strip())])
+            for window, text, right in zip(windows, found, rights, strict=True)]

@@ -12,9 +12,13 @@ openai/clip-vit-large-patch14 as --clip to start from a trained one.
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from PIL import Image
+
 from clip import CLIP, CLIPConfig, caption_choice, feature_pulls, normalise
 from common.config import TrainSettings, UserError, parse, run_main
 from common.optim import make_optimizer
+from common.report import Sample
 from common.run import Run
 from data import Loader, check_tokenizer
 from packing import Captions, Chats
@@ -94,7 +98,24 @@ def main():
         if run.due(step, cfg.save_every):
             run.save(step)
 
-    run.finish()
+    run.finish(sample_choices(model, tokenizer, val, run.machine), [cfg.data])
+
+
+@torch.no_grad()
+def sample_choices(model, tokenizer, pairs, machine, n=8, choices=32):
+    """The first n pictures of a packing.Captions, each with the caption that the model finds
+    nearest among the first `choices`: for a report."""
+    batch = pairs.batch(range(min(choices, len(pairs)))).to(machine.device)
+    pixels = batch.pixels[:n]
+    with machine.autocast():
+        images, texts = model.image_features(normalise(pixels)), model.text_features(batch.ids)
+    nearest = (images @ texts.T).argmax(-1).tolist()
+    captions = [tokenizer.decode([i for i in ids if i < tokenizer.end_of_text])
+                for ids in batch.ids.tolist()]
+    label = f"model, choosing among {len(set(captions))} captions"
+    shown = [Image.fromarray(picture) for picture in pixels.cpu().numpy()]
+    return [Sample([(label, captions[i]), ("right", right)], [picture])
+            for i, right, picture in zip(nearest, captions[:n], shown, strict=True)]
 
 
 if __name__ == "__main__":

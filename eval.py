@@ -37,6 +37,7 @@ from common.config import UserError, parse, read_json, run_main
 from common.distributed import peak_memory_gb, pick_device, setup
 from data import Text, check_tokenizer, validation_loss
 from looking import Held, Looking
+from overlap import overlaps, sentence
 from packing import Captions, Chats, Packed
 from pictures import PictureError, read_image
 from vision import VisionLanguageModel, open_model
@@ -85,12 +86,16 @@ def main():
 def benchmarks(name, cfg, machine):
     """Score the tasks of --tasks; prints them, and writes eval.json where there is --out."""
     wishes = [wish.strip().partition(":")[::2] for wish in cfg.tasks.split(",")]
+    names = [task for task, _ in wishes]
     model, tokenizer, info = open_for_chat(name, machine.device)
+    askings = {task if names.count(task) == 1 else f"{task}:{Path(path).stem}": Asking(
+        task, path, model, tokenizer, cfg.items, cfg.image_root, cfg.out, info["sha256"])
+        for task, path in wishes}
     found = {}
-    for task, path in wishes:
-        asking = Asking(task, path, model, tokenizer, cfg.items, cfg.image_root, cfg.out)
+    seen = overlaps(list(askings.values()), info)
+    for (task, asking), overlap in zip(askings.items(), seen, strict=True):
         with tqdm(total=len(asking.questions), desc=task, disable=None) as bar:
-            found[task] = result = asking.run(bar.update)
+            found[task] = result = {**asking.run(bar.update), "overlap": overlap}
         for label, (value, error) in result["scores"].items():
             beside = [f"{result['n']} questions"]
             if result["chance"] is not None and label.startswith("acc"):
@@ -98,6 +103,7 @@ def benchmarks(name, cfg, machine):
             if "blind" in result:
                 beside.append("blind {:.3f} ± {:.3f}".format(*result["blind"][label]))
             print(f"{task + '/' + label:24s} {value:.4f} ± {error:.4f}  ({', '.join(beside)})")
+        print(f"({sentence(overlap)})")
         if asking.left_out:
             print(f"({task}: {len(asking.left_out)} left out, such as {asking.left_out[0]})",
                   file=sys.stderr)

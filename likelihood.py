@@ -1,9 +1,10 @@
 """How likely a model finds given continuations: many questions, each with its answers, in batches.
 
-A question is read once, with its picture, into a KV cache; every answer then costs its own tokens
-only, and logits exist only where an answer is predicted.
+A question is read once, with its picture, and its answers stand behind it in the same row, each at
+the positions right behind the question and hidden from the others. Logits exist only where an
+answer is predicted.
 
-Letters for shapes: B questions, T positions, C width, N answer tokens in a batch, V vocabulary.
+Letters for shapes: B rows, T positions, C width, N answer tokens in a batch, V vocabulary.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 
 from chat import decoder_of, embed, see, spread
-from model import KVCache
+
+LOGITS_AT_ONCE = 2**24  # elements: 64 MB in fp32
 
 
 @dataclass
@@ -31,67 +33,104 @@ class Likelihood:
     greedy: bool  # whether greedy decoding would say it
 
 
+@dataclass
+class Row:
+    """A question with as many of its answers as the context has room for."""
+
+    item: int  # its number
+    prompt: list  # ids, P times <|image|> for a picture
+    answers: list
+    images: list
+
+    @property
+    def ids(self):
+        """What the model reads: nothing follows the last id of an answer."""
+        return self.prompt + [token for answer in self.answers for token in answer[:-1]]
+
+
 @torch.inference_mode()
 def likelihoods(model, tokenizer, items, batch=16, done=None):
     """[[Likelihood of each answer] of each Item], in the order given.
 
-    batch: questions read together; done(n) is called with how many are finished. Raises ValueError
-    for an item that is longer than the model's context.
+    batch: rows read together; done(n) is called with how many are finished. Raises ValueError for
+    an item that is longer than the model's context.
     """
-    prompts = [spread(model, tokenizer, item.prompt) for item in items]
-    for prompt, item in zip(prompts, items, strict=True):
-        if len(prompt) + max(map(len, item.answers)) > model.config.max_positions:
-            raise ValueError(f"a question of {len(prompt)} tokens and its answers do not fit the "
-                             f"context of {model.config.max_positions}")
-    order = sorted(range(len(items)), key=lambda i: len(prompts[i]))  # alike lengths together
-    found = [None] * len(items)
+    rows = [row for number, item in enumerate(items)
+            for row in rows_of(number, item, tokenizer, model)]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # alike lengths together
+    found = [None] * len(rows)
     for start in range(0, len(order), batch):
         some = order[start : start + batch]
-        part = read(model, tokenizer, [prompts[i] for i in some], [items[i] for i in some])
-        for i, answers in zip(some, part, strict=True):
-            found[i] = answers
+        for i, part in zip(some, read(model, tokenizer, [rows[i] for i in some]), strict=True):
+            found[i] = part
         if done:
             done(len(some))
-    return found
+    together = [[] for _ in items]
+    for row, part in zip(rows, found, strict=True):
+        together[row.item] += part
+    return together
 
 
-def read(model, tokenizer, prompts, items):
+def rows_of(number, item, tokenizer, model):
+    """The Rows of an item: one, unless its answers together are longer than the context."""
+    prompt, room = spread(model, tokenizer, item.prompt), model.config.max_positions
+    if len(prompt) + max(map(len, item.answers)) > room:
+        raise ValueError(f"a question of {len(prompt)} tokens and its answers do not fit the "
+                         f"context of {room}")
+    rows = [Row(number, prompt, [], item.images)]
+    for answer in item.answers:
+        if len(rows[-1].ids) + len(answer) > room:
+            rows.append(Row(number, prompt, [], item.images))
+        rows[-1].answers.append(answer)
+    return rows
+
+
+def read(model, tokenizer, rows):
     """The likelihoods of one batch."""
-    decoder, lengths = decoder_of(model), list(map(len, prompts))
-    pictures = [picture for item in items for picture in item.images]
+    decoder, ids = decoder_of(model), [row.ids for row in rows]
+    pictures = [picture for row in rows for picture in row.images]
     features = see(model, pictures).flatten(0, 1) if pictures else None
-    longest = max(len(answer) for item in items for answer in item.answers)
-    cache = KVCache(decoder, len(items), max(lengths) + longest)
-    x = decoder.hidden(embed(model, tokenizer, prompts, features), cache=cache)
-    rows = torch.arange(len(items), device=x.device)
-    last = x[rows, torch.tensor(lengths, device=x.device) - 1]  # predicts each answer's first id
-    found = [[] for _ in items]
-    for k in range(max(len(item.answers) for item in items)):
-        cache.lengths = list(lengths)
-        answers = [item.answers[k] if k < len(item.answers) else item.answers[0] for item in items]
-        for row, result in enumerate(score(model, tokenizer, answers, last, cache)):
-            if k < len(items[row].answers):
-                found[row].append(result)
-    return found
-
-
-def score(model, tokenizer, answers, last, cache):
-    """Likelihoods of one answer (ids) to each question that a cache holds; last (B, C): the states
-    behind the questions."""
-    decoder, states = decoder_of(model), last[:, None]
-    if max(map(len, answers)) > 1:
-        known = [answer[:-1] or [tokenizer.end_of_text] for answer in answers]
-        x = decoder.hidden(embed(model, tokenizer, known), cache=cache)
-        states = torch.cat((states, x), dim=1)  # (B, T, C)
-    rows = [row for row, answer in enumerate(answers) for _ in answer]
-    columns = [i for answer in answers for i in range(len(answer))]
-    wanted = torch.tensor([token for answer in answers for token in answer], device=last.device)
-    logits = decoder.head(states[rows, columns]).float()  # (N, V)
-    nats = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].tolist()
-    right = (logits.argmax(-1) == wanted).tolist()
+    x = embed(model, tokenizer, ids, features)  # (B, T, C)
+    positions, mask, where = layout(rows, x.size(1))
+    x = decoder.hidden(x, positions.to(x.device), mask.to(x.device))
+    states = x.flatten(0, 1)[where.to(x.device)]  # (N, C)
+    wanted = [token for row in rows for answer in row.answers for token in answer]
+    nats, right = score(decoder, states, torch.tensor(wanted, device=x.device))
     found, at = [], 0
-    for answer in answers:
-        here = slice(at, at + len(answer))
-        found.append(Likelihood(sum(nats[here]), all(right[here])))
-        at += len(answer)
+    for row in rows:
+        found.append([])
+        for answer in row.answers:
+            here = slice(at, at + len(answer))
+            found[-1].append(Likelihood(sum(nats[here]), all(right[here])))
+            at += len(answer)
     return found
+
+
+def layout(rows, T):
+    """(positions (B, T), mask (B, 1, T, T), flat places (N,) of the states that predict answers)"""
+    positions = torch.zeros(len(rows), T, dtype=torch.long)
+    parts = torch.full((len(rows), T), -1)  # 0: question, 1, 2 ...: answers, -1: padding
+    where = []
+    for b, row in enumerate(rows):
+        at = n = len(row.prompt)
+        positions[b, :n], parts[b, :n] = torch.arange(n), 0
+        for k, answer in enumerate(row.answers, 1):
+            end = at + len(answer) - 1
+            positions[b, at:end], parts[b, at:end] = torch.arange(n, n + end - at), k
+            where += [b * T + n - 1, *range(b * T + at, b * T + end)]
+            at = end
+    seen = (parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])
+    return positions, (seen & torch.ones(T, T, dtype=torch.bool).tril())[:, None], torch.tensor(
+        where)
+
+
+def score(decoder, states, wanted):
+    """(log-likelihoods of the ids wanted (N,), whether each is the likeliest) as lists."""
+    nats, right = [], []
+    step = max(1, LOGITS_AT_ONCE // decoder.config.vocab_size)
+    for start in range(0, len(wanted), step):
+        logits = decoder.head(states[start : start + step]).float()  # (N, V)
+        these = wanted[start : start + step]
+        nats += (logits.gather(1, these[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
+        right += (logits.argmax(-1) == these).tolist()
+    return nats, right

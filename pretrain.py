@@ -11,7 +11,7 @@ that sft.py starts from.
 from dataclasses import dataclass
 from typing import Literal
 
-from chat import Conversation
+from chat import sample_texts
 from common import hub
 from common.config import TrainSettings, UserError, parse, run_main
 from common.optim import make_optimizer
@@ -85,10 +85,7 @@ def main():
         if run.due(step, cfg.save_every):
             run.save(step)
 
-    model.eval()
-    starts = [tokenizer.decode(val.window(i)[:16]) for i in range(min(3, len(val)))]
-    run.finish([text + "".join(Conversation(model, tokenizer).continue_text(text, 60))
-                for text in starts])
+    run.finish(sample_texts(model, tokenizer, val), [folder])
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def main():
         if run.due(step, cfg.save_every):
             run.save(step)
 
-    run.finish(sample_answers(model, tokenizer, val.sources[0], 3))
+    run.finish(sample_answers(model, tokenizer, val.sources[0]), [cfg.data])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ answer, greedily.
 import json
 import re
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ from archives import fetched
 from common import hub
 from common.config import UserError
 from prep.rows import messages_of, pictures_of
+from prep.sources import parsed
 
 SHORT = "Answer the question using a single word or phrase."  # these three as in LLaVA 1.5
 LETTER = "Answer with the option's letter from the given choices directly."
 DESCRIBE = "Provide a one-sentence caption for the provided image."
+REPEATS = 100  # bootstrap samples of a score that is no mean
 
 
 @dataclass
@@ -36,6 +39,14 @@ class Question:
 
 def said(text):
     return [{"role": "user", "content": text}]
+
+
+def shown(row):
+    """The pictures of a row that asks about one."""
+    found = pictures_of(row, [])
+    if not found:
+        raise ValueError("no picture")
+    return found
 
 
 # -------------------------------------------------------------------------------- rows to questions
@@ -73,40 +84,46 @@ def piqa(row):
 def lambada(row):
     """Paperno et al. 2016: the last word of a passage."""
     start, _, word = row["text"].strip().rpartition(" ")
+    if not start:
+        raise ValueError("no passage before the last word")
     return Question(said(start), [word])
 
 
 def gsm(row):
     """Cobbe et al. 2021: a sum in words."""
+    if scores.gsm_answer(row["answer"]) is None:
+        raise ValueError("an answer without a number")
     return Question(said(row["question"]), wanted=[row["answer"]])
 
 
 def pope(row):
     """Li et al. 2023: is there a ... in the picture?"""
     right = ["yes", "no"].index(row["label"].lower())
-    return Question(said(f"{row['text']}\n{SHORT}"), ["Yes", "No"], right,
-                    images=pictures_of(row, []))
+    return Question(said(f"{row['text']}\n{SHORT}"), ["Yes", "No"], right, images=shown(row))
 
 
 def vqa(row):
     """Goyal et al. 2017: a question, and what ten people answered, or one."""
     answers = row.get("answers") or [row["answer"]]
+    answers = [answers] if isinstance(answers, str) else answers
     answers = [a["answer"] if isinstance(a, dict) else a for a in answers]
-    return Question(said(f"{row['question']}\n{SHORT}"), wanted=answers,
-                    images=pictures_of(row, []))
+    scores.vqa_accuracy("", answers)  # refuses 2 or 3 of them
+    return Question(said(f"{row['question']}\n{SHORT}"), wanted=answers, images=shown(row))
 
 
 def captions(row):
     """A picture and one or more captions of it, as in COCO (Chen et al. 2015)."""
-    return Question(said(DESCRIBE), wanted=row.get("captions") or [row["caption"]],
-                    images=pictures_of(row, []))
+    found = row.get("captions") or row["caption"]
+    return Question(said(DESCRIBE), wanted=[found] if isinstance(found, str) else found,
+                    images=shown(row))
 
 
 def mmstar(row):
     """Chen et al. 2024: the options stand in the question, the answer is a letter."""
-    letters = list(dict.fromkeys(re.findall(r"\b([A-H])[:.)]", row["question"]))) or list("ABCD")
+    options = set(re.findall(r"\b([A-H])[:.)]", row["question"].rpartition("Options:")[2]))
+    letters = list(takewhile(options.__contains__, "ABCDEFGH")) or list("ABCD")
     return Question(said(f"{row['question']}\n{LETTER}"), letters, letters.index(row["answer"]),
-                    images=pictures_of(row, []))
+                    images=shown(row))
 
 
 def scienceqa(row):
@@ -125,11 +142,41 @@ def own(row):
                     pictures_of(row, messages))
 
 
+def question_of(task, row):
+    """The Question of a row, which may still be a line of JSON; a ValueError says why it is none.
+    """
+    row = parsed(row)
+    if not isinstance(row, dict):
+        raise ValueError("a row that is no object")
+    try:
+        question = task.read(row)
+    except KeyError as error:
+        raise ValueError(f"no field {error}") from None
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"a field of another form ({error})") from None
+    texts = [*question.choices, *question.wanted]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError("an empty answer")
+    if question.choices and not 0 <= question.answer < len(question.choices):
+        raise ValueError(f"the answer {question.answer} of {len(question.choices)} choices")
+    return question
+
+
 # ------------------------------------------------------------------------------------------- scores
+# A score is an array of marks, whose mean it is; or (an array, an item a row, what makes it of it).
+
+
+def value_and_error(score):
+    """(value, standard error by bootstrap over the questions) of a score."""
+    if isinstance(score, tuple):
+        rows, statistic = score
+        return float(statistic(rows)), scores.bootstrap(rows, REPEATS, statistic=statistic)
+    return float(np.mean(score)), scores.bootstrap(score)
 
 
 def choice_scores(questions, found):
-    """Marks by name, for choices: found is a list of Likelihoods a question."""
+    """Marks by name, for choices: found is a list of [log-likelihood, greedy, tokens] a question.
+    """
     texts = [question.choices for question in questions]
     marks = scores.multiple_choice([[x[0] for x in some] for some in found], texts,
                                    [question.answer for question in questions])
@@ -140,23 +187,32 @@ def yes_no_scores(questions, found):
     """Accuracy, and what POPE reports beside it."""
     marks, chance = choice_scores(questions, found)
     margins = np.array([yes[0] - no[0] for yes, no in found])
-    labels = np.array([question.answer == 0 for question in questions])
-    both = scores.yes_no(margins > 0, labels)
-    return {"acc": marks["acc"], "f1": both["f1"], "yes_share": both["yes_share"],
-            "auroc": scores.auroc(margins, labels)}, chance
+    both = np.stack((margins, [question.answer == 0 for question in questions]), 1)
+    return {"acc": marks["acc"], "f1": (both, lambda x: f1(x[:, 0] > 0, x[:, 1])),
+            "yes_share": (margins > 0).astype(float),
+            "auroc": (both, lambda x: auroc(x[:, 0], x[:, 1]))}, chance
+
+
+def auroc(margins, labels):
+    """0.5 where all labels are the same, as in some samples of few questions."""
+    return float(np.nan_to_num(scores.auroc(margins, labels), nan=0.5))
+
+
+def f1(says, labels):
+    return scores.yes_no(says, labels)["f1"]
 
 
 def word_scores(questions, found):
     """Whether greedy decoding says the last word, and its perplexity."""
     nats = np.array([some[0][0] for some in found])
     return {"acc": np.array([float(some[0][1]) for some in found]),
-            "perplexity": float(np.exp(-nats.mean()))}, 0.0
+            "perplexity": (nats, lambda x: np.exp(-x.mean()))}, 0.0
 
 
 def loss_scores(questions, found):
     """Nats a token of the wanted answers; found holds their log-likelihood and length."""
-    nats, n = (np.array([some[0][k] for some in found]) for k in (0, 2))
-    return {"nats": float(-nats.sum() / n.sum())}, None
+    both = np.array([(some[0][0], some[0][2]) for some in found])
+    return {"nats": (both, lambda x: -x[:, 0].sum() / x[:, 1].sum())}, None
 
 
 def exact_scores(questions, answers):
@@ -175,17 +231,21 @@ def vqa_scores(questions, answers):
 
 
 def said_yes_scores(questions, answers):
-    labels = [question.answer == 0 for question in questions]
-    says = [scores.says_yes(answer) for answer in answers]
-    return {"acc": np.array(says == np.array(labels), float), **{
-        name: value for name, value in scores.yes_no(says, labels).items()
-        if name in ("f1", "yes_share")}}, 0.5
+    labels = np.array([question.answer == 0 for question in questions])
+    says = np.array([scores.says_yes(answer) for answer in answers])
+    return {"acc": (says == labels).astype(float),
+            "f1": (np.stack((says, labels), 1), lambda x: f1(x[:, 0], x[:, 1])),
+            "yes_share": says.astype(float)}, 0.5
 
 
 def caption_scores(questions, answers):
     wanted = [question.wanted for question in questions]
-    each = scores.cider(answers, wanted)[1]
-    return {"cider": np.array(each), "bleu4": scores.bleu4(answers, wanted)[0]}, 0.0
+
+    def bleu(numbers):
+        return scores.bleu4([answers[i] for i in numbers], [wanted[i] for i in numbers])[0]
+
+    return {"cider": scores.cider(answers, wanted)[1],
+            "bleu4": (np.arange(len(answers)), bleu)}, 0.0
 
 
 @dataclass
@@ -217,14 +277,15 @@ TASKS = {
 
 
 def rows_of(path):
-    """The rows of a JSON or JSONL file; hf://OWNER/NAME/FILE fetches it once."""
+    """The rows of a JSON file, or the lines of a JSONL file; hf://OWNER/NAME/FILE fetches it once.
+    """
     try:
         path = fetched(path)[0] if path.startswith(hub.PREFIX) else path
-        text = Path(path).read_text(encoding="utf-8")
-        rows = json.loads(text) if text.lstrip().startswith("[") else [
-            json.loads(line) for line in text.split("\n") if line.strip()]
+        text = Path(path).read_bytes()
+        rows = json.loads(text) if text.lstrip().startswith(b"[") else [
+            line for line in text.split(b"\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the task file {path}: {error}") from None
-    if not rows or not all(isinstance(row, dict) for row in rows):
+    if not rows:
         raise UserError(f"the task file {path} holds no rows")
     return rows

@@ -74,7 +74,7 @@ def main():
         if run.due(step, cfg.save_every):
             run.save(step)
 
-    run.finish(sample_answers(model, tokenizer, val, 3))
+    run.finish(sample_answers(model, tokenizer, val), [cfg.data])
 
 
 if __name__ == "__main__":

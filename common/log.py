@@ -1,8 +1,12 @@
-"""What a run leaves to read: printed lines, log.jsonl, loss.png and report.md."""
+"""What a run leaves to read: printed lines, log.jsonl, and its report card (common/report.py)."""
 
+import dataclasses
+import io
 import json
 import os
 import platform
+import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -10,8 +14,18 @@ from pathlib import Path
 
 import torch
 
-from common.config import UserError
-from common.distributed import peak_memory_gb
+from common.checkpoint import file_sum
+from common.config import UserError, read_json
+from common.report import Code, Notes, Page, Picture, Samples, Table
+
+GREY = "#808080"  # of a plot's letters and axes: it can be read on white and on black
+UNITS = {"tok": "tokens", "img": "pairs of picture and caption"}
+COSTS = ("seconds", "dollars", "peak_gpu_gb", "peak_rss_gb")  # those metrics that score nothing
+MEANING = {"loss": "training loss", "val_loss": "held-out loss",
+           "val_other_picture": "held-out loss, with another chat's picture",
+           "val_no_picture": "held-out loss, without a picture",
+           "val_text_loss": "held-out loss on chats about text",
+           "choice32": "right caption chosen of 32", "zero_shot": "right class by its name alone"}
 
 
 class Log:
@@ -26,16 +40,9 @@ class Log:
         """Keep what was logged before `step`; the rest will be logged again."""
         if not self.enabled:
             return
-        path = self.folder / "log.jsonl"
-        rows = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError:  # the last line of a killed run may be cut short
-                    break
-        self.rows = [row for row in rows if row["step"] <= step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        self.rows = [row for row in read_rows(self.folder) if row["step"] <= step]
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        (self.folder / "log.jsonl").write_text(text, encoding="utf-8")
 
     def say(self, text):
         """Print one line, from the main process only; nothing of an empty one."""
@@ -53,48 +60,17 @@ class Log:
         if self.tracker:
             self.tracker.log(figures, step=step)
 
-    def plot(self):
-        """Draw loss.png from the rows: training loss as a line, validation as dots."""
-        if not self.enabled:
-            return
-        from matplotlib.figure import Figure  # the object interface never needs a screen
 
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot()
-        for name, style in (("loss", "-"), ("val_loss", "o-")):
-            points = [(row["step"], row[name]) for row in self.rows if name in row]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, label=name, linewidth=1, markersize=3)
-        axes.set(xlabel="step", ylabel="loss (nats)", title=self.folder.name)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(self.folder / "loss.png", dpi=110)
-
-    def report(self, stage, machine, settings, figures, samples, notes=()):
-        """Write report.md: command, commit, machine, figures, curve, notes, samples."""
-        if not self.enabled:
-            return
-        gpu_gb, host_gb = peak_memory_gb(machine.device)
-        facts = {
-            "command": " ".join([os.path.basename(sys.executable), *sys.argv]),
-            "commit": commit(),
-            "machine": f"{machine.ranks} x {machine.name}, {str(machine.dtype)[6:]}",
-            "software": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
-            "peak memory": f"{gpu_gb:.2f} GB GPU, {host_gb:.2f} GB host, per process",
-            **figures,
-        }
-        lines = [f"# {stage}: {self.folder}", "", "| what | figure |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in facts.items()]
-        lines += ["", "![loss](loss.png)", ""]
-        if notes:
-            lines += ["## Data", "", *(f"- {note}" for note in notes), ""]
-        if samples:
-            lines += ["## Samples", ""]
-            for sample in samples:
-                lines += ["```", sample.replace("```", "'''"), "```", ""]
-        lines += ["## Settings", "", "| setting | value |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in settings.items()]
-        (self.folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def read_rows(folder):
+    """The rows of a run's log.jsonl; none where there is none."""
+    path, rows = Path(folder) / "log.jsonl", []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:  # the last line of a killed run may be cut short
+                break
+    return rows
 
 
 def commit():
@@ -117,3 +93,217 @@ def open_tracker(name, folder, settings):
     except ImportError:
         raise UserError(f"--tracker={name} needs a package: pip install {name}") from None
     return module.init(project="nanogpt-vision", name=str(folder), config=settings)
+
+
+# ------------------------------------------------------------------------------------ report card
+
+
+def origin(machine, step):
+    """Command, commit, hardware and software of this process, which begins with `step`."""
+    words = [os.path.basename(sys.executable), *sys.argv]
+    if machine.ranks > 1:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", machine.ranks))
+        nodes = machine.ranks // here
+        words = ["torchrun", "--standalone" if nodes == 1 else f"--nnodes={nodes}",
+                 f"--nproc_per_node={here}", *sys.argv]
+    cuda = f", CUDA {torch.version.cuda}" if machine.device.type == "cuda" else ""
+    return {
+        "step": step, "command": shlex.join(words), "commit": commit(),
+        "hardware": f"{machine.ranks} x {machine.name}, {str(machine.dtype)[6:]}",
+        "software": f"Python {platform.python_version()}, PyTorch {torch.__version__}{cuda}, "
+                    f"{platform.platform()}",
+    }  # fmt: skip
+
+
+def with_origin(origins, machine, step, max_steps):
+    """The starts of a run: those before, and this one, unless it is the same command once more on
+    the same machine, or comes when all is done."""
+    now = origin(machine, step)
+    again = origins and {**now, "step": 0} == {**origins[-1], "step": 0}
+    return origins if origins and (again or step >= max_steps) else [*origins, now]
+
+
+def write_report(run, samples, data):
+    """The report card of a Run; see stage_page."""
+    try:
+        stage_page(run, samples, data).write(run.folder)
+    except (OSError, UserError) as error:  # the training is done and saved nevertheless
+        run.log.say(f"there is no report: {error}")
+
+
+def stage_page(run, samples, data):
+    """The report card (Page) of a Run that has done all its steps.
+
+    samples: of report.Sample; data: the folders that it read.
+    """
+    m, rows, steps = run.metrics, run.log.rows, max(run.first_step, run.cfg.max_steps)
+    each, hourly = per_step(run.settings), run.settings["dollars_per_hour"]
+    rate = f"a device costs ${money(hourly)} an hour" if hourly else "--dollars_per_hour"
+    amount = f"{steps * each:,} {UNITS[run.unit]}"
+    lead = f"{steps:,} steps on {amount} in {duration(m['seconds'])}"
+    lead += f" for {price(m['dollars'])}." if m["dollars"] else "."
+    lead += f" Held-out loss {m['val_loss']:.4f}." if "val_loss" in m else ""
+    sections = {"Losses": [loss_curves(rows), losses(rows)]} if rows else {}
+    if samples:
+        sections["Samples"] = [Samples(samples)]
+    sections["Cost"] = [Table(["what", "figure"], [
+        ["steps", f"{steps:,}"],
+        ["tokens" if run.unit == "tok" else "pairs",
+         f"{amount} ({steps:,} steps of {each:,})"],
+        *speeds(rows, run.unit),
+        ["peak memory", f"{memory(m)}, of the first process"],
+        ["wall time", duration(m["seconds"])],
+        ["price", f"{price(m['dollars'])} ({rate})"],
+    ])]
+    if run.info.get("lineage"):
+        own = {"stage": run.stage, "step": steps, "metrics": m}
+        sections["Lineage"] = [lineage_table([*run.info["lineage"], own])]
+    sections["Data"] = [data_table(folder) for folder in data if folder]
+    sections["Data"] += [Notes(run.notes)] if run.notes else []
+    sections["How it was made"] = [block for part in run.origins for block in made_by(part)]
+    sections["Settings"] = [settings_table(run.settings, type(run.cfg))]
+    return Page(f"{run.stage}: {run.folder}", lead, sections)
+
+
+def per_step(settings):
+    """Tokens, or for CLIP pairs, of a step in the whole job."""
+    return settings.get("batch_tokens") or settings.get("batch_pairs") or 0
+
+
+def loss_curves(rows):
+    """Training loss as a line, every held-out loss as dots."""
+    lines = []
+    for name in dict.fromkeys(name for row in rows for name in row):
+        points = [(row["step"] + 1, row[name]) for row in rows if name in row]
+        if name == "loss" or name.startswith("val_"):
+            few = name != "loss" or len(points) < 20
+            look = {"marker": "o", "markersize": 3} if few else {}
+            lines.append((MEANING.get(name, name), points, look))
+    return curves("loss.png", lines, "step", "loss curves")
+
+
+def curves(name, lines, xlabel, alt):
+    """A Picture of lines: (label, [(x, y)], what matplotlib should know) each."""
+    import matplotlib
+    from matplotlib.figure import Figure  # the object interface never needs a screen
+    from matplotlib.ticker import EngFormatter
+
+    colours = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    look = dict.fromkeys(colours, GREY) | {"font.size": 11, "legend.frameon": False}
+    with matplotlib.rc_context(look):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.add_subplot(xlabel=xlabel, ylabel="loss (nats)")
+        for label, points, how in lines:
+            axes.plot(*zip(*points, strict=True), label=label, **{"linewidth": 1.4, **how})
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        figure.legend(loc="outside upper left", ncols=2, fontsize=10)
+        file = io.BytesIO()
+        figure.savefig(file, dpi=120, transparent=True)
+    return Picture(name, file.getvalue(), alt)
+
+
+def losses(rows):
+    """Where each loss and score began and ended."""
+    names = dict.fromkeys(name for row in rows for name in row if name in MEANING)
+    found = {name: [(row["step"] + 1, row[name]) for row in rows if name in row] for name in names}
+    return Table(["loss or score", "first", "at step", "last"],
+                 [[MEANING[name], f"{points[0][1]:.4f}", f"{points[0][0]:,}",
+                   f"{points[-1][1]:.4f}"] for name, points in found.items()])
+
+
+def speeds(rows, unit):
+    """Speed and MFU, the median of what was logged: a first step that compiles counts little."""
+    found = [row for row in rows if f"{unit}_per_s" in row]
+    if not found:
+        return []
+    rate, mfu = (statistics.median(row[name] for row in found) for name in (f"{unit}_per_s", "mfu"))
+    return [["median speed", f"{rate:,.0f} {unit}/s"], ["MFU", f"{mfu:.1%}"]]
+
+
+def duration(seconds):
+    """In the unit that one would say it in."""
+    for unit, name in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds:.0f} seconds"
+
+
+def price(dollars):
+    return f"${money(dollars)}" if dollars else "no price set"
+
+
+def money(dollars):
+    return f"{dollars:,.{2 if dollars >= 1 or not dollars else 4}f}"
+
+
+def memory(metrics):
+    gpu = f"{metrics['peak_gpu_gb']:.2f} GB GPU, " if metrics["peak_gpu_gb"] else ""
+    return f"{gpu}{metrics['peak_rss_gb']:.2f} GB host"
+
+
+def lineage_table(stages):
+    """What each stage took, and all together; one that was made elsewhere has no figures."""
+    rows = []
+    for stage in stages:
+        m = stage["metrics"]
+        loss = f"{m['val_loss']:.4f}" if "val_loss" in m else "–"
+        cost = [f"{m['seconds'] / 60:.1f}", money(m["dollars"])] if "seconds" in m else ["–"] * 2
+        rows.append([stage["stage"], f"{stage['step']:,}", loss, *cost])
+    seconds, dollars = (sum(s["metrics"].get(n, 0) for s in stages) for n in ("seconds", "dollars"))
+    rows.append(["all", "–", "–", f"{seconds / 60:.1f}", money(dollars)])
+    return Table(["stage", "steps", "held-out loss", "min", "$"], rows, total=True)
+
+
+def data_table(folder):
+    """A data folder's fingerprint, the sha256 of the file that lists the sha256 of all others, and
+    its counts."""
+    known = [Path(folder) / name for name in ("manifest.json", "shards.json")]  # the hub's lists
+    path = next((path for path in known if path.is_file()), None)
+    if path is None:
+        return Table(["data", folder], [["fingerprint", "none: it has no manifest.json"]])
+    rows, content = [[f"sha256 of {path.name}", file_sum(path)]], read_json(path)
+    if isinstance(content, list):
+        content = {"bytes": sum(entry["size"] for entry in content), "sha256": content}
+    for name, value in content.items():
+        if name == "sha256":
+            rows.append(["files", f"{len(value):,}"])
+        elif name == "left_out":
+            reasons = [f"{found['rows']} {reason}" for reason, found in value.items()]
+            rows += [["left out", ", ".join(reasons)]] if reasons else []
+        elif isinstance(value, dict):
+            rows.append([name, ", ".join(f"{key} {some}" for key, some in value.items())])
+        elif name != "tokenizer":
+            rows.append([name, f"{value:,}" if isinstance(value, int) else value])
+    return Table(["data", folder], rows)
+
+
+def made_by(part):
+    """The blocks about one start of a run."""
+    first = [["from step", f"{part['step']:,}"]] if part["step"] else []
+    facts = [[name, part[name]] for name in ("commit", "hardware", "software")]
+    return [Code(laid_out(part["command"])), Table(["what", "which"], first + facts)]
+
+
+def laid_out(command):
+    """A long command with a flag a line, as a shell takes it."""
+    if len(command) <= 72:
+        return command
+    lines = [[]]
+    for word in shlex.split(command):
+        lines += [[]] if word.startswith("--") and lines[-1] else []
+        lines[-1].append(word)
+    return " \\\n  ".join(map(shlex.join, lines))
+
+
+def settings_table(settings, config_class):
+    """All settings, those first that are not what they are if one says nothing."""
+    defaults = {setting.name: setting.default for setting in dataclasses.fields(config_class)}
+    changed, usual = [], []
+    for name, value in settings.items():
+        row, default = [name, str(value) or "(empty)"], defaults.get(name, "")
+        if value == default:
+            usual.append([*row, ""])
+        else:
+            changed.append([*row, str(default) or "(empty)"])
+    return Table(["setting", "value", "default, where it is another"], changed + usual)

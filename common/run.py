@@ -36,7 +36,7 @@ from common.distributed import (
     release_free_memory,
     setup,
 )
-from common.log import Log
+from common.log import Log, with_origin, write_report
 from common.optim import lr_factor
 from common.shard import number_of_shard, shard, unshard, whole, whole_weights
 
@@ -62,7 +62,7 @@ class Run:
         self.settings = dataclasses.asdict(cfg)
         self.log = Log(self.folder, self.machine.is_main, cfg.tracker, self.settings)
         self.metrics, self.stop_signal, self.asked, self.saved = {}, None, 0.0, None
-        self.notes, self.n_lost = [], 0
+        self.notes, self.n_lost, self.origins = [], 0, []
         self.began = time.time()  # of the whole run; moved back on resuming, for the cost
         self.clock = time.perf_counter()  # of this process, for --time_limit
         torch.manual_seed(cfg.seed)
@@ -134,6 +134,8 @@ class Run:
             self.fp16.load_state_dict(state["fp16"])
             torch.set_rng_state(state["rng"])
         self.first_step = state["step"] if state else 0
+        self.origins = with_origin(self.origins, self.machine, self.first_step,
+                                   self.cfg.max_steps)
         self.peak = peak_flops(self.machine) * self.ranks
         self.loss = torch.zeros((), device=self.device)
         self.skipped = torch.zeros((), device=self.device)
@@ -191,7 +193,7 @@ class Run:
             raise UserError(f"{self.folder} holds a run of {info['stage']}.py or of another "
                             "tokenizer; choose another --out, or --resume=False to replace it")
         checkpoint.load_weights(self.model, weights, folder)
-        self.metrics = info["metrics"]
+        self.metrics, self.origins = info["metrics"], info.get("origins", [])
         self.began -= info["metrics"].get("seconds", 0)
         self.log.resume(state["step"] - 1)
         before = {**dataclasses.asdict(type(self.cfg)()), **info["settings"]}
@@ -199,6 +201,8 @@ class Run:
                    for name, value in self.settings.items() if before[name] != value]
         self.log.say(f"going on from {folder}" + (f"; changed: {', '.join(changed)}" if changed
                                                   else ""))
+        if state["step"] >= self.cfg.max_steps:  # nothing is done with other settings any more
+            self.settings = {**self.settings, **info["settings"]}
         ranks = info.get("processes", self.ranks)
         if ranks != self.ranks:
             self.log.say(f"{ranks} process{'es' * (ranks > 1)} before, {self.ranks} now: the same "
@@ -298,7 +302,6 @@ class Run:
         self.loss.zero_()
         self.skipped.zero_()
         release_free_memory()
-        self.rate = rate
         self.window = (now, step + 1)
 
     def dollars(self):
@@ -333,30 +336,27 @@ class Run:
                 checkpoint.save_shard(self.folder, step + 1, number, optimizer)
             self.machine.barrier()
         if self.machine.is_main:
-            gpu_gb, host_gb = peak_memory_gb(self.device)
-            self.metrics.update(seconds=time.time() - self.began, dollars=self.dollars(),
-                                peak_gpu_gb=gpu_gb, peak_rss_gb=host_gb)
+            m, (gpu_gb, host_gb) = self.metrics, peak_memory_gb(self.device)
+            m.update(seconds=time.time() - self.began, dollars=self.dollars(),
+                     peak_gpu_gb=max(gpu_gb, m.get("peak_gpu_gb", 0)),
+                     peak_rss_gb=max(host_gb, m.get("peak_rss_gb", 0)))
             info = dict(stage=self.stage, **self.info, step=step + 1, settings=self.settings,
                         tokenizer=self.tokenizer.fingerprint, tokenizer_name=self.tokenizer.name,
-                        processes=self.ranks, metrics=self.metrics)
+                        processes=self.ranks, metrics=m, origins=self.origins)
             state = dict(step=step + 1, fp16=self.fp16.state_dict(), rng=torch.get_rng_state())
             state.update({} if self.sharded else {"optimizer": optimizer})
             checkpoint.save(self.folder, step + 1, weights, info, self.tokenizer, state,
                             begun=self.sharded)
         self.machine.barrier()
 
-    def finish(self, samples=()):
-        """Write loss.png and report.md, and say what comes next."""
-        figures = {name: f"{value:.4g}" for name, value in self.metrics.items()}
-        figures["steps"] = self.cfg.max_steps
-        if hasattr(self, "rate"):
-            figures["speed"] = f"{self.rate:,.0f} {self.unit}/s"
+    def finish(self, samples=(), data=()):
+        """Write the report card: samples of report.Sample, and the data folders that were read."""
         n_lost = self.machine.sum(torch.tensor(float(self.n_lost), device=self.device)).item()
         if n_lost:
             self.note(f"{n_lost:.0f} times a chat was left out because its picture had gone")
-        self.log.plot()
-        self.log.report(self.stage, self.machine, self.settings, figures, samples, self.notes)
-        self.log.say(f"done: {self.folder} (report.md, loss.png, log.jsonl, the checkpoint)")
+        if self.machine.is_main:
+            write_report(self, samples, data)
+        self.log.say(f"done: {self.folder} (report.html, report.md, log.jsonl, the checkpoint)")
         self.machine.leave()
 
     def _on_signal(self, number, frame):

@@ -622,7 +622,7 @@ def test_training_goes_on_with_the_good_rows_and_reports_the_others(pipeline, tm
     losses = [logged(tmp_path / f"run_{name}", "loss", "val_loss", "val_other_picture")
               for name in ("clean", "mixed")]
     assert losses[0] == losses[1] and len(losses[0]) == 10
-    report = (tmp_path / "run_mixed/report.md").read_text()
+    report = (tmp_path / "run_mixed/report.md").read_text().replace("\\<", "<")  # escaped
     assert f"{5 * len(BROKEN)} rows were left out when it was prepared" in report
     assert all(f"5 {reason}" in report for reason in BROKEN)
     assert "left out" not in (tmp_path / "run_clean/report.md").read_text()
