@@ -3,6 +3,7 @@
     python eval.py out/demo/pretrain --data=data/demo
     python eval.py out/demo/vision_sft --data=data/demo --report=out/demo
     python eval.py out/full/clip_pretrain --zero_shot=data/imagenet/val
+    python eval.py compare out/a out/b --out=out/comparison          # runs side by side
     python eval.py out/full/pretrain --tasks=hellaswag:hellaswag_val.jsonl,piqa:piqa.jsonl
     python eval.py out/full/vision_sft --tasks=pope:coco_pope.json --image_root=val2014.zip
 
@@ -17,8 +18,8 @@ files: NAME:FILE, names as in tasks.TASKS. With --out the answer to every questi
 and a run that was stopped goes on behind them.
 """
 
+import itertools
 import math
-import shutil
 import sys
 import time
 from collections import defaultdict
@@ -28,6 +29,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import compare
 from asking import Asking
 from chat import Conversation, answer_all, fits, open_for_chat, ready_to_chat, turns_of
 from clip import caption_choice
@@ -35,6 +37,8 @@ from common import checkpoint
 from common.checkpoint import write_json
 from common.config import UserError, parse, read_json, run_main
 from common.distributed import peak_memory_gb, pick_device, setup
+from common.log import duration, lineage_table, price
+from common.report import Page, Picture, Sample, Samples, Table
 from data import Text, check_tokenizer, validation_loss
 from looking import Held, Looking
 from overlap import overlaps, sentence
@@ -62,6 +66,9 @@ class Config:
 
 def main():
     argv = sys.argv[1:]
+    if argv[:1] == ["compare"]:
+        names = list(itertools.takewhile(lambda word: not word.startswith("-"), argv[1:]))
+        return compare.compare(names, parse(compare.Config, argv[1 + len(names):]).out)
     if not argv or argv[0].startswith("-"):
         parse(Config, argv)
         raise UserError("say which checkpoint to score: python eval.py out/demo/vision_sft")
@@ -238,54 +245,46 @@ def exact(model, tokenizer, chats, items, shuffled=False):
 
 
 def report(name, cfg, scores):
-    """report.md and report.json: scores, time, memory, loss curves and a talk about pictures."""
+    """report.md, .html and .json: scores, time, price, curves, a talk about pictures."""
     folder = Path(cfg.report)
     info = checkpoint.read(name)[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    stages = [*info.get("lineage", []), {key: info[key] for key in ("stage", "folder", "metrics")}]
-    stages = [stage for stage in stages if stage["metrics"]]  # a CLIP from elsewhere has none
-    figures = dict(scores)
+    stages = [*info.get("lineage", []), info]
+    trained = [stage for stage in stages if stage["metrics"]]  # a CLIP from elsewhere has none
     manifest = Path(cfg.data) / "manifest.json"
     prepared = read_json(manifest) if manifest.is_file() else {}
-    seconds = sum(stage["metrics"]["seconds"] for stage in stages) + prepared.get("seconds", 0)
-    figures["seconds"] = time.time() - cfg.started if cfg.started else seconds
+    figures, total = dict(scores), {key: sum(stage["metrics"][key] for stage in trained)
+                                    for key in ("seconds", "dollars")}
+    figures["seconds"] = (time.time() - cfg.started if cfg.started
+                          else total["seconds"] + prepared.get("seconds", 0))
+    figures["dollars"] = total["dollars"]
     figures["peak_rss_gb"] = max([prepared.get("peak_rss_gb", 0), peak_memory_gb()[1],
-                                  *(stage["metrics"]["peak_rss_gb"] for stage in stages)])
-    lines = [f"# {folder}", "", "| score | |", "|---|---|"]
-    lines += [f"| {label} | {figure:.4g} |" for label, figure in figures.items()]
-    lines += ["", "| stage | validation loss | minutes | peak memory (GB) |", "|---|---|---|---|"]
-    for stage in stages:
-        m = stage["metrics"]
-        lines.append(f"| {stage['stage']} | {m['val_loss']:.4f} | {m['seconds'] / 60:.1f} | "
-                     f"{m['peak_rss_gb']:.2f} |")
+                                  *(stage["metrics"]["peak_rss_gb"] for stage in trained)])
+    sections = {"Scores": [Table(["score", "figure"],
+                                 [[label, f"{figure:.4g}"] for label, figure in figures.items()])],
+                "Lineage": [lineage_table(stages)]}
     if info["kind"] == "vision":
-        lines += ["", "## Talking about pictures it never saw", ""]
-        lines += conversations(name, Path(cfg.data) / "pictures", folder, cfg.device)
-    lines += ["", "## Loss curves", ""]
-    for stage in stages:
-        run = Path(stage["folder"]).parent
-        if (run / "loss.png").is_file() and run.parent == folder:
-            lines.append(f"![{stage['stage']}]({run.name}/loss.png)")
-    (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        talks = conversations(name, Path(cfg.data) / "pictures", cfg.device)
+        sections["Talking about pictures it never saw"] = [Samples(talks)]
+    curves = [(stage["stage"], Path(stage["folder"]).parent / "loss.png") for stage in trained]
+    sections["Loss curves"] = [Picture(f"curves/{stage}.png", path.read_bytes(), stage)
+                               for stage, path in curves if path.is_file()]
+    lead = f"{duration(figures['seconds'])}, {price(figures['dollars'])}"
+    Page(str(folder), lead, sections).write(folder)
     write_json(folder / "report.json", figures)
-    print(f"{folder / 'report.md'} and report.json sum it up")
+    print(f"{folder / 'report.html'}, report.md and report.json sum it up")
 
 
-def conversations(name, pictures, folder, device, n=4):
-    """Markdown: the first pictures of a folder, copied beside the report, and a talk about each."""
+def conversations(name, pictures, device, n=4):
+    """A report.Sample of a talk about each of the first pictures of a folder."""
     model, tokenizer, _ = open_for_chat(name, pick_device(device))
-    lines = []
+    talks = []
     for path in sorted(pictures.glob("*.png"))[:n]:
-        (folder / "pictures").mkdir(exist_ok=True)
-        shutil.copy(path, folder / "pictures" / path.name)
-        lines += [f"![{path.name}](pictures/{path.name})", ""]
-        conversation, images = Conversation(model, tokenizer), [read_image(path)]
+        conversation, shown, said = Conversation(model, tokenizer), [read_image(path)], []
         for question in ("What do you see?", "How many things are there?", "Is there a red thing?"):
-            answer = "".join(conversation.ask(question, images))
-            images = []
-            lines.append(f"- **{question}** {answer}")
-        lines.append("")
-    return lines
+            answer = "".join(conversation.ask(question, [] if said else shown))
+            said += [("user", question), ("model", answer)]
+        talks.append(Sample(said, shown))
+    return talks
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def main():
     train = Packed([Chats(cfg.data, "train")], cfg.context, tokenizer)
     val = Packed([Chats(cfg.data, "val")], cfg.context, tokenizer)
     loader = Loader(train, rows, cfg.micro_rows, run, cfg.seed)
-    run.log.say(train.summary())
+    run.note(*train.notes())
 
     optimizer = make_optimizer(model, cfg)
     net = run.start(model, optimizer, tokenizer, {**describe(model), "lineage": lineage(info)},

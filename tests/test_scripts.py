@@ -440,12 +440,19 @@ def test_the_report_sums_up_the_pipeline(pipeline):
         assert figures[name] > 0
     report = (folder / "report.md").read_text()
     images = re.findall(r"!\[.*?\]\((.*?)\)", report)
-    assert {f"{stage}/loss.png" for stage in STAGES} <= set(images)
+    assert {f"curves/{stage}.png" for stage in STAGES} <= set(images)
     assert len(images) == len(STAGES) + 4 and all((folder / path).is_file() for path in images)
     for stage in STAGES:
         assert f"| {stage} |" in report
     for question in "What do you see?", "How many things are there?":
-        assert report.count(f"**{question}**") == 4
+        assert report.count(question) == 4
+    assert "<img src=\"data:" in (folder / "report.html").read_text()
+
+
+def test_runs_can_be_laid_side_by_side(pipeline, tmp_path):
+    runs = [pipeline.folder / stage for stage in ("pretrain", "sft")]
+    assert run("eval.py", "compare", *runs, f"--out={tmp_path}/both").status == 0
+    assert "Runs side by side" in (tmp_path / "both/report.html").read_text()
 
 
 def test_a_report_goes_into_a_new_folder_too(pipeline, tmp_path):
