@@ -41,8 +41,7 @@ class Terminal:
 
     def more(self, deadline):
         """Read once; says whether there was anything: nothing comes behind the end."""
-        ready, _, _ = select.select([self.keys], [], [], max(0, deadline - time.monotonic()))
-        assert ready, f"nothing more came behind {self.screen!r}"
+        assert self.answers(deadline - time.monotonic()), f"nothing came behind {self.screen!r}"
         try:
             read = os.read(self.keys, 1 << 16)
         except OSError:  # what Linux says when the other end is gone
@@ -67,8 +66,14 @@ class Terminal:
         assert not self.screen
         time.sleep(0.3)
         self.type("\x03")
-        if not select.select([self.keys], [], [], PATIENCE / 4)[0]:
+        if not self.answers(PATIENCE / 4):
             self.type("\x03")
+
+    def answers(self, seconds):
+        """Whether something comes to be read within that time."""
+        poll = select.poll()
+        poll.register(self.keys, select.POLLIN | select.POLLHUP)
+        return bool(poll.poll(max(0, seconds) * 1000))
 
     def say(self, line):
         """Type a line at the prompt; what is shown before the next prompt, without the line."""
