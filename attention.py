@@ -39,7 +39,8 @@ class Apart(NamedTuple):
 
 def attend(q, k, v, mask=None, causal=False):
     """Softmax attention of q (B, H, T, D) over k and v (B, H, S, D); mask (B, 1, T, S) is True
-    where a query may look, or comes from packed_mask; causal means T == S and no look ahead.
+    where a query may look, or is added to the scores (only where there is no gradient), or comes
+    from packed_mask; causal means T == S and no look ahead.
 
     Short training sequences on a CPU are multiplied out: PyTorch's fused kernel takes 1.7 to 5
     times as long there, forward and backward together, up to about 200 positions (docs/log.md).

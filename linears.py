@@ -1,7 +1,7 @@
 """Linear layers that only decode: weights laid out, or rounded, for products with few rows.
 
 With one row a product reads every weight once and uses it once, so a weight of half the size takes
-half the time. docs/log.md has the figures of the kinds.
+half the time. docs/log.md has the figures. relu: they end with a ReLU (no bias then).
 
 Letters for shapes: N outputs, K inputs.
 """
@@ -13,19 +13,20 @@ from torch import nn
 
 from common.config import UserError
 from common.distributed import pick_dtype
+from model import MLP
 
 
 class PackedLinear(nn.Module):
     """A Linear whose weight is stored in the blocks that oneDNN multiplies by."""
 
-    def __init__(self, linear):
+    def __init__(self, linear, relu=False):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
+        self.bias, self.then = linear.bias, "relu" if relu else "none"
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.then, [], "")
 
     @staticmethod
     def works(device, dtype):
@@ -41,22 +42,25 @@ class HalfLinear(nn.Module):
     """A Linear with weights in bf16, for x in fp32, kept twice: for one row and for several.
 
     One row takes FBGEMM's product with fp16 weights, which is a quarter faster there than oneDNN's
-    with bf16; what bf16 holds fp16 holds, too, down to 6e-8.
+    with bf16; what bf16 holds fp16 holds, too, down to 6e-8. Several rows come out in bf16.
     """
 
-    def __init__(self, linear):
+    def __init__(self, linear, relu=False):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach().bfloat16()
         self.bias = None if linear.bias is None else linear.bias.detach().float()
+        self.then = "relu" if relu else "none"
         self.one = torch.ops.quantized.linear_prepack_fp16(weight.float(), self.bias)
         self.several = torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
     def forward(self, x):
         if x.numel() == x.size(-1):
+            if self.then == "relu":
+                return torch.ops.quantized.linear_relu_dynamic_fp16(x, self.one)
             return torch.ops.quantized.linear_dynamic_fp16(x, self.one)
         x = x.to(torch.bfloat16)
-        y = torch.ops.mkldnn._linear_pointwise(x, self.several, None, "none", [], "").float()
+        y = torch.ops.mkldnn._linear_pointwise(x, self.several, None, self.then, [], "")
         return y if self.bias is None else y + self.bias
 
     @staticmethod
@@ -74,7 +78,7 @@ class Int8Linear(nn.Module):
     in it. Rows are brought to one range first, so that a large one leaves the others their digits.
     """
 
-    def __init__(self, linear):
+    def __init__(self, linear, relu=False):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach().float()
@@ -85,17 +89,22 @@ class Int8Linear(nn.Module):
             weight = torch.quantize_per_channel(weight, scale, zeros, 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(weight, None)
         self.bias = None if linear.bias is None else linear.bias.detach().float()
+        self.relu = relu
         # Without VNNI, sums of two products of 8 bits can leave 16 bits.
         self.seven_bits = not torch.cpu._is_vnni_supported()
 
     def forward(self, x):
-        if x.numel() == x.size(-1):
-            y = torch.ops.quantized.linear_dynamic(x, self.packed, self.seven_bits)
+        if x.numel() == self.in_features:
+            y = self.product(x)
         else:
             largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12)
-            y = torch.ops.quantized.linear_dynamic(x / largest, self.packed, self.seven_bits)
-            y = y * largest
+            y = self.product(x / largest) * largest
         return y if self.bias is None else y + self.bias
+
+    def product(self, x):
+        if self.relu:
+            return torch.ops.quantized.linear_relu_dynamic(x, self.packed, self.seven_bits)
+        return torch.ops.quantized.linear_dynamic(x, self.packed, self.seven_bits)
 
     @staticmethod
     def works(device):
@@ -128,9 +137,12 @@ def for_decoding(decoder, precision="auto"):
 
 
 def replace(module, kind):
-    """Put kind(linear) in the place of every Linear below `module`."""
+    """Put kind(linear) in the place of every Linear below `module`, a ReLU behind it inside."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear):
             setattr(module, name, kind(child))
+        elif isinstance(child, MLP):
+            child.up, child.down = kind(child.up, relu=True), kind(child.down)
+            child.relu = nn.Identity()
         else:
             replace(child, kind)

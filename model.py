@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from attention import attend, compute_dtype, packed_mask
@@ -46,21 +45,22 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        (q, k), v = rotate(qkv[:2], *rotary), qkv[2]
+        (q, k), v = rotate(qkv[:2], *rotary), qkv[2]  # k in fp32 where the tables are
         if slots is not None:
             k, v = slots.store(k, v)  # (B, H, S, D): these and all earlier positions
-        y = attend(q.to(k.dtype), k, v, mask, causal=mask is None and T > 1)
-        return self.out(y.transpose(1, 2).reshape(B, T, C).to(x.dtype))
+        y = attend(q.type_as(k), k, v.type_as(k), mask, causal=mask is None and T > 1)
+        return self.out(y.transpose(1, 2).reshape(B, T, C).type_as(x))
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.relu = nn.ReLU()
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.down(F.relu(self.up(x)))
+        return self.down(self.relu(self.up(x)))
 
 
 class Block(nn.Module):
@@ -293,17 +293,22 @@ class KVCache:
             return self.place(starts[:, None] + steps, end)
         begin, mask = before[0], None
         if T > 1 and begin > 0:
-            mask = torch.arange(end, device=self.keys.device) <= begin + steps[:, None]
-            mask = mask[None, None]
+            mask = self.mask(begin + steps[None], end)
         new = (x[:, :, :, begin:end].unbind() for x in (self.keys, self.values))
         return slice(begin, end), mask, [
             Slots(*layer, None, begin == 0) for layer in zip(*self.seen(end), *new, strict=True)]
 
     def place(self, positions, end):
         """As extend, for positions (B, T) on the device, where `end` slots are looked at."""
-        mask = torch.arange(end, device=positions.device) <= positions[:, None, :, None]
-        return positions, mask, [Slots(*layer, None, None, positions, False)
-                                 for layer in zip(*self.seen(end), strict=True)]
+        layers = zip(*self.seen(end), strict=True)
+        return positions, self.mask(positions, end), [
+            Slots(*layer, None, None, positions, False) for layer in layers]
+
+    def mask(self, positions, end):
+        """What is added to the scores of `end` slots (B, 1, T, end) for queries at `positions`
+        (B, T): minus infinity for later ones. One of booleans would become this in every layer."""
+        later = torch.arange(end, device=positions.device) > positions[:, None, :, None]
+        return self.keys.new_zeros(later.shape).masked_fill_(later, float("-inf"))
 
     def seen(self, end):
         """The first `end` slots of the keys and of the values, layer by layer (B, H, end, D)."""
