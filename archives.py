@@ -24,7 +24,7 @@ from itertools import accumulate, takewhile
 from pathlib import Path
 
 from common import hub
-from common.config import UserError
+from common.config import UserError, one_line
 from pictures import PictureError
 
 MAX_BYTES = 1 << 28  # a larger file is refused before it is read
@@ -167,7 +167,10 @@ class Folder:
 
     def read(self, name):
         try:
-            with open(self.path / name, "rb") as file:
+            path = self.path / name
+            if not path.is_file() and path.exists():  # a pipe or a device might never end
+                raise ValueError("it is no file")
+            with open(path, "rb") as file:
                 content = file.read(MAX_BYTES + 1)
         except FileNotFoundError:
             raise PictureError("a missing picture", f"there is no picture {name}") from None
@@ -204,7 +207,7 @@ class Archive:
                     self.bases.setdefault(base(name), []).append(name)
                 self.places[name] = place  # of two with one name the later holds
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read the pictures in {self.name}: {error}") from None
+            raise UserError(f"cannot read the pictures in {self.name}: {one_line(error)}") from None
         if not self.places:
             raise UserError(f"{self.name} is empty or damaged: there is no file in it")
 
@@ -217,9 +220,9 @@ class Archive:
         """The bytes of a member; those of a tar that ends early may be too few."""
         at, size, full_size, method, crc = self.places[name]
         small_enough(b"", max(size, full_size), name)
-        if method is None:  # a tar: the bytes as they are
-            return self.file.pread(size, at)
         try:
+            if method is None:  # a tar: the bytes as they are
+                return self.file.pread(size, at)
             *_, n_name, n_extra = LOCAL_HEADER.unpack(self.file.pread(LOCAL_HEADER.size, at))
             content = self.file.pread(size, at + LOCAL_HEADER.size + n_name + n_extra)
             if method == zipfile.ZIP_DEFLATED:
@@ -279,7 +282,7 @@ def zip_members(paths):
         yield from scanned(Joined(paths))
         return
     for member in members:
-        if not member.is_dir():
+        if not member.filename.endswith("/"):
             method = -1 if member.flag_bits & ENCRYPTED else member.compress_type
             yield member.filename, (member.header_offset, member.compress_size, member.file_size,
                                     method, member.CRC)
@@ -301,20 +304,23 @@ def scanned(file):
 
 def tar_members(paths):
     """Yield (name, place) of the files of a tar; behind a damaged header the next one is sought."""
-    file = Joined(paths)
+    file, at = Joined(paths), -1
     whole = file.size % tarfile.BLOCKSIZE == 0
     try:
         with tarfile.open(fileobj=io.BufferedReader(Joined(paths), BLOCK), mode="r:",
                           ignore_zeros=True) as archive:
             for member in archive:
                 archive.members = []  # else it would keep all of them
+                if archive.offset <= at:  # a size below zero leads back, and round and round
+                    raise tarfile.ReadError
+                at = archive.offset
                 if member.isreg():
                     yield member.name, (member.offset_data, member.size, member.size, None, 0)
                 whole = whole and archive.offset <= file.size
-    except (tarfile.TarError, EOFError):
+    except (tarfile.TarError, EOFError, MemoryError, RecursionError):  # of long chains of headers
         whole = False
     if not whole:
-        print(f"the end of {paths[0]} is missing; what comes before it is used")
+        print(f"the end of {paths[0]} is missing or damaged; what comes before it is used")
 
 
 # ----------------------------------------------------------------------------- paths and patterns

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader
 
 import tokenizer as tokenizers
 from common import hub
-from common.config import UserError, read_json
+from common.config import UserError, one_line, read_sealed
+from common.intact import check_together
 
 
 @dataclass
@@ -76,6 +77,7 @@ class Loader:
             raise UserError(f"the data set {dataset.name} is empty")
         self.dataset, self.rows, self.run, self.seed = dataset, rows, run, seed
         self.accumulate, self.micro_rows = run.split(rows, micro_rows)
+        run.loader = self
         self.workers, self.worker = workers, ThreadPoolExecutor(1)
         self.ahead = {}  # (step, micro) -> the future of its batch
         self.stream, self.stream_at = None, None  # of the workers: batches, the next one's number
@@ -132,6 +134,7 @@ class Loader:
                 if not said:
                     self.run.log.say(f"waiting for {missing}")
                 said = True
+            self.run.watch.waits()
             if self.run.wants_to_stop():
                 self.run.stop_early(step - 1, together=False)
             time.sleep(0.2)
@@ -296,8 +299,8 @@ def read_array(path, dtype):
         raise hub.NotYet(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is not a whole .npy file: {error}") from None
+    except Exception as error:  # NumPy parses the header, and raises whatever it stumbles over
+        raise UserError(f"{path} is not a whole .npy file: {one_line(error)}") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path} is an archive, not a .npy file")
     if array.ndim != 1 or array.dtype != dtype:
@@ -307,7 +310,8 @@ def read_array(path, dtype):
 
 
 def check_tokenizer(folder, tokenizer=None):
-    """The tokenizer that the data in `folder` was made with; UserError if it is not `tokenizer`.
+    """The tokenizer that the data in `folder` was made with; UserError if it is not `tokenizer`,
+    or if a file of the folder is not what it was when it was made.
 
     A folder without a manifest (the public token shards) is taken to be GPT-2's.
     """
@@ -319,9 +323,11 @@ def check_tokenizer(folder, tokenizer=None):
             raise UserError(f"{folder} has no manifest.json, so its tokens are taken to be "
                             "GPT-2's, but the model has another tokenizer")
         return tokenizer or tokenizers.load("gpt2")
-    info = read_json(manifest)
-    if "tokenizer" not in info:
+    info = read_sealed(manifest)
+    if not {"tokenizer", "tokenizer_name"} <= info.keys():
         raise UserError(f"{folder} is no data set; name one of the folders in it")
+    coming = {path.name for path in hub.expected(folder, "*")}  # hub.py checks those on arrival
+    check_together(folder, info.get("sha256", {}), coming)
     if tokenizer is None:
         return tokenizers.load("gpt2" if info["tokenizer_name"] == "gpt2" else folder)
     if info["tokenizer"] != tokenizer.fingerprint:

@@ -6,6 +6,7 @@ CLIP sees as zero ("pad"), or the longer ones cut off ("crop").
 Letters for shapes: M images, S pixels.
 """
 
+import functools
 import io
 import re
 import warnings
@@ -15,12 +16,16 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
 from clip import MEAN
-from common.config import UserError
+from common.config import UserError, one_line
 
 MAX_PIXELS = 50_000_000  # a larger picture is refused before it is decoded
 PADDING = tuple(int(255 * channel) for channel in MEAN)
 SHARPNESS = 1.4  # a JPEG is decoded no finer than this many times the size it is wanted in
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # bytes; pictures come with stories
+# What is decoded. Pillow knows more, among them PostScript, for which it starts another program.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO", "TGA",
+           "PCX", "SGI")
+MAX_SCANS = 100  # of a JPEG; cameras and web sites make 10, and each takes time of its own
 WIDEST = 8  # times as wide as high, or the other way round; what is beyond is cut off
 
 
@@ -28,7 +33,7 @@ class PictureError(UserError):
     """A picture that cannot be used; `reason` says why in a few words, the message names it."""
 
     def __init__(self, reason, message):
-        super().__init__(message)
+        super().__init__(one_line(message, 500))  # names may come from a stranger's archive
         self.reason = reason
 
 
@@ -41,7 +46,12 @@ def read_image(source, name=None, size=0, how="pad", max_pixels=MAX_PIXELS):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow only warns at a bomb; the check below refuses
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(file, formats=formats()) as image:
+                if image.format == "JPEG" and isinstance(source, bytes) and (
+                        source.count(b"\xff\xda") > MAX_SCANS):
+                    raise PictureError("an unreadable picture", f"{name} is a JPEG of more than "
+                                       f"{MAX_SCANS} scans, which only an attacker makes")
                 width, height = image.size
                 if width * height > max_pixels:
                     raise PictureError("a picture that is too large", f"{name}: {width} x {height} "
@@ -65,9 +75,16 @@ def read_image(source, name=None, size=0, how="pad", max_pixels=MAX_PIXELS):
         raise PictureError("a picture that is too large", f"{name}: {error}") from None
     except Exception as error:  # Pillow's many decoders raise whatever they stumble over
         kind = "a truncated" if "truncated" in str(error).lower() else "an unreadable"
-        why = re.sub(r" ?<_io.*?>", "", str(error))  # bytes in memory have no name
+        why = re.sub(r" ?<_io.*?>", "", one_line(error))  # bytes in memory have no name
         raise PictureError(f"{kind} picture",
                            f"{name} is not a readable picture: {why}") from None
+
+
+@functools.cache
+def formats():
+    """Those of FORMATS that this Pillow can read."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def fit(image, size, how="pad"):

@@ -29,7 +29,7 @@ import tales
 import tokenizer as tokenizers
 import world
 from common.checkpoint import write_json
-from common.config import UserError, parse, run_main
+from common.config import UserError, parse, run_main, seal
 from common.distributed import peak_memory_gb
 from prep.check import Check, check, data_first
 from prep.conversations import write_chats_about_pictures, write_chats_about_text
@@ -171,8 +171,8 @@ def demo(cfg):
         (out / "pictures").mkdir()
         for i in range(8):
             world.paint(world.draw_scene(rng, "held_out"), 256).save(out / f"pictures/{i}.png")
-        write_json(out / "manifest.json", {
-            "seconds": time.time() - began, "peak_rss_gb": peak_memory_gb()[1]})
+        write_json(out / "manifest.json", seal({
+            "seconds": time.time() - began, "peak_rss_gb": peak_memory_gb()[1]}))
     print(f"{cfg.out}: {cfg.stories} stories ({n_train:,} tokens), {cfg.chats} chats, "
           f"{cfg.captions} captions, {cfg.conversations} picture chats, in "
           f"{time.time() - began:.0f} s")

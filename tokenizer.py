@@ -18,7 +18,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import UserError
+from common.config import UserError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIALS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|image|>")
@@ -100,6 +100,10 @@ def from_json(source):
 
     bpe = FastTokenizer.from_str(source)
     size = bpe.get_vocab_size()
+    if sorted(bpe.get_vocab().values()) != list(range(size)):  # else text could spell specials
+        raise UserError(f"its {size} tokens are not numbered from 0 to {size - 1}")
+    bpe.no_truncation()
+    bpe.no_padding()
 
     def encode(text):
         # Half a surrogate pair, which JSON can spell, becomes a replacement mark, as in tiktoken.
@@ -137,8 +141,10 @@ def load(where):
         raise UserError(f"no tokenizer at {path}: say gpt2, or a folder that has a tokenizer.json")
     try:
         return from_json(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
-        raise UserError(f"{path} is not a tokenizer file: {error}") from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and panics beside it
+        raise UserError(f"{path} is not a tokenizer file: {one_line(error)}") from None
 
 
 @dataclass

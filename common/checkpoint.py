@@ -13,6 +13,7 @@ name is complete. Readers check the sums: safetensors and torch.load both take a
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -26,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common.config import UserError, read_json
+from common.config import UserError, one_line, read_json, read_sealed, seal
 
 STEP_FOLDER = re.compile(r"step_(\d{8})$")
 
@@ -53,26 +54,44 @@ def save_shard(run_folder, step, number, optimizer):
     flush(path, deep=False)
 
 
-def save(run_folder, step, weights, info, tokenizer, training_state, begun=False):
+def save(run_folder, step, weights, info, tokenizer, training_state, begun=False, keep_every=0):
     """Write the checkpoint of `step` and remove those no longer wanted; returns its folder.
 
     weights: dict of name to tensor; info: what goes into config.json; training_state: dict.
-    begun: whether it has shards in it already.
+    begun: whether it has shards in it already. Where the disk is full, the older of the newest two
+    makes room; UserError if that was not enough: nothing of the new one is left then.
     """
-    folder = Path(run_folder) / f"step_{step:08d}"
-    temporary = unfinished(run_folder, step) if begun else begin(run_folder, step)
+    folder, content = Path(run_folder) / f"step_{step:08d}", (weights, info, tokenizer,
+                                                              training_state)
+    temporary = unfinished(run_folder, step)
+    for again in (True, False):
+        try:
+            if not begun:
+                begin(run_folder, step)
+            fill(temporary, *content)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+            break
+        except (OSError, SafetensorError, RuntimeError) as error:  # of each library's own
+            room = not begun and again and prune(run_folder, keep_every, newest=1)
+            if not room:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise UserError(f"cannot write the checkpoint of step {step} into {run_folder}: "
+                                f"{one_line(error)}; the one before is whole") from None
+    flush(folder.parent, deep=False)
+    prune(run_folder, keep_every)
+    return folder
+
+
+def fill(temporary, weights, info, tokenizer, training_state):
+    """Write the files of a checkpoint, its sums last, and force them to the disk."""
     weights = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
     save_file(weights, temporary / "model.safetensors")
     torch.save(training_state, temporary / "state" / "training.pt")
     write_json(temporary / "config.json", info)
     tokenizer.save(temporary)
-    write_json(temporary / "manifest.json", {"sha256": sums(temporary)})
+    write_json(temporary / "manifest.json", seal({"sha256": sums(temporary)}))
     flush(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    flush(folder.parent, deep=False)
-    prune(run_folder)
-    return folder
 
 
 def write_json(path, value):
@@ -111,17 +130,50 @@ def steps_in(run_folder):
     return found
 
 
-def prune(run_folder):
-    """Keep the newest two checkpoints and the one with the lowest validation loss."""
-    found = steps_in(run_folder)
+def clear(run_folder, everything=False):
+    """Remove what killed runs left half done; all checkpoints as well if `everything`."""
+    left = [p for start in (".writing-", ".removing-") for p in Path(run_folder).glob(f"{start}*")]
+    for folder in [*left, *(steps_in(run_folder).values() if everything else ())]:
+        shutil.rmtree(folder)
+
+
+def prune(run_folder, keep_every=0, newest=2):
+    """Remove checkpoints but the newest two, the one with the lowest validation loss and those of
+    a multiple of keep_every steps; says whether any was removed. One being read stays."""
+    found, removed = steps_in(run_folder), False
     losses = {}
     for step, folder in found.items():
         with contextlib.suppress(UserError, KeyError):  # a damaged one must not stop the run
             losses[step] = read_json(folder / "config.json")["metrics"]["val_loss"]
     losses = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
-    keep = {*list(found)[-2:], *([min(losses, key=losses.get)] if losses else [])}
+    keep = {*list(found)[-newest:], *([min(losses, key=losses.get)] if losses else []),
+            *(step for step in found if keep_every and step % keep_every == 0)}
     for step in found.keys() - keep:
-        shutil.rmtree(found[step])
+        removed |= remove(found[step])
+    return removed
+
+
+def remove(folder):
+    """Remove a checkpoint, at once for all who look; False if it is being read."""
+    with contextlib.suppress(BlockingIOError), held(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        gone = folder.with_name(f".removing-{folder.name}")
+        folder.rename(gone)
+        shutil.rmtree(gone)
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def held(folder, how=fcntl.LOCK_SH):
+    """A lock on a checkpoint: many may read it, and nobody may remove it then."""
+    with open(folder / "manifest.json", "rb") as file:
+        try:
+            fcntl.flock(file, how)
+        except BlockingIOError:
+            raise
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def locate(name):
@@ -167,7 +219,13 @@ def read(name, kinds=None, with_state=False):
     UserError that says which stage made it. info gains "folder" and "sha256".
     """
     folder = find(name)
-    manifest = read_json(folder / "manifest.json")
+    with held(folder):
+        return read_held(folder, kinds, with_state)
+
+
+def read_held(folder, kinds, with_state):
+    """`read` of a folder that nobody removes meanwhile."""
+    manifest = read_sealed(folder / "manifest.json")
     if "sha256" not in manifest:
         raise UserError(f"{folder / 'manifest.json'} is damaged: it lists no sums of the files")
     for file, wanted in manifest["sha256"].items():

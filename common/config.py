@@ -9,10 +9,13 @@ typed, ahead of the real flags, so that a file and the command line pass the sam
 import ast
 import dataclasses
 import difflib
+import hashlib
 import json
+import math
 import os
 import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +23,14 @@ from typing import Literal
 
 class UserError(Exception):
     """Something the user can put right. The message says what, where and what to do."""
+
+
+def one_line(error, longest=300):
+    """What a library says of a strange file, fit for a terminal: on one line, without control
+    letters of the file's own, and not all of it where it repeats the file."""
+    words = " ".join(str(error).split()).encode("utf-8", "replace").decode()
+    text = "".join(letter if letter.isprintable() else "?" for letter in words)
+    return text if len(text) <= longest else f"{text[:longest]} ..."
 
 
 @dataclass
@@ -49,7 +60,10 @@ class TrainSettings:
 
     eval_every: int = 250  # steps between evaluations; 0 for only at the end
     save_every: int = 1000  # steps between checkpoints; there is always one at the end
+    keep_every: int = 0  # checkpoints of every so many steps are never removed; 0 for none
     log_every: int = 10  # steps between printed lines
+    step_timeout: float = 15.0  # minutes after which a process that stalls is named and the job
+    # ends; 0 for never
     device: str = "auto"  # auto, cpu, cuda, mps
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: what the device is for
     # divide weights and optimizer over all GPUs (full) or those of a node (hybrid), by FSDP
@@ -74,22 +88,38 @@ def parse(config_class, argv=None):
     for flag in argv:
         if flag.startswith("--") and flag not in ("--help",):
             check_name(flag[2:].split("=")[0], config_class, "on the command line")
-    return tyro.cli(
+    for flag in (*file_flags, *argv):
+        if "\0" in flag or any("\ud800" <= letter <= "\udfff" for letter in flag):
+            raise UserError(f"{flag.split('=')[0][:60]!r} is given a letter that is no text")
+    settings = tyro.cli(
         config_class,
         args=[*file_flags, *argv],
         config=(tyro.conf.FlagConversionOff,),
         use_underscores=True,
     )
+    check_numbers(settings)
+    return settings
+
+
+def check_numbers(settings):
+    """UserError for a number that nothing can be counted or multiplied with."""
+    for name, value in vars(settings).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name}={value} is no number to compute with")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise UserError(f"--{name} is too large: computers count to 2^63")
 
 
 def read_config_file(path, config_class):
     """The assignments in the file `path` as a list of flags."""
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"), filename=path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's, about its own language
+            tree = ast.parse(Path(path).read_text(encoding="utf-8"), filename=path)
     except FileNotFoundError:
         raise UserError(f"there is no config file {path}") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"cannot read the config file {path}: {error}") from None
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"cannot read the config file {path}: {one_line(error)}") from None
     flags = []
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -101,8 +131,11 @@ def read_config_file(path, config_class):
         name = node.targets[0].id
         check_name(name, config_class, f"in {where}")
         try:
-            flags.append(f"--{name}={ast.literal_eval(node.value)}")
-        except (ValueError, TypeError):
+            value = ast.literal_eval(node.value)
+            if not isinstance(value, int | float | str | None):
+                raise TypeError
+            flags.append(f"--{name}={value}")
+        except (ValueError, TypeError, RecursionError, MemoryError):
             raise UserError(f"{where}: the value of {name} must be a plain number, string, True or "
                             "False") from None
     return flags
@@ -113,7 +146,7 @@ def check_name(name, config_class, where):
     if name.replace("-", "_") not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "--help lists the settings"
-        raise UserError(f"there is no setting {name!r} ({where}); {hint}")
+        raise UserError(f"there is no setting {name[:60]!r} ({where}); {hint}")
 
 
 def read_json(path):
@@ -122,6 +155,36 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
+    except RecursionError:
+        raise UserError(f"cannot read {path}: its lists are nested too deeply") from None
+
+
+def seal(content):
+    """The dict `content` with its own sum, so that a list of sums can be checked itself."""
+    content = json.loads(json.dumps(content))  # as it will be read: keys are strings, no tuples
+    return {**content, "seal": seal_of(content)}
+
+
+def seal_of(content, without="seal"):
+    """The sha256 of a dict's JSON, whatever its order and its spaces, but for one key."""
+    rest = {key: value for key, value in content.items() if key != without}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_sealed(path):
+    """The dict that `seal` made, from the file `path`; UserError if it is not what it was.
+
+    One that never had a seal is taken as it is.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it does not begin with a brace")
+    # Looked up by its value, since the word "seal" can be damaged too.
+    found = [key for key, value in content.items() if value == seal_of(content, key)]
+    if found != ["seal"] and (found or "seal" in content):
+        raise UserError(f"{path} is damaged: its seal, the sum of its content, does not fit; make "
+                        "it again or copy it again")
+    return content
 
 
 def run_main(main):

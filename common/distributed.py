@@ -50,6 +50,7 @@ class Machine:
     rank: int = 0
     ranks: int = 1
     name: str = field(default="", repr=False)
+    hosts: object = field(default=None, repr=False)  # process group in which the hosts talk
 
     @property
     def is_main(self):
@@ -66,6 +67,14 @@ class Machine:
         if self.ranks > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def any(self, flag):
+        """Whether `flag` is true in any process; the hosts agree on it, no GPU has to wait."""
+        if self.ranks > 1:
+            flags = torch.tensor(int(flag))
+            dist.all_reduce(flags, group=self.hosts)
+            return flags.item() > 0
+        return flag
 
     def barrier(self):
         if self.ranks > 1:
@@ -88,7 +97,8 @@ def setup(device="auto", precision="auto"):
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None,
                                 timeout=PATIENCE)
     torch.set_float32_matmul_precision("high")  # fp32 products may use TF32 where there is any
-    return Machine(device, pick_dtype(device, precision), rank, ranks, device_name(device))
+    hosts = dist.new_group(backend="gloo", timeout=PATIENCE) if ranks > 1 else None
+    return Machine(device, pick_dtype(device, precision), rank, ranks, device_name(device), hosts)
 
 
 def pick_device(name):

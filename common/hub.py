@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.checkpoint import file_sum, write_json
-from common.config import UserError, read_json
+from common.config import UserError, read_json, read_sealed, seal
+from common.intact import damaged
 
 PREFIX = "hf://"  # what a data setting begins with to name a data set of the hub
 BESIDE = ("manifest.json", "tokenizer.json")  # what prepare.py writes beside shards
@@ -34,6 +35,15 @@ class Remote:
     name: str
     size: int
     sha256: str
+
+    def __post_init__(self):
+        if not (isinstance(self.name, str) and isinstance(self.sha256, str)
+                and isinstance(self.size, int)):
+            raise TypeError
+        if self.name.startswith("/") or ".." in self.name.split("/"):
+            raise UserError(f"the hub lists a file outside of its data set, {self.name!r}, which "
+                            "is not fetched")
+        self.base = Path(self.name).name  # as it is called in a folder here
 
 
 def listing(repository):
@@ -60,7 +70,7 @@ def fetch(repository, remote, folder, say=print):
 
     The library mends a transfer that breaks while it runs. Raises UserError when ATTEMPTS fail.
     """
-    path = Path(folder) / Path(remote.name).name
+    path = Path(folder) / remote.base
     # Of this process alone: several machines may fill the same folder.
     incoming = Path(folder) / f".incoming-{socket.gethostname()}-{os.getpid()}"
     for attempt in range(ATTEMPTS):
@@ -116,28 +126,60 @@ def stream(data, run):
     folder = Path("data/hub") / repository.replace("/", "--")
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         remotes = known_listing(repository, folder)
+        drop_damaged(remotes, folder, run.log.say)
         train = [remote for remote in remotes if fnmatch.fnmatch(remote.name, "*train*.npy")]
         others = [remote for remote in remotes if remote not in train]
-        for remote in [*others, *train[:1]]:
+        for remote in missing([*others, *train[:1]], folder):
             run.log.say(f"{folder / remote.name} ({remote.size / 1e6:.0f} MB)")
             fetch(repository, remote, folder, run.log.say)
-        worker = threading.Thread(target=fetch_all, args=(repository, train[1:], folder, run.log),
-                                  daemon=True)
-        worker.start()
+        later = missing(train[1:], folder)
+        threading.Thread(target=fetch_all, args=(repository, later, folder, run.log),
+                         daemon=True).start()
     run.machine.barrier()
     return str(folder)
 
 
+def missing(remotes, folder):
+    return [remote for remote in remotes if not (folder / remote.base).is_file()]
+
+
 def known_listing(repository, folder):
     """The listing that `folder` has, or the hub's, which it gets."""
-    if (folder / "shards.json").is_file():
-        return [Remote(**entry) for entry in read_json(folder / "shards.json")]
+    if remotes := listed(folder):
+        return remotes
     remotes = listing(repository)
     folder.mkdir(parents=True, exist_ok=True)
     fresh = folder / f".shards-{socket.gethostname()}.json"
-    write_json(fresh, [asdict(remote) for remote in remotes])
+    write_json(fresh, seal({"files": [asdict(remote) for remote in remotes]}))
     fresh.replace(folder / "shards.json")
     return remotes
+
+
+def listed(folder):
+    """The files (Remote) that the shards.json of a folder says are, or will be, in it; [] where
+    there is none."""
+    path = Path(folder) / "shards.json"
+    if not path.is_file():
+        return []
+    content = read_json(path)
+    if not isinstance(content, list):  # as it was written before it had a seal
+        content = read_sealed(path).get("files")
+    try:
+        return [Remote(**entry) for entry in content]
+    except TypeError:
+        raise UserError(f"{path} is damaged: it is no list of files; remove it, and the hub is "
+                        "asked again") from None
+
+
+def drop_damaged(remotes, folder, say):
+    """Remove what is in the folder and is not what the hub has, so that it is fetched again."""
+    here = {remote.base: remote for remote in remotes if (folder / remote.base).is_file()}
+    sums = {name: remote.sha256 for name, remote in here.items() if remote.sha256}
+    wrong = damaged(folder, sums, say=say)
+    for name, remote in here.items():
+        if name in wrong or (folder / name).stat().st_size != remote.size:
+            say(f"{folder / name} is damaged; it is fetched again")
+            (folder / name).unlink(missing_ok=True)
 
 
 def fetch_all(repository, remotes, folder, log):
@@ -153,12 +195,8 @@ def fetch_all(repository, remotes, folder, log):
 
 def expected(folder, pattern):
     """{path: tokens} of the shards that shards.json says are, or will be, in `folder`."""
-    path = Path(folder) / "shards.json"
-    if not path.is_file():
-        return {}
-    entries = [entry for entry in read_json(path) if fnmatch.fnmatch(entry["name"], pattern)]
-    return {Path(folder) / Path(entry["name"]).name: (entry["size"] - HEADER) // 2
-            for entry in entries}
+    return {Path(folder) / remote.base: (remote.size - HEADER) // 2 for remote in listed(folder)
+            if fnmatch.fnmatch(remote.name, pattern)}
 
 
 def is_coming(path):

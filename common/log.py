@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import platform
 import shlex
@@ -50,9 +51,10 @@ class Log:
             print(text, flush=True)
 
     def add(self, step, figures):
-        """Append one row to log.jsonl."""
+        """Append one row to log.jsonl, of those figures that are numbers."""
         if not self.enabled:
             return
+        figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         row = {"step": step, **{name: round(value, 6) for name, value in figures.items()}}
         self.rows.append(row)
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
@@ -273,7 +275,7 @@ def data_table(folder):
             rows += [["left out", ", ".join(reasons)]] if reasons else []
         elif isinstance(value, dict):
             rows.append([name, ", ".join(f"{key} {some}" for key, some in value.items())])
-        elif name != "tokenizer":
+        elif name not in ("tokenizer", "seal"):
             rows.append([name, f"{value:,}" if isinstance(value, int) else value])
     return Table(["data", folder], rows)
 

@@ -17,8 +17,6 @@ import contextlib
 import dataclasses
 import gc
 import os
-import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -36,15 +34,19 @@ from common.distributed import (
     release_free_memory,
     setup,
 )
+from common.guard import Guard
 from common.log import Log, with_origin, write_report
 from common.optim import lr_factor
+from common.saving import Saver
 from common.shard import number_of_shard, shard, unshard, whole, whole_weights
+from common.stopping import STOPPED_EARLY, Stopping
+from common.watch import Watch
 
 WARM_STEPS = 5  # after these nothing new lives long
 LOWEST = dict(max_steps=1, context=1, batch_tokens=1, batch_pairs=1, micro_rows=1, val_rows=1,
               val_chats=1, micro_pairs=0, seed=0, workers=-1,
-              projector_lr=0, text_share=0, replay_share=0)
-STOPPED_EARLY = 75  # exit status of a run that saved and can go on (EX_TEMPFAIL of sysexits.h)
+              projector_lr=0, text_share=0, replay_share=0, keep_every=0)
+EVALUATION = 60.0  # minutes that evaluating or saving may take before a process counts as stalled
 
 
 class Run:
@@ -61,13 +63,12 @@ class Run:
         self.folder = Path(cfg.out)
         self.settings = dataclasses.asdict(cfg)
         self.log = Log(self.folder, self.machine.is_main, cfg.tracker, self.settings)
-        self.metrics, self.stop_signal, self.asked, self.saved = {}, None, 0.0, None
-        self.notes, self.n_lost, self.origins = [], 0, []
+        self.metrics, self.notes, self.n_lost, self.origins, self.saved = {}, [], 0, [], None
         self.began = time.time()  # of the whole run; moved back on resuming, for the cost
-        self.clock = time.perf_counter()  # of this process, for --time_limit
+        self.wants_to_stop, self.saver = Stopping(cfg.time_limit), Saver()
+        self.watch = Watch(self.folder, self.machine, cfg.step_timeout, EVALUATION)
+        self.loader = None  # the last one made: names the rows of a step
         torch.manual_seed(cfg.seed)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
 
     def split(self, rows, micro_rows):
         """How `rows` a step divide: (micro-batches, rows each) per process, the same job for any
@@ -133,12 +134,16 @@ class Run:
             optimizer.load_state_dict(state["optimizer"])
             self.fp16.load_state_dict(state["fp16"])
             torch.set_rng_state(state["rng"])
+        self.guard = Guard(self.device)
+        if state and "guard" in state:
+            self.guard.load_state_dict(state["guard"])
         self.first_step = state["step"] if state else 0
         self.origins = with_origin(self.origins, self.machine, self.first_step,
                                    self.cfg.max_steps)
         self.peak = peak_flops(self.machine) * self.ranks
-        self.loss = torch.zeros((), device=self.device)
-        self.skipped = torch.zeros((), device=self.device)
+        self.loss = torch.zeros((), device=self.device)  # of this step, in this process
+        self.losses = torch.zeros(2, device=self.device)  # of the whole job since the last line:
+        # their sum, and how many steps were taken
         count = sum(p.numel() for p in self.trained)
         if self.first_step >= self.cfg.max_steps:
             self.log.say(f"all {self.cfg.max_steps} steps are done already")
@@ -168,9 +173,7 @@ class Run:
             except OSError as error:
                 raise UserError(f"--out={self.folder} cannot be made a folder: {error.strerror}; "
                                 "choose another") from None
-            if not self.cfg.resume:
-                for folder in checkpoint.steps_in(self.folder).values():
-                    shutil.rmtree(folder)
+            checkpoint.clear(self.folder, everything=not self.cfg.resume)
         self.machine.barrier()
         missing = torch.tensor(float(not self.folder.is_dir()), device=self.device)
         if self.machine.sum(missing) > 0:
@@ -212,11 +215,16 @@ class Run:
     def steps(self):
         """The step numbers still to do. Saves and ends the program early if asked to stop."""
         self.window = (time.perf_counter(), self.first_step)
+        self.watch.start()
         for step in range(self.first_step, self.cfg.max_steps):
             self.optimizer.set_lr(lr_factor(self.cfg, step))
+            self.watch.patient = step == self.first_step  # it compiles
+            self.watch.passed(f"the beginning of step {step}")
             yield step
-            if self._should_stop(step) and step + 1 < self.cfg.max_steps:
+            self._tell(self.saver.ended())
+            if self.machine.any(self.wants_to_stop()) and step + 1 < self.cfg.max_steps:
                 self.stop_early(step)
+        self.watch.passed("the last step", long=True)
         for module in self.model.modules():  # samples come next, and their shapes change all along
             module._compiled_call_impl = None
         if self.sharded:  # nor are they FSDP's kind of call
@@ -228,8 +236,10 @@ class Run:
 
         together: whether every process is here; one that is not could not take part in saving.
         """
+        self.watch.stop()
         if step >= self.first_step and (together or self.ranks == 1):
             self.save(step)
+            self._end_saving()
             self.log.say(f"stopped after step {step} and saved; the same command goes on")
         else:
             self.log.say("stopped; the same command goes on from the newest checkpoint")
@@ -240,6 +250,7 @@ class Run:
         """Context of one forward pass: autocast, and gradients shared on the last micro-batch."""
         stack = contextlib.ExitStack()
         last = micro == self.accumulate - 1
+        self.watch.passed(f"the forward pass of micro-batch {micro}")
         if self.sharded:  # summed inside a node every time, as whole gradients may not fit
             self.net.set_is_last_backward(last)
             self.net.set_requires_all_reduce(last)
@@ -257,52 +268,62 @@ class Run:
         self.fp16.scale(loss * self.ranks).backward()
 
     def update(self, step):
-        """Clip and step; a gradient that is not finite changes nothing and is counted.
+        """Clip and step; a step that would do harm (guard.Guard) changes nothing and is counted.
 
         Nothing here makes the host wait for a GPU, which would let the GPU run dry.
         """
+        self.watch.passed(f"the backward passes of step {step}")
         for member in self.optimizer.members:
             self.fp16.unscale_(member)
         limit = self.cfg.grad_clip or float("inf")
         self.grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.trained, limit))
-        bad = ~torch.isfinite(self.grad_norm)
+        loss = self.machine.sum(self.loss.clone())
+        bad = self.guard.unusual(step, loss, self.grad_norm)
         self.optimizer.step(skip=bad)
-        self.skipped += bad
+        self.losses += torch.where(bad, 0.0, torch.stack((loss, torch.ones_like(loss))))
+        self.loss.zero_()
         if self.fp16.is_enabled():
             self.fp16.update()
         self.optimizer.zero_grad()
         if step == self.first_step + WARM_STEPS:
             gc.collect()
             gc.freeze()  # what is here now stays: later collections need not look at it
+        self.watch.passed(f"the update of step {step}", long=True)
 
     def progress(self, step):
         """Every `log_every` steps: one printed line and one row of log.jsonl."""
         if not self.due(step, self.cfg.log_every):
             return
-        figures = torch.stack((self.machine.sum(self.loss), self.grad_norm, self.skipped))
-        loss, grad_norm, skipped = figures.tolist()  # the one wait for the device
+        figures = torch.stack((*self.losses, self.grad_norm, self.guard.count))
+        losses, taken, grad_norm, skipped = figures.tolist()  # the one wait for the device
         now, (then, first) = time.perf_counter(), self.window
         steps = step + 1 - first
         seconds = (now - then) / steps
         rate = self.per_step / seconds
         left = (self.cfg.max_steps - step - 1) * seconds
-        figures = dict(loss=loss / steps, grad_norm=grad_norm,
+        loss = losses / taken if taken else float("nan")
+        figures = dict(loss=loss, grad_norm=grad_norm,
                        lr=lr_factor(self.cfg, step), ms=seconds * 1e3,
                        mfu=rate * self.flops / self.peak, dollars=self.dollars())
         figures[f"{self.unit}_per_s"] = rate
-        self.log.say(f"step {step:5d} | loss {loss / steps:.4f} | "
+        self.log.say(f"step {step:5d} | loss {loss:.4f} | "
                      f"norm {figures['grad_norm']:.2f} | lr x{figures['lr']:.3f} | "
                      f"{seconds * 1e3:.0f} ms | {rate:,.0f} {self.unit}/s | "
                      f"mfu {figures['mfu']:.0%} | {left / 60:.1f} min left | "
                      f"${figures['dollars']:.2f}")
         if skipped:
-            self.log.say(f"{skipped:.0f} of these {steps} steps had a gradient that is not finite "
-                         "and changed nothing")
+            self.note(*self.guard.told(self._rows_of))
+            self.guard.check()
         self.log.add(step, figures)
-        self.loss.zero_()
-        self.skipped.zero_()
+        self.losses.zero_()
         release_free_memory()
         self.window = (now, step + 1)
+
+    def _rows_of(self, step):
+        """Which rows a step read, in words."""
+        rows = sorted(self.loader.rows_of(step).tolist()) if self.loader else []
+        some = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if rows[8:] else "")
+        return f"; it read the rows {some} of {self.loader.dataset.name}" if rows else ""
 
     def dollars(self):
         return self.cfg.dollars_per_hour * self.ranks * (time.time() - self.began) / 3600
@@ -314,19 +335,23 @@ class Run:
         self.log.say(f"step {step:5d} | {text}")
         self.log.add(step, figures)
         self.window = (time.perf_counter(), step + 1)  # evaluation is not training time
-        self.loss.zero_()
+        self.losses.zero_()
 
     def due(self, step, every):
         """Whether something done every so many steps is due after this one; the last always is."""
         return step + 1 == self.cfg.max_steps or (every > 0 and (step + 1) % every == 0)
 
     def save(self, step):
-        """Write a checkpoint that has done step `step`, unless it is the last one written."""
+        """Write a checkpoint that has done step `step`, unless it is the last one written.
+
+        The state is copied aside; a thread writes the copy. Sharded, all wait until it is written.
+        """
         if step == self.saved:
             return
         self.saved = step
+        self._tell(self.saver.ended(wait=True))
         weights = whole_weights(self.model, self.machine.is_main)
-        optimizer = self.optimizer.state_dict()
+        optimizer, guard = self.optimizer.state_dict(), self.guard.state_dict()
         if self.sharded:
             if self.machine.is_main:
                 checkpoint.begin(self.folder, step + 1)
@@ -342,15 +367,37 @@ class Run:
                      peak_rss_gb=max(host_gb, m.get("peak_rss_gb", 0)))
             info = dict(stage=self.stage, **self.info, step=step + 1, settings=self.settings,
                         tokenizer=self.tokenizer.fingerprint, tokenizer_name=self.tokenizer.name,
-                        processes=self.ranks, metrics=m, origins=self.origins)
-            state = dict(step=step + 1, fp16=self.fp16.state_dict(), rng=torch.get_rng_state())
+                        processes=self.ranks, metrics=dict(m), origins=self.origins)
+            state = dict(step=step + 1, fp16=self.fp16.state_dict(), rng=torch.get_rng_state(),
+                         guard=guard)
             state.update({} if self.sharded else {"optimizer": optimizer})
-            checkpoint.save(self.folder, step + 1, weights, info, self.tokenizer, state,
-                            begun=self.sharded)
+            copy = self.saver.copy({"weights": weights, "state": state})
+            self.saver.start(checkpoint.save, self.folder, step + 1, copy["weights"], info,
+                             self.tokenizer, copy["state"], begun=self.sharded,
+                             keep_every=self.cfg.keep_every)
+        if self.sharded:
+            self._end_saving()
+        self.machine.barrier()
+
+    def _tell(self, error):
+        """Say that a checkpoint could not be written: training is worth going on."""
+        if isinstance(error, UserError):
+            self.log.say(f"{error}; going on, the next save tries again")
+            self.saved = None
+        elif error:
+            raise error
+
+    def _end_saving(self):
+        """Wait until the checkpoint is written; raises if it could not be."""
+        error = self.saver.ended(wait=True)
+        if error:
+            raise error
         self.machine.barrier()
 
     def finish(self, samples=(), data=()):
         """Write the report card: samples of report.Sample, and the data folders that were read."""
+        self._end_saving()
+        self.watch.stop()
         n_lost = self.machine.sum(torch.tensor(float(self.n_lost), device=self.device)).item()
         if n_lost:
             self.note(f"{n_lost:.0f} times a chat was left out because its picture had gone")
@@ -358,27 +405,3 @@ class Run:
             write_report(self, samples, data)
         self.log.say(f"done: {self.folder} (report.html, report.md, log.jsonl, the checkpoint)")
         self.machine.leave()
-
-    def _on_signal(self, number, frame):
-        """Stop after this step; at once at a second Ctrl-C.
-
-        torchrun and batch systems send one wish to stop several times over, so a second SIGTERM,
-        or a SIGINT within a second, is not another wish.
-        """
-        if self.stop_signal is None:
-            self.stop_signal, self.asked = number, time.perf_counter()
-        elif number == signal.SIGINT and time.perf_counter() - self.asked > 1:
-            os._exit(128 + number)
-
-    def wants_to_stop(self):
-        """Whether this process was asked to stop, or has had its time."""
-        minutes = (time.perf_counter() - self.clock) / 60
-        return self.stop_signal is not None or 0 < self.cfg.time_limit < minutes
-
-    def _should_stop(self, step):
-        stop = self.wants_to_stop()
-        if self.ranks == 1:
-            return stop
-        if (step + 1) % (self.cfg.log_every or 10):  # to ask the others every step costs a wait
-            return False
-        return self.machine.sum(torch.tensor(float(stop), device=self.device)).item() > 0

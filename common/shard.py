@@ -123,10 +123,11 @@ def number_of_shard(model):
 
 
 def whole_weights(model, keep):
-    """The state dict of `model`, whole and on the CPU, where `keep`; every process must ask."""
+    """The state dict of `model`, whole, where `keep`; every process must ask. What was sharded is
+    on the CPU: all of it together may not fit the GPU."""
     found = {}
     for name, tensor in model.state_dict().items():
-        tensor = whole(tensor)  # one at a time: all of them together may not fit the GPU
+        tensor = whole(tensor).cpu() if is_sharded(tensor) else tensor
         if keep:
-            found[name] = tensor.cpu()
+            found[name] = tensor
     return found

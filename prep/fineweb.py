@@ -10,7 +10,7 @@ import numpy as np
 import tokenizer as tokenizers
 from common import hub
 from common.checkpoint import file_sum, write_json
-from common.config import UserError
+from common.config import UserError, seal
 from data import read_array
 from prep.storage import NewFolder
 
@@ -38,12 +38,12 @@ def fetch_shards(cfg):
             tokens["val" if remote in kinds["val"] else "train"] += n
             print(f"{number} of {len(chosen)}: {name}, {n:,} tokens", flush=True)
         clear(out, names)
-        write_json(out / "manifest.json", {
+        write_json(out / "manifest.json", seal({
             "tokenizer_name": "gpt2", "tokenizer": tokenizers.gpt2().fingerprint,
             "train_tokens": tokens["train"], "val_tokens": tokens["val"],
             "repository": cfg.repository,
             "sha256": {name: remote.sha256 or file_sum(out / name)
-                       for remote, name in zip(chosen, names, strict=True)}})
+                       for remote, name in zip(chosen, names, strict=True)}}))
     print(f"{cfg.out}: {tokens['train']:,} tokens to train on, {tokens['val']:,} for validation")
 
 

@@ -7,7 +7,6 @@ check.py asks both the same: rows(skip), and look(where, row).
 import hashlib
 import io
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,12 +15,11 @@ from PIL import Image
 
 import tokenizer as tokenizers
 from archives import open_pictures
-from common.checkpoint import file_sum
-from common.config import UserError, read_json
+from common.config import UserError, read_sealed
+from common.intact import check_sums
 from data import check_tokenizer
 from packing import Chats, Packed
 from pictures import PictureError, read_image
-from prep.journal import SAY_SECONDS
 from prep.rows import ask_shortly, messages_of, pictures_of
 from prep.sources import parsed, source_of
 from prep.unpack import unpacked
@@ -127,14 +125,14 @@ class Made:
         if not (self.folder / "manifest.json").is_file():
             raise UserError(f"the folder {self.name} has no manifest.json, so prepare.py did not "
                             f"make it; name files, like '{self.name}/*.json'")
-        manifest = read_json(self.folder / "manifest.json")
+        manifest = read_sealed(self.folder / "manifest.json")
         inside = sorted(p.parent.name for p in self.folder.glob("*/ids.npy"))
         if not inside:
             sets = sorted(p.parent.name for p in self.folder.glob("*/manifest.json"))
             raise UserError(f"{self.name} holds no chats" + (
                 f"; name one of the folders in it: {', '.join(sets)}" if sets
                 else "; check looks at chats and pictures, not at shards of text"))
-        check_sums(self.folder, manifest.get("sha256", {}))
+        check_sums(self.folder, manifest.get("sha256", {}), anew=True)
         self.tokenizer = check_tokenizer(self.folder)
         self.left_out = manifest.get("left_out", {})
         self.chats = {split: Chats(self.folder, split) for split in ("train", "val", *inside)
@@ -167,20 +165,6 @@ class Made:
             key.update(image.tobytes())
         found.key, found.images = key.digest(), images if keep else []
         return found
-
-
-def check_sums(folder, sums):
-    """UserError if a file of the folder is not what the manifest says."""
-    said = time.monotonic()
-    for name, wanted in sums.items():
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is damaged: {name} is missing; make it again")
-        if file_sum(folder / name) != wanted:
-            raise UserError(f"{folder} is damaged: {name} is not what manifest.json says (its "
-                            "sha256 differs); make it again")
-        if time.monotonic() - said >= SAY_SECONDS:
-            said = time.monotonic()
-            print(f"the sum of {name} is right", flush=True)
 
 
 # --------------------------------------------------------------------------------- does it fit?

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from archives import identity_of, local_paths
-from common.config import UserError
+from common.config import UserError, one_line
 
 BLOCK = 1 << 20  # how much of a long file is read at once
 WAITS = (5, 60)  # seconds before the network is tried again; the library has tries of its own
@@ -88,9 +88,9 @@ class Files:
                     if skip:
                         skip -= 1
                     else:
-                        yield f"{path.name}:{where}", row, size
+                        yield f"{one_line(path.name)}:{where}", row, size
             except (OSError, ValueError, RecursionError) as error:
-                raise UserError(f"cannot read {path}: {error}") from None
+                raise UserError(f"cannot read {one_line(path)}: {one_line(error)}") from None
 
 
 def paths_of(patterns):
@@ -115,7 +115,7 @@ def read_parquet(path, skip):
             for batch in file.iter_batches(max(1, min(256, int(16 * BLOCK / size)))):
                 rows = batch.slice(min(len(batch), max(0, skip - number)))
                 for i, row in enumerate(rows.to_pylist(), number + len(batch) - len(rows) + 1):
-                    yield f"{path.name}:{i}", row, size
+                    yield f"{one_line(path.name)}:{i}", row, size
                 number += len(batch)
     except pyarrow.ArrowException as error:
         raise ValueError(error) from None

@@ -14,7 +14,7 @@ import numpy as np
 
 import tokenizer as tokenizers
 from common.checkpoint import flush, sums, write_json
-from common.config import UserError
+from common.config import UserError, seal
 
 
 class NewFolder:
@@ -80,10 +80,10 @@ class NewFolder:
 def write_manifest(folder, tokenizer, **counts):
     """manifest.json of a data folder, and the tokenizer beside it."""
     tokenizer.save(folder)
-    write_json(folder / "manifest.json", {
+    write_json(folder / "manifest.json", seal({
         "tokenizer_name": tokenizer.name, "tokenizer": tokenizer.fingerprint,
         **counts, "sha256": sums(folder),
-    })  # fmt: skip
+    }))  # fmt: skip
 
 
 def check_size(tokenizer, cfg):

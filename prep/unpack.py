@@ -6,7 +6,10 @@ import os
 import time
 
 from archives import BLOCK, Joined, identity_of
+from common.config import UserError
 from prep.journal import SAY_SECONDS
+
+RATIO, ROOM = 100, 1 << 30  # an archive that grows to more than RATIO times and ROOM is a trap
 
 
 def unpacked(paths, codec, folder):
@@ -30,6 +33,10 @@ def unpacked(paths, codec, folder):
                 file.write(block)
                 file.truncate()
             at += len(block)
+            if at > RATIO * source.size + ROOM:
+                half.unlink()
+                raise UserError(f"{paths[0]} unpacks to more than {RATIO} times its size, as no "
+                                "pictures do; it was made to fill the disk, so do not use it")
             if time.monotonic() - said > SAY_SECONDS:
                 said = time.monotonic()
                 print(f"unpacking {paths[0]}: {at / 1e9:.1f} GB, {source.at / source.size:.0%} "

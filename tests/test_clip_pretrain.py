@@ -116,7 +116,7 @@ def test_fp16_scales_the_gradients_of_pieces_as_well(pipeline, tmp_path):
     for name, pieces in (("whole", 0), ("pieces", 4)):
         said = pipeline.run_stage("clip_pretrain", tmp_path / name, "--precision=fp16", *ADAMW,
                                   "--max_steps=5", f"--micro_pairs={pieces}")
-        assert "gradient that is not finite" in said
+        assert "step 0 changed nothing: " in said
     found, whole = ({place: figure for place, figure in
                      logged(tmp_path / name, "loss", "grad_norm").items() if math.isfinite(figure)}
                     for name in ("pieces", "whole"))

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, STAGES, STEPS, log_rows, newest, run
+from conftest import ROOT, STAGES, STEPS, log_rows, newest, reseal, run
 from PIL import Image
 
 import tokenizer as tokenizers
@@ -179,6 +179,7 @@ def test_the_counts_of_a_data_set_are_in_the_card(pipeline, tmp_path):
     manifest |= {"train": {"chats": 150, "tokens": 4321}, "left_out": {
         "an empty answer": {"rows": 7, "first": ["a.jsonl:3"]}}}
     (data / "manifest.json").write_text(json.dumps(manifest))
+    reseal(data)
     pipeline.run_stage("sft", tmp_path / "run", f"--data={data}")
     facts = Card(tmp_path / "run").facts
     assert facts["train"] == "chats 150, tokens 4321" and facts["left out"] == "7 an empty answer"

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import ROOT, STAGES, STEPS, log_rows, logged, newest, run, run_stage
+from conftest import ROOT, STAGES, STEPS, log_rows, logged, newest, reseal, run, run_stage
 from safetensors.torch import load_file
 
 from common import checkpoint
@@ -81,6 +81,7 @@ def test_figures_can_be_logged_at_the_end_alone_and_two_validation_rows_are_enou
         pipeline, tmp_path):
     shutil.copytree(pipeline.data / "text", tmp_path / "text")
     np.save(tmp_path / "text/val_000000.npy", np.load(tmp_path / "text/val_000000.npy")[:140])
+    reseal(tmp_path / "text")
     pipeline.run_stage("pretrain", tmp_path / "run", f"--data={tmp_path}/text", "--log_every=0",
                        "--eval_every=0")
     assert [row["step"] for row in log_rows(tmp_path / "run")] == [STEPS - 1] * 2

@@ -1,0 +1,29 @@
+"""A stage of which one process falls asleep at a step: python stalling.py RANK STEP stage.py ..."""
+
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+import common.run  # noqa: E402
+import common.watch  # noqa: E402
+
+rank, step, script = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+common.run.peak_flops = lambda machine: 1e12
+common.watch.OTHERS = 3.0
+forward, seen = common.run.Run.forward, []
+
+
+def sleepy_forward(run, micro):
+    seen.append(micro)
+    if os.environ["RANK"] == str(rank) and len(seen) > step:
+        time.sleep(1000)
+    return forward(run, micro)
+
+
+common.run.Run.forward = sleepy_forward
+sys.argv = sys.argv[3:]
+runpy.run_path(str(ROOT / script), run_name="__main__")
