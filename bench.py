@@ -3,6 +3,7 @@
     python bench.py configs/full/pretrain.py                     # any stage's config and settings
     torchrun --standalone --nproc_per_node=8 bench.py configs/full/sft.py --micro_rows=16
     python bench.py decode configs/full/vision_sft.py            # how fast it talks
+    python bench.py save configs/full/pretrain.py                # what a checkpoint costs
     python bench.py decode configs/small/pretrain.py --peer=transformers
     python bench.py configs/full/sft.py --profile=True           # what a step spends its time on
     python bench.py --peer=nanoGPT/model.py                      # its model.py and ours, in turn
@@ -30,6 +31,7 @@ import torch
 
 import tokenizer as tokenizers
 from bench_decode import decode_speeds, jpeg
+from bench_save import save_costs
 from clip import CLIP, feature_pulls, normalise
 from common import distributed as system
 from common.config import UserError, parse, run_main
@@ -56,9 +58,10 @@ class Config:
 
 def main():
     own = [f"--{field.name}" for field in dataclasses.fields(Config)]
-    decode, argv = sys.argv[1:2] == ["decode"], sys.argv[1:]
+    argv = sys.argv[1:]
+    decode, save = argv[:1] == ["decode"], argv[:1] == ["save"]
     mine = [flag for flag in argv if flag.split("=")[0] in own or flag == "--help"]
-    theirs = [flag for flag in argv[decode:] if flag not in mine]
+    theirs = [flag for flag in argv[decode or save:] if flag not in mine]
     bench = parse(Config, mine)
     if bench.peer not in ("", "transformers"):
         return show(**beside_nanogpt(bench.peer))
@@ -76,7 +79,10 @@ def main():
         if bench.peer:
             return show(**beside_transformers(functools.partial(Training, cfg, stage, folder)))
         training = Training(cfg, stage, folder)
-        figures = (profile if bench.profile else timing)(training, bench.steps)
+        if save:
+            figures = save_costs(training)
+        else:
+            figures = (profile if bench.profile else timing)(training, bench.steps)
         if training.run.machine.is_main:
             show(**figures)
         training.run.machine.leave()

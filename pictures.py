@@ -48,7 +48,7 @@ def read_image(source, name=None, size=0, how="pad", max_pixels=MAX_PIXELS):
             warnings.simplefilter("ignore")  # Pillow only warns at a bomb; the check below refuses
             file = io.BytesIO(source) if isinstance(source, bytes) else source
             with Image.open(file, formats=formats()) as image:
-                if image.format == "JPEG" and isinstance(source, bytes) and (
+                if image.format in ("JPEG", "MPO") and isinstance(source, bytes) and (
                         source.count(b"\xff\xda") > MAX_SCANS):
                     raise PictureError("an unreadable picture", f"{name} is a JPEG of more than "
                                        f"{MAX_SCANS} scans, which only an attacker makes")

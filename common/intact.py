@@ -111,5 +111,8 @@ def write_notes(folder, noted):
     """Replace the notes at once, as several machines may; where nobody may write there are none."""
     fresh = folder / f"{NOTED}.{os.uname().nodename}-{os.getpid()}"
     with contextlib.suppress(OSError):
-        write_json(fresh, noted)
-        fresh.replace(folder / NOTED)
+        try:
+            write_json(fresh, noted)
+            fresh.replace(folder / NOTED)
+        finally:
+            fresh.unlink(missing_ok=True)

@@ -239,7 +239,7 @@ class Run:
         self.watch.stop()
         if step >= self.first_step and (together or self.ranks == 1):
             self.save(step)
-            self._end_saving()
+            self.end_saving()
             self.log.say(f"stopped after step {step} and saved; the same command goes on")
         else:
             self.log.say("stopped; the same command goes on from the newest checkpoint")
@@ -376,7 +376,7 @@ class Run:
                              self.tokenizer, copy["state"], begun=self.sharded,
                              keep_every=self.cfg.keep_every)
         if self.sharded:
-            self._end_saving()
+            self.end_saving()
         self.machine.barrier()
 
     def _tell(self, error):
@@ -387,7 +387,7 @@ class Run:
         elif error:
             raise error
 
-    def _end_saving(self):
+    def end_saving(self):
         """Wait until the checkpoint is written; raises if it could not be."""
         error = self.saver.ended(wait=True)
         if error:
@@ -396,7 +396,7 @@ class Run:
 
     def finish(self, samples=(), data=()):
         """Write the report card: samples of report.Sample, and the data folders that were read."""
-        self._end_saving()
+        self.end_saving()
         self.watch.stop()
         n_lost = self.machine.sum(torch.tensor(float(self.n_lost), device=self.device)).item()
         if n_lost:
