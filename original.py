@@ -10,7 +10,6 @@ rotary positions turn neighbouring columns of a head, and that no row is spare f
 
 import dataclasses
 import re
-import shutil
 import warnings
 from pathlib import Path
 from zipfile import is_zipfile
@@ -58,13 +57,9 @@ def import_original(path, out, overwrite=False):
                 imported_from=dict(file=path.name, sha256=checkpoint.file_sum(path)), step=step,
                 settings={str(name): str(value) for name, value in said.items()},
                 tokenizer=tokenizer.fingerprint, tokenizer_name=tokenizer.name, metrics={})
-    try:
-        for folder in checkpoint.steps_in(out).values():
-            shutil.rmtree(folder)
-        nothing = dict(step=step, optimizer={"members": []})  # pretrain.py refuses to go on from
-        folder = checkpoint.save(out, step, weights, info, tokenizer, nothing)
-    except OSError as error:
-        raise UserError(f"cannot write into {out}: {error.strerror or error}") from None
+    checkpoint.clear(out, everything=True)
+    nothing = dict(step=step, optimizer={"members": []})  # pretrain.py refuses to go on from
+    folder = checkpoint.save(out, step, weights, info, tokenizer, nothing)
     print(f"{folder}: the original after {step:,} steps, n_layer {config.n_layer}, n_embd "
           f"{config.n_embd}, n_head {config.n_head}, max_positions {config.max_positions}, "
           f"rope_theta {config.rope_theta:g}{assumed}")

@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -76,8 +75,9 @@ def save(run_folder, step, weights, info, tokenizer, training_state, begun=False
             room = not begun and again and prune(run_folder, keep_every, newest=1)
             if not room:
                 shutil.rmtree(temporary, ignore_errors=True)
+                before = "; the one before is whole" if steps_in(run_folder) else ""
                 raise UserError(f"cannot write the checkpoint of step {step} into {run_folder}: "
-                                f"{one_line(error)}; the one before is whole") from None
+                                f"{one_line(error)}{before}") from None
     flush(folder.parent, deep=False)
     prune(run_folder, keep_every)
     return folder
@@ -254,11 +254,13 @@ def read_state(folder, files):
     try:
         path = folder / "state" / "training.pt"
         state = torch.load(path, weights_only=True, map_location="cpu")
+        if not isinstance(state, dict):
+            raise ValueError("it holds no training state")
         found = [state["optimizer"]] if "optimizer" in state else []
         for path in (folder / name for name in shards):  # mapped: only the rows taken are read
             found.append(torch.load(path, weights_only=True, map_location="cpu", mmap=True))
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # whatever a strange file makes PyTorch raise
+        raise UserError(f"cannot read {path}: {one_line(error)}") from None
     return {**state, "optimizer": found}
 
 

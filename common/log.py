@@ -265,7 +265,8 @@ def data_table(folder):
     if path is None:
         return Table(["data", folder], [["fingerprint", "none: it has no manifest.json"]])
     rows, content = [[f"sha256 of {path.name}", file_sum(path)]], read_json(path)
-    if isinstance(content, list):
+    if path.name == "shards.json":
+        content = content["files"] if isinstance(content, dict) else content
         content = {"bytes": sum(entry["size"] for entry in content), "sha256": content}
     for name, value in content.items():
         if name == "sha256":

@@ -37,6 +37,7 @@ from common.distributed import (
 from common.guard import Guard
 from common.log import Log, with_origin, write_report
 from common.optim import lr_factor
+from common.resuming import make_folder, resume
 from common.saving import Saver
 from common.shard import number_of_shard, shard, unshard, whole, whole_weights
 from common.stopping import STOPPED_EARLY, Stopping
@@ -127,8 +128,8 @@ class Run:
         self.fp16 = torch.amp.GradScaler(
             self.device.type, enabled=self.machine.dtype == torch.float16
         )
-        self._make_folder()
-        state = self._resume()
+        make_folder(self)
+        state = resume(self)
         self.net = self._join_processes(model)
         if state:
             optimizer.load_state_dict(state["optimizer"])
@@ -165,52 +166,6 @@ class Run:
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True,
                                        broadcast_buffers=False)  # ours are constants
-
-    def _make_folder(self):
-        if self.machine.is_main:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"--out={self.folder} cannot be made a folder: {error.strerror}; "
-                                "choose another") from None
-            checkpoint.clear(self.folder, everything=not self.cfg.resume)
-        self.machine.barrier()
-        missing = torch.tensor(float(not self.folder.is_dir()), device=self.device)
-        if self.machine.sum(missing) > 0:
-            raise UserError(f"not every machine sees --out={self.folder}: it must be a folder that "
-                            "all of them share")
-
-    def _resume(self):
-        """Load the weights of the newest checkpoint, if any; returns its training state."""
-        found = checkpoint.steps_in(self.folder)
-        newest = torch.tensor(max(found, default=0), device=self.device)
-        if self.machine.sum(newest.clone()) != self.ranks * newest:
-            raise UserError(f"the processes see different checkpoints in {self.folder}: --out must "
-                            "be a folder that all machines share")
-        if not found:
-            self.log.resume(-1)
-            return None
-        folder = list(found.values())[-1]
-        info, weights, state = checkpoint.read(folder, with_state=True)
-        if info["stage"] != self.stage or info["tokenizer"] != self.tokenizer.fingerprint:
-            raise UserError(f"{self.folder} holds a run of {info['stage']}.py or of another "
-                            "tokenizer; choose another --out, or --resume=False to replace it")
-        checkpoint.load_weights(self.model, weights, folder)
-        self.metrics, self.origins = info["metrics"], info.get("origins", [])
-        self.began -= info["metrics"].get("seconds", 0)
-        self.log.resume(state["step"] - 1)
-        before = {**dataclasses.asdict(type(self.cfg)()), **info["settings"]}
-        changed = [f"{name} ({before[name]} -> {value})"
-                   for name, value in self.settings.items() if before[name] != value]
-        self.log.say(f"going on from {folder}" + (f"; changed: {', '.join(changed)}" if changed
-                                                  else ""))
-        if state["step"] >= self.cfg.max_steps:  # nothing is done with other settings any more
-            self.settings = {**self.settings, **info["settings"]}
-        ranks = info.get("processes", self.ranks)
-        if ranks != self.ranks:
-            self.log.say(f"{ranks} process{'es' * (ranks > 1)} before, {self.ranks} now: the same "
-                         "batches, but sums in another order, so not the same last bits")
-        return state
 
     def steps(self):
         """The step numbers still to do. Saves and ends the program early if asked to stop."""

@@ -13,6 +13,7 @@ from conftest import run
 from PIL import Image
 
 import tokenizer as tokenizers
+from common.config import seal
 from packing import Chats, Packed
 from prep import look
 from prep.check import Check
@@ -219,7 +220,7 @@ def test_what_was_left_out_when_it_was_made_is_said_again(made, checked, tmp_pat
     manifest = json.loads((made / "manifest.json").read_text())
     manifest["left_out"] = {"a missing picture": {"rows": 7, "first": ["a.json:1", "a.json:2"]}}
     shutil.copytree(made, tmp_path / "copy")
-    (tmp_path / "copy/manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "copy/manifest.json").write_text(json.dumps(seal(manifest)))
     report, said = checked(tmp_path / "copy")
     assert report["left_out_when_made"] == manifest["left_out"]
     assert "left out when it was made\n       7  a missing picture\n" in said

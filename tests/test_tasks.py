@@ -18,7 +18,7 @@ import asking
 import tasks
 from asking import Asking
 from common.checkpoint import write_json
-from common.config import UserError
+from common.config import UserError, seal
 from export import write_folder
 from model import GPT
 from overlap import hashes, overlaps, sentence, texts_in
@@ -573,7 +573,8 @@ def test_where_the_training_data_is_gone_nothing_is_claimed(tmp_path):
 def test_texts_of_another_tokenizer_are_passed_over_but_not_their_pictures(trained, tmp_path):
     """As those of a CLIP that has its own vocabulary."""
     path = trained.root / "chats/manifest.json"
-    path.write_text(path.read_text().replace(TOKENIZER.fingerprint, "another"))
+    text = path.read_text().replace(TOKENIZER.fingerprint, "another")
+    path.write_text(json.dumps(seal(json.loads(text))))
     (tmp_path / "a.png").write_bytes(encoded("blue"))
     row = {"text": trained.said[1], "label": "yes", "image": "a.png"}
     found, = overlaps([ask("pope", tmp_path, [row])], trained.info)

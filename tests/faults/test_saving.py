@@ -137,3 +137,13 @@ def test_what_a_killed_run_left_half_done_is_removed_at_the_next_start(pipeline,
         (run / name / "state").mkdir(parents=True)
     pipeline.run_stage("pretrain", run)
     assert not list(run.glob(".writing*")) + list(run.glob(".removing*"))
+
+
+def test_a_run_goes_on_from_the_newest_checkpoint_that_is_not_damaged(pipeline, tmp_path):
+    run = shutil.copytree(pipeline.folder / "pretrain", tmp_path / "run")
+    before, last = checkpoint.steps_in(run).values()
+    weights = last / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    said = pipeline.run_stage("pretrain", run)
+    assert f"{weights} is damaged" in said and f"going on from {before}" in said
+    assert_same_weights(run, pipeline.folder / "pretrain")
