@@ -1,14 +1,18 @@
 # make demo   trains a small vision-language model from nothing and talks to it (14 minutes on 2 cores)
 # make test   runs the tests (10 minutes)
+# make test-faults   kills, stalls and damages everything many times over (30 minutes at most)
 PYTHON ?= python3
 .DEFAULT_GOAL := demo
-.PHONY: demo test
+.PHONY: demo test test-faults
 
 demo: .venv/installed
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash runs/demo.sh
 
 test: .venv/installed-dev
 	.venv/bin/python -m pytest
+
+test-faults: .venv/installed-dev
+	FAULTS=full .venv/bin/python -m pytest tests/faults
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

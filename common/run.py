@@ -243,6 +243,8 @@ class Run:
         if step == self.first_step + WARM_STEPS:
             gc.collect()
             gc.freeze()  # what is here now stays: later collections need not look at it
+            if self.machine.is_main and not self.sharded and not self.saver.job:
+                self.saver.start(self.saver.copy, self._state())  # allocates, in the background
         self.watch.passed(f"the update of step {step}", long=True)
 
     def progress(self, step):
@@ -305,16 +307,9 @@ class Run:
             return
         self.saved = step
         self._tell(self.saver.ended(wait=True))
-        weights = whole_weights(self.model, self.machine.is_main)
-        optimizer, guard = self.optimizer.state_dict(), self.guard.state_dict()
+        state = self._state()
         if self.sharded:
-            if self.machine.is_main:
-                checkpoint.begin(self.folder, step + 1)
-            self.machine.barrier()
-            number = number_of_shard(self.model)
-            if number is not None:
-                checkpoint.save_shard(self.folder, step + 1, number, optimizer)
-            self.machine.barrier()
+            self._save_shard(step)
         if self.machine.is_main:
             m, (gpu_gb, host_gb) = self.metrics, peak_memory_gb(self.device)
             m.update(seconds=time.time() - self.began, dollars=self.dollars(),
@@ -323,15 +318,29 @@ class Run:
             info = dict(stage=self.stage, **self.info, step=step + 1, settings=self.settings,
                         tokenizer=self.tokenizer.fingerprint, tokenizer_name=self.tokenizer.name,
                         processes=self.ranks, metrics=dict(m), origins=self.origins)
-            state = dict(step=step + 1, fp16=self.fp16.state_dict(), rng=torch.get_rng_state(),
-                         guard=guard)
-            state.update({} if self.sharded else {"optimizer": optimizer})
-            copy = self.saver.copy({"weights": weights, "state": state})
+            copy = self.saver.copy(state)
             self.saver.start(checkpoint.save, self.folder, step + 1, copy["weights"], info,
-                             self.tokenizer, copy["state"], begun=self.sharded,
-                             keep_every=self.cfg.keep_every)
+                             self.tokenizer, {**copy["training"], "step": step + 1},
+                             begun=self.sharded, keep_every=self.cfg.keep_every)
         if self.sharded:
             self.end_saving()
+        self.machine.barrier()
+
+    def _state(self):
+        """What a checkpoint holds, in the main process; every process must ask."""
+        training = dict(fp16=self.fp16.state_dict(), rng=torch.get_rng_state(),
+                        guard=self.guard.state_dict())
+        training.update({} if self.sharded else {"optimizer": self.optimizer.state_dict()})
+        return {"weights": whole_weights(self.model, self.machine.is_main), "training": training}
+
+    def _save_shard(self, step):
+        """Write this process's share of the optimizer's state into the checkpoint to be."""
+        if self.machine.is_main:
+            checkpoint.begin(self.folder, step + 1)
+        self.machine.barrier()
+        number = number_of_shard(self.model)
+        if number is not None:
+            checkpoint.save_shard(self.folder, step + 1, number, self.optimizer.state_dict())
         self.machine.barrier()
 
     def _tell(self, error):

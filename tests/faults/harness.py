@@ -7,15 +7,21 @@ session, runs the script as `python script.py ...` would, and SIGKILL is SIGKILL
     python harness.py          # the server: answers lines of JSON on its standard input
 """
 
+import atexit
 import contextlib
+import functools
+import importlib
+import itertools
 import json
 import os
 import random
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,13 +46,19 @@ class Server:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, *argv, **environment):
-        """A Job: `python argv...` with these variables besides."""
+    def start(self, *argv, below="", die_at=0, settings=(), **environment):
+        """A Job: `python argv...` with these variables besides.
+
+        below: a folder of which every change is noted in Job.changes; at change number die_at the
+        process kills itself. settings: ("module.NAME", value) pairs to set beforehand.
+        """
         self.count += 1
         output = self.folder / f"said_{self.count:04d}.txt"
-        pid = self.ask({"argv": [str(word) for word in argv], "output": str(output),
-                        "environment": {name: str(value) for name, value in environment.items()}})
-        return Job(self, pid, output)
+        question = {"argv": [str(word) for word in argv], "output": str(output),
+                    "below": os.path.realpath(below) if below else "", "die_at": die_at,
+                    "settings": list(settings),
+                    "environment": {name: str(value) for name, value in environment.items()}}
+        return Job(self, self.ask(question), output)
 
     def start_together(self, ranks, *argv, **environment):
         """`ranks` Jobs that are one job, as torchrun would start them."""
@@ -93,8 +105,23 @@ class Job:
                 os.kill(self.pid, number)
 
     @property
+    def changes(self):
+        """What it changed below the folder that was watched, a line each."""
+        path = self.output.with_suffix(".changes")
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+    @property
     def said(self):
         return self.output.read_text(encoding="utf-8")
+
+
+@functools.cache
+def server():
+    """The one Server of this test session."""
+    folder = tempfile.mkdtemp()
+    found = Server(folder)
+    atexit.register(lambda: (found.close(), shutil.rmtree(folder)))
+    return found
 
 
 def free_port():
@@ -142,15 +169,10 @@ def serve():
 
 def import_all():
     """What the scripts import, so that a child need not; no thread may be running after."""
-    import clip_pretrain  # noqa: F401
+    for name in ("clip_pretrain", "pretrain", "sft", "vision_pretrain", "vision_sft", "prepare",
+                 "tyro", "matplotlib.figure"):
+        importlib.import_module(name)
     import common.run
-    import matplotlib.figure  # noqa: F401
-    import prepare  # noqa: F401
-    import pretrain  # noqa: F401
-    import sft  # noqa: F401
-    import tyro  # noqa: F401
-    import vision_pretrain  # noqa: F401
-    import vision_sft  # noqa: F401
 
     common.run.peak_flops = lambda machine: 1e12  # not measured, as in the other tests
     with contextlib.suppress(FileNotFoundError):
@@ -164,39 +186,60 @@ def status_of(pid):
 
 
 def fork(question):
-    """The id of a new process that runs a script and never returns here."""
-    sys.stdout.flush()
+    """The id of a new process, in which this raises SystemExit when its script has ended."""
     if pid := os.fork():
         return pid
-    status = 1
-    try:
-        os.setsid()
-        output = os.open(question["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.environ.update(question["environment"])
-        status = run_script(question["argv"])
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    os.setsid()
+    output = os.open(question["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number, handle in enumerate((os.open(os.devnull, os.O_RDONLY), output, output)):
+        os.dup2(handle, number)
+    os.environ.update(question["environment"])
+    for name, value in question["settings"]:
+        module, _, name = name.rpartition(".")
+        setattr(importlib.import_module(module), name, value)
+    if question["below"]:
+        note_changes(question["below"], question["die_at"],
+                     Path(question["output"]).with_suffix(".changes"))
+    sys.argv = [str(ROOT / question["argv"][0]), *question["argv"][1:]]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.exit(0)
 
 
-def run_script(argv):
-    """Run it as Python would; returns its exit status."""
-    sys.argv = [str(ROOT / argv[0]), *argv[1:]]
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT
-                      else signal.SIG_DFL)
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as end:
-        return end.code or 0
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        return 1
-    return 0
+def note_changes(below, die_at, path):
+    """Note every change that Python makes in the folder `below`, just before it is made, in `path`;
+    at number die_at die instead. A file opened for writing anew is emptied first: that is how a
+    process leaves it that dies between opening and writing."""
+    notes = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    numbers, dying = itertools.count(1), []
+
+    def hook(event, args):
+        if event not in CHANGES or dying or not (name := place(event, args)).startswith(below):
+            return
+        number = next(numbers)
+        os.write(notes, f"{event} {name.removeprefix(below)}\n".encode())
+        if number == die_at:
+            dying.append(number)
+            if event == "open" and args[2] & os.O_TRUNC and os.path.isfile(name):
+                os.truncate(name, 0)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+# Python's audit events of changes: where their arguments have the folder that a name is relative to
+CHANGES = {"open": None, "os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 2,
+           "os.link": 2, "os.truncate": None}
+
+
+def place(event, args):
+    """The whole path of what an event changes, "" if it changes nothing."""
+    if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR):
+        return ""
+    if isinstance(args[0], int):
+        return ""
+    folder = args[CHANGES[event]] if CHANGES[event] else -1
+    start = os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else os.getcwd()
+    return os.path.realpath(os.path.join(start, os.fsdecode(args[0])))
 
 
 if __name__ == "__main__":
