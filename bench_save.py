@@ -20,8 +20,9 @@ def save_costs(training):
     for _ in range(REPEATS):
         plain.append(timed(lambda step=step: training.take([step])))
         step += 1
+    run.saver.ended(wait=True)  # it has allocated memory, as long before the first save of a run
     usual, found = statistics.median(plain), {"written": [], "still": [], "next": [], "all": []}
-    for _ in range(REPEATS + 1):  # the first allocates the copy
+    for _ in range(REPEATS):
         began = time.perf_counter()
         run.save(step)
         found["still"].append(time.perf_counter() - began)
@@ -40,13 +41,13 @@ def save_costs(training):
         run.end_saving()
         step += 1
     folder = list(checkpoint.steps_in(run.folder).values())[-1]
+    run.saver.memory.clear()
     going_on = [timed(lambda: go_on(run, folder)) for _ in range(REPEATS)]
-    written = statistics.median(found["written"][1:])
+    written = statistics.median(found["written"])
     return {"parameters_M": sum(p.numel() for p in training.model.parameters()) / 1e6,
             "checkpoint_gb": sum(p.stat().st_size for p in folder.rglob("*")) / 1e9,
             "step_s": usual, "written_s": written,
-            "stands_still_s": statistics.median(found["still"][1:]),
-            "stands_still_first_s": found["still"][0],
+            "stands_still_s": statistics.median(found["still"]),
             "next_step_delay_s": statistics.median(found["next"]),
             "next_step_delay_of_written": statistics.median(found["next"]) / written,
             "all_steps_delay_s": statistics.median(found["all"]),

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-NICE = 19  # the writing thread gives way to training: the most there is
+NICE = 10  # the writing thread gives way to training (0 to 19)
 
 
 class Saver:

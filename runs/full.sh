@@ -9,7 +9,11 @@ gpus=${GPUS:-8}
 source runs/pictures.sh
 [ -d data/magpie ] ||
     python prepare.py chat --dataset=Magpie-Align/Magpie-Phi3-Pro-1M-v0.1 --out=data/magpie
-torchrun --standalone --nproc_per_node="$gpus" pretrain.py configs/full/pretrain.py
-torchrun --standalone --nproc_per_node="$gpus" sft.py configs/full/sft.py
+# A process that dies is started again, up to three times, from the newest checkpoint; torchrun can
+# do that only with a store of its own. Asked to stop, a job has 240 seconds to save, not 30.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
+launch="torchrun --standalone --nproc_per_node=$gpus --max-restarts=3"
+$launch pretrain.py configs/full/pretrain.py
+$launch sft.py configs/full/sft.py
 python vision_pretrain.py configs/full/vision_pretrain.py
 python vision_sft.py configs/full/vision_sft.py

@@ -21,7 +21,8 @@ log=slurm-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.out
 # torchrun kills after 30 seconds what it was asked to stop; PyTorch 2.11 and older know no other
 # time and pass over this. Saving a large model takes longer.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
-# Needed for torchrun --max-restarts to get over a dead process; harmless without.
+# A process that dies is started again, up to three times, from the newest checkpoint; torchrun can
+# do that only with a store of its own.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 # Slurm tells this script alone (B:) some minutes before the end; srun passes it on to torchrun.
@@ -29,7 +30,7 @@ stopped=
 trap 'stopped=yes; kill -TERM "$step"' TERM
 srun --kill-on-bad-exit=0 torchrun --nnodes="$SLURM_NNODES" \
     --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" --rdzv_backend=c10d \
-    --rdzv_endpoint="$head:29500" --rdzv_id="$SLURM_JOB_ID" "$@" > "$log" 2>&1 &
+    --rdzv_endpoint="$head:29500" --rdzv_id="$SLURM_JOB_ID" --max-restarts=3 "$@" > "$log" 2>&1 &
 step=$!
 wait "$step"
 status=$?

@@ -35,26 +35,32 @@ class Server:
 
     def __init__(self, folder):
         """folder: where the children's output goes."""
-        self.folder, self.count = Path(folder), 0
+        self.folder, self.count, self.began = Path(folder), 0, time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, HERE], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1"})
         self.ask(None)
+
+    def age(self):
+        """Seconds since it was started."""
+        return time.monotonic() - self.began
 
     def ask(self, question):
         self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, *argv, below="", die_at=0, settings=(), **environment):
+    def start(self, *argv, folder=ROOT, below="", die_at=0, settings=(), **environment):
         """A Job: `python argv...` with these variables besides.
 
-        below: a folder of which every change is noted in Job.changes; at change number die_at the
-        process kills itself. settings: ("module.NAME", value) pairs to set beforehand.
+        folder: where it works; below: a folder of which every change is noted in Job.changes; at
+        change number die_at the process kills itself. settings: ("module.NAME", value)
+        pairs to set beforehand.
         """
         self.count += 1
         output = self.folder / f"said_{self.count:04d}.txt"
         question = {"argv": [str(word) for word in argv], "output": str(output),
+                    "folder": str(folder),
                     "below": os.path.realpath(below) if below else "", "die_at": die_at,
                     "settings": list(settings),
                     "environment": {name: str(value) for name, value in environment.items()}}
@@ -112,7 +118,7 @@ class Job:
 
     @property
     def said(self):
-        return self.output.read_text(encoding="utf-8")
+        return self.output.read_text(encoding="utf-8") if self.output.exists() else ""
 
 
 @functools.cache
@@ -128,6 +134,40 @@ def free_port():
     with socket.socket() as found:
         found.bind(("localhost", 0))
         return found.getsockname()[1]
+
+
+def torchrun(flags, environment, *argv):
+    """A running torchrun of a script: the real one, so a start takes seconds."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *flags, *map(str, argv)], text=True,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+def ended(job, seconds=150):
+    """What a torchrun printed until it ended; none of its processes may be left."""
+    left = workers_of(job)
+    try:
+        said = job.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        job.send_signal(signal.SIGTERM)
+        raise AssertionError(f"it did not end: {job.communicate(timeout=60)[0]}") from None
+    until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in left))
+    return said
+
+
+def workers_of(job):
+    """The ids of the processes that a running torchrun has started."""
+    path = Path(f"/proc/{job.pid}/task/{job.pid}/children")
+    return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
+
+def worker(job, rank):
+    """The id of the process of this rank."""
+    for pid in workers_of(job):
+        if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes():
+            return pid
+    raise AssertionError(f"there is no process {rank}")
 
 
 def until(condition, seconds=60, every=0.002):
@@ -194,6 +234,7 @@ def fork(question):
     for number, handle in enumerate((os.open(os.devnull, os.O_RDONLY), output, output)):
         os.dup2(handle, number)
     os.environ.update(question["environment"])
+    os.chdir(question["folder"])
     for name, value in question["settings"]:
         module, _, name = name.rpartition(".")
         setattr(importlib.import_module(module), name, value)
