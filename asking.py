@@ -13,11 +13,12 @@ from chat import answer_all, fits
 from common.config import UserError
 from likelihood import Item, likelihoods
 from pictures import fit, read_image
-from tasks import TASKS, question_of, rows_of, value_and_error
+from tasks import TASKS, question_of, rows_of, value_and_error, windows
 from tokenizer import render, split_at_images
 from vision import VisionLanguageModel
 
 PART = 256  # questions between two writes
+WINDOW = 256  # tokens of a text that are predicted one from the others, as in scoring.text_loss
 
 
 class Asking:
@@ -34,7 +35,7 @@ class Asking:
         self.name, self.task = name, TASKS[name]
         self.model, self.tokenizer = model, tokenizer
         self.find, self.refused, self.rows, self.questions = open_pictures(image_root), [], [], []
-        for number, row in enumerate(rows_of(path)[:items]):
+        for number, row in enumerate(rows_of(path)[: None if self.task.windows else items]):
             try:
                 self.questions.append(question_of(self.task, row))
                 self.rows.append(number)
@@ -44,6 +45,10 @@ class Asking:
         if not self.questions:
             raise UserError(f"{path} holds no row of the form that {name} has "
                             f"({self.refused[0]})")
+        if self.task.windows:
+            T = min(WINDOW, model.config.max_positions - 1)
+            self.questions = windows(self.questions, tokenizer, T, items)
+            self.rows = list(range(len(self.questions)))
         self.sees = any(question.images for question in self.questions)
         if self.sees and not isinstance(model, VisionLanguageModel):
             raise UserError(f"{name} asks about pictures, and this checkpoint cannot see")
@@ -103,6 +108,8 @@ class Asking:
     def item(self, question, seeing=True):
         """The Item of a question; UserError for a picture that is not there, and for a question
         too long for the model."""
+        if question.ids:
+            return Item(question.ids[:1], [question.ids[1:]])
         ids, choices = self.render(question, seeing)
         longest = max(map(len, choices)) if self.task.way == "choose" else self.task.max_tokens
         if not fits(self.model, self.tokenizer, ids, longest):

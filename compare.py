@@ -1,19 +1,17 @@
 """Lay runs side by side: figures, losses, scores and the settings that differ, with a plot.
 
-    python compare.py out/small/pretrain out/other/pretrain --out=out/comparison
-    python compare.py out/a out/b out/c
+    python eval.py compare out/small/pretrain out/other/pretrain --out=out/comparison
 
 A run is the folder of a stage. Its scores are taken from an eval.json (eval.py --tasks --out) or
-report.json in that folder. Writes report.md and report.html.
+report.json in that folder. Writes report.md and report.html. The command is eval.py's; this module
+has none of its own.
 """
 
-import itertools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from common import checkpoint, log
-from common.config import UserError, parse, read_json, run_main
+from common.config import UserError, read_json
 from common.report import Code, Notes, Page, Table
 
 COLOURS = ("#2f81f7", "#d9822b", "#2da44e", "#c43d7a", "#8a63d2", "#14a0a0", "#a08a14", "#d1453b")
@@ -51,16 +49,11 @@ class Finished:
                 for name, value in self.info["metrics"].items() if name not in log.COSTS}
 
 
-def main():
-    argv = sys.argv[1:]
-    folders = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    compare(folders, parse(Config, argv[len(folders):]).out)
-
-
 def compare(folders, out):
     """Write report.md and report.html about the runs in `folders` into the folder `out`."""
     if len(folders) < 2:
-        raise UserError("say which runs to compare, two or more: python compare.py out/a out/b")
+        raise UserError("say which runs to compare, two or more: "
+                        "python eval.py compare out/a out/b")
     if checkpoint.steps_in(out):
         raise UserError(f"--out={out} is a run, whose own report would be lost; choose another")
     runs = [finished(folder, name)
@@ -110,8 +103,11 @@ def scores_in(folder, digest):
     """{score: figure with its error, chance and checkpoint if it is another one} of a run."""
     scores = {}
     if (folder / "report.json").is_file():
-        scores |= {name: f"{value:.4g}" for name, value in read_json(folder / "report.json").items()
-                   if isinstance(value, (int, float))}
+        found = read_json(folder / "report.json")
+        for name, value in found.items():
+            if isinstance(value, (int, float)) and not name.endswith("_error"):
+                error = found.get(f"{name}_error")
+                scores[name] = f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
     if (folder / "eval.json").is_file():
         found = read_json(folder / "eval.json")
         other = "" if found.get("sha256") == digest else ", of another checkpoint"
@@ -142,7 +138,3 @@ def plot(runs):
     units = {"pairs" if "batch_pairs" in run.info["settings"] else "tokens" for run in runs}
     xlabel, alt = " or ".join(sorted(units)), "Dots: held-out loss. Faint: training loss."
     return [log.curves("loss.png", lines, xlabel, alt), Notes([alt])] if lines else []
-
-
-if __name__ == "__main__":
-    run_main(main)

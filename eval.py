@@ -7,47 +7,36 @@
     python eval.py out/full/pretrain --tasks=hellaswag:hellaswag_val.jsonl,piqa:piqa.jsonl
     python eval.py out/full/vision_sft --tasks=pope:coco_pope.json --image_root=val2014.zip
 
-What is scored follows from the checkpoint: text by loss and bits per byte, chats by loss and exact
-answers, CLIP by picking the right caption of 32 and, with --zero_shot, the right class by its name
-alone, pictures by the loss with the right one, another one and none, and by exact answers, also
-with the pictures shuffled among the questions (what remains then was guessed). Later stages have
-the loss on text and chats again, to show what they forgot. All answers are greedy. With --report
-the checkpoints it came from are scored as well, and report.md and report.json sum up the pipeline.
+What is scored follows from the checkpoint, see scoring.py: losses, exact answers, what the right
+picture saves, captions chosen, classes named. Beside each figure stand its standard error and what
+guessing gives. Later stages have the loss on text and chats again, to show what they forgot. With
+--report the checkpoints it came from are scored as well, and report.md and report.json sum up the
+pipeline; a figure NAME of report.json has its error in NAME_error.
 With --tasks instead it is asked the questions of public benchmarks, or of one's own, from local
 files: NAME:FILE, names as in tasks.TASKS. With --out the answer to every question is kept there,
 and a run that was stopped goes on behind them.
 """
 
 import itertools
-import math
 import sys
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import compare
 from asking import Asking
-from chat import Conversation, answer_all, fits, open_for_chat, ready_to_chat, turns_of
-from clip import caption_choice
+from chat import Conversation, open_for_chat
 from common import checkpoint
 from common.checkpoint import write_json
 from common.config import UserError, parse, read_json, run_main
 from common.distributed import peak_memory_gb, pick_device, setup
 from common.log import duration, lineage_table, price
 from common.report import Page, Picture, Sample, Samples, Table
-from data import Text, check_tokenizer, validation_loss
-from looking import Held, Looking
 from overlap import overlaps, sentence
-from packing import Captions, Chats, Packed
-from pictures import PictureError, read_image
-from vision import VisionLanguageModel, open_model
-from zero_shot import Labelled, zero_shot
-
-ANSWER_TOKENS = 64  # longest answer that is scored
+from pictures import read_image
+from scoring import Score, score
 
 
 @dataclass
@@ -119,128 +108,6 @@ def benchmarks(name, cfg, machine):
             "checkpoint": info["folder"], "sha256": info["sha256"], "tasks": found})
 
 
-def score(name, cfg, machine):
-    """All scores that a checkpoint and the data allow, as {name: figure}; prints them."""
-    model, tokenizer, info = open_model(name, machine.device)
-    data, items, stage, scores = Path(cfg.data), cfg.items, info["stage"], {}
-    if info["kind"] == "clip":
-        scores |= clip_scores(model, tokenizer, data / "captions", cfg, machine)
-    elif cfg.zero_shot and not cfg.report:
-        raise UserError(f"--zero_shot={cfg.zero_shot} is for a CLIP, which {name} is not")
-    if stage == "pretrain" or (info["kind"] != "clip" and (data / "text").is_dir()):
-        check_tokenizer(data / "text", tokenizer)
-        found = text_loss(model, tokenizer, data / "text", items, machine)
-        scores |= {label + f"/{stage}" * (stage != "pretrain"): x for label, x in found.items()}
-    if stage in ("sft", "vision_sft"):
-        check_tokenizer(data / "chats", tokenizer)
-        chats = Chats(data / "chats", "val")
-        packed = Packed([Held(chats, items, tokenizer)], model.config.max_positions, tokenizer)
-        scores["chat_loss"] = validation_loss(machine, packed, 8, loss_of(model), len(packed))
-    if info["kind"] == "vision":
-        scores |= looking_scores(model, tokenizer, data, stage, items, machine)
-    if stage in ("sft", "vision_sft"):  # losses are done: from here on the model only answers
-        ready_to_chat(model)
-        scores["chat_exact"], _ = exact(model, tokenizer, chats, items)
-    if stage == "vision_sft":
-        for label, split, shuffled in (("vqa_exact", "val", False), ("vqa_shuffled", "val", True),
-                                       ("vqa_heldout_pairs", "val_pairs", False)):
-            if split != "val" and not (data / "scenes" / split).is_dir():
-                continue  # only the picture world has held-out pairs
-            chats = Chats(data / "scenes", split)
-            right, kinds = exact(model, tokenizer, chats, items, shuffled)
-            scores[label] = right
-            scores |= {f"{label}/{kind}": share for kind, share in sorted(kinds.items())}
-    for label, figure in scores.items():
-        print(f"{label:32s} {figure:.4f}")
-    return scores
-
-
-def loss_of(model):
-    """The function from a data.Batch to the loss of a decoder or vision model."""
-    if isinstance(model, VisionLanguageModel):
-        return model
-    return lambda batch: model(*batch.inputs())
-
-
-def looking_scores(model, tokenizer, data, stage, items, machine):
-    """Loss on held-out captions, or questions and answers, with each kind of picture."""
-    kind, label = ("scenes", "answer") if stage == "vision_sft" else ("captions", "caption")
-    check_tokenizer(data / kind, tokenizer)
-    looking = Looking(Chats(data / kind, "val"), items, model.config.max_positions, tokenizer,
-                      *model.pictures)
-    losses = looking.losses(machine, model, 8)
-    return {name.replace("val_loss", f"{label}_loss").replace("val_", f"{label}_loss_"): figure
-            for name, figure in losses.items()}
-
-
-def clip_scores(model, tokenizer, folder, cfg, machine):
-    """How often the right caption is chosen, and the right class where there is --zero_shot."""
-    scores = {}
-    if folder.is_dir() or not cfg.zero_shot:
-        check_tokenizer(folder, tokenizer)
-        pairs = Captions(Chats(folder, "val"), tokenizer, model.config.image_size,
-                         model.config.context, model.config.fit)
-        scores["clip_choice32"], _ = caption_choice(model, pairs, machine)
-    if cfg.zero_shot:
-        labelled = Labelled(cfg.zero_shot, cfg.prompt)
-        scores["clip_zero_shot"] = zero_shot(model, tokenizer, labelled, machine)
-    return scores
-
-
-def text_loss(model, tokenizer, folder, items, machine, T=None, batch=32):
-    """Loss in nats a token, and bits per byte of the text, over the first validation windows."""
-    val = Text(folder, "val", T or min(256, model.config.max_positions), tokenizer.n_vocab)
-    n, decoder = min(items, len(val)), getattr(model, "decoder", model)
-    loss, tokens, n_bytes = 0.0, 0, 0
-    for start in range(0, n, batch):
-        rows = val.batch(range(start, min(start + batch, n))).to(machine.device)
-        with torch.inference_mode(), machine.autocast():
-            loss += decoder(rows.ids, rows.targets).item()
-        tokens += rows.targets.numel()
-        for row in rows.targets.tolist():
-            text = tokenizer.decode([i for i in row if i != tokenizer.end_of_text])
-            n_bytes += len(text.encode())
-    return {"text_val_loss": loss / tokens, "text_bits_per_byte": loss / n_bytes / math.log(2)}
-
-
-def exact(model, tokenizer, chats, items, shuffled=False):
-    """Share of answers that are right to the letter, and that share by group.
-
-    Every turn of the assistant in the first `items` chats is asked for, with the right history.
-    shuffled: every chat gets the pictures of another one that has as many.
-    """
-    prompts, wanted, images, groups = [], [], [], []
-    shown = Held(chats, items, tokenizer, "other" if shuffled else "own")
-    pixels = model.pictures[1:] if isinstance(model, VisionLanguageModel) else ()
-    file = chats.folder / "groups.json"
-    names = read_json(file) if file.is_file() else [""] * len(chats)
-    too_long = 0
-    for i in range(len(shown)):
-        try:
-            pictures = shown.images(i, *pixels)
-        except PictureError as error:
-            print(f"(left out: {error})", file=sys.stderr)
-            continue
-        for prompt, answer in turns_of(chats, i):
-            if not fits(model, tokenizer, prompt, ANSWER_TOKENS):
-                too_long += 1
-                continue
-            prompts.append(prompt)
-            wanted.append(tokenizer.decode(answer))
-            images.append(pictures[: prompt.count(tokenizer.image)])
-            groups.append(names[i])
-    if too_long:
-        print(f"({chats.folder}: {too_long} turns too long for the context)", file=sys.stderr)
-    if not prompts:
-        raise UserError(f"no chat of {chats.folder} fits the model's context")
-    found = answer_all(model, tokenizer, prompts, images, ANSWER_TOKENS)
-    by_group = defaultdict(list)
-    for answer, right, group in zip(found, wanted, groups, strict=True):
-        by_group[group].append(answer == right)
-    shares = {group: sum(marks) / len(marks) for group, marks in by_group.items() if group}
-    return sum(a == b for a, b in zip(found, wanted, strict=True)) / len(found), shares
-
-
 # ----------------------------------------------------------------------------------------- report
 
 
@@ -252,15 +119,20 @@ def report(name, cfg, scores):
     trained = [stage for stage in stages if stage["metrics"]]  # a CLIP from elsewhere has none
     manifest = Path(cfg.data) / "manifest.json"
     prepared = read_json(manifest) if manifest.is_file() else {}
-    figures, total = dict(scores), {key: sum(stage["metrics"][key] for stage in trained)
-                                    for key in ("seconds", "dollars")}
+    figures, total = {}, {key: sum(stage["metrics"][key] for stage in trained)
+                          for key in ("seconds", "dollars")}
+    for label, found in scores.items():
+        figures |= {label: found.value} | (
+            {} if found.error is None else {f"{label}_error": found.error})
     figures["seconds"] = (time.time() - cfg.started if cfg.started
                           else total["seconds"] + prepared.get("seconds", 0))
     figures["dollars"] = total["dollars"]
     figures["peak_rss_gb"] = max([prepared.get("peak_rss_gb", 0), peak_memory_gb()[1],
                                   *(stage["metrics"]["peak_rss_gb"] for stage in trained)])
-    sections = {"Scores": [Table(["score", "figure"],
-                                 [[label, f"{figure:.4g}"] for label, figure in figures.items()])],
+    costs = {label: Score(figures[label]) for label in ("seconds", "dollars", "peak_rss_gb")}
+    sections = {"Scores": [Table(["score", "figure", "±", "guessing"],
+                                 [[label, *found.cells()]
+                                  for label, found in (scores | costs).items()])],
                 "Lineage": [lineage_table(stages)]}
     if info["kind"] == "vision":
         talks = conversations(name, Path(cfg.data) / "pictures", cfg.device)

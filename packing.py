@@ -35,8 +35,7 @@ class Chats:
         self.ids = read_array(self.folder / "ids.npy", np.uint16)
         self.supervised = read_array(self.folder / "supervised.npy", np.bool_)
         self.offsets = read_array(self.folder / "offsets.npy", np.int64)
-        manifest = self.root / "manifest.json"
-        self.manifest = read_json(manifest) if manifest.is_file() else {}
+        self.manifest = manifest_of(self.root / "manifest.json")
         shards = sorted(self.folder.glob("images_*.bin"))
         self.has_images = bool(shards)
         if not shards and (self.folder / "first_image.npy").exists():
@@ -45,7 +44,7 @@ class Chats:
         if self.has_images:
             self.first_image = read_array(self.folder / "first_image.npy", np.int64)
             self.image_offsets = read_array(self.folder / "image_offsets.npy", np.int64)
-            self.shards = [os.open(path, os.O_RDONLY) for path in shards]
+            self.shards = [open(path, "rb", buffering=0) for path in shards]  # noqa: SIM115
             self.shard_starts = np.cumsum([0, *(path.stat().st_size for path in shards)])
             if self.shard_starts[-1] != self.image_offsets[-1]:
                 raise UserError(f"the pictures in {self.folder} are {self.shard_starts[-1]} bytes, "
@@ -95,7 +94,24 @@ class Chats:
         """What is stored of picture n, read rather than mapped: pages of a map would count."""
         start, end = self.image_offsets[n : n + 2].tolist()
         shard = int(np.searchsorted(self.shard_starts, start, side="right")) - 1
-        return os.pread(self.shards[shard], end - start, start - int(self.shard_starts[shard]))
+        file = self.shards[shard].fileno()
+        return os.pread(file, end - start, start - int(self.shard_starts[shard]))
+
+
+def manifest_of(path):
+    """What a data set's manifest.json says; {} if there is none, a UserError if it makes no sense.
+    """
+    manifest = read_json(path) if path.is_file() else {}
+    stored = manifest.get("pictures", {}) if isinstance(manifest, dict) else None
+    kinds = {"size": int, "fit": str, "copied": bool, "root": str}
+    if not isinstance(stored, dict) or any(
+            name in stored and not isinstance(stored[name], kind) for name, kind in kinds.items()):
+        raise UserError(f"{path} is not of the form that prepare.py writes it in: pictures should "
+                        "be like {\"size\": 224, \"fit\": \"pad\", \"copied\": true}; correct it")
+    if not stored.get("copied", True) and "root" not in stored:
+        raise UserError(f"{path} says that the pictures were not copied, but not where they are; "
+                        "add their folder as pictures.root")
+    return manifest
 
 
 class Documents:

@@ -225,6 +225,12 @@ def bleu4(candidates, references):
     shorter of two. An empty candidate scores 0. Source: Papineni et al. (2002), bleu_scorer.py of
     coco-caption ("closest"); words: see caption_words.
     """
+    counts = bleu_counts(candidates, references)
+    return float(bleu_of(*(column.sum(0) for column in counts))), bleu_of(*counts)
+
+
+def bleu_counts(candidates, references):
+    """What bleu_of takes of N items: (N, 4), (N, 4) and (N,); their sums are the corpus's."""
     correct, guesses, closest = [], [], []
     for candidate, captions in caption_grams(candidates, references):
         most = [reduce(or_, counters) for counters in zip(*captions, strict=True)]
@@ -232,8 +238,7 @@ def bleu4(candidates, references):
         guesses.append([candidate[n].total() for n in range(4)])
         sizes, size = [caption[0].total() for caption in captions], guesses[-1][0]
         closest.append(min((abs(other - size), other) for other in sizes)[1])
-    counts = [np.array(column, float) for column in (correct, guesses, closest)]
-    return float(bleu_of(*(column.sum(0) for column in counts))), bleu_of(*counts)
+    return [np.array(column, float) for column in (correct, guesses, closest)]
 
 
 def bleu_of(correct, guesses, closest):

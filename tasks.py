@@ -17,7 +17,7 @@ import scores
 from archives import fetched
 from common import hub
 from common.config import UserError
-from prep.rows import messages_of, pictures_of
+from prep.rows import messages_of, pictures_of, text_of
 from prep.sources import parsed
 
 SHORT = "Answer the question using a single word or phrase."  # these three as in LLaVA 1.5
@@ -35,6 +35,7 @@ class Question:
     answer: int = 0  # which of them is right
     wanted: list = field(default_factory=list)  # right answers, for one in words
     images: list = field(default_factory=list)  # names of pictures, or their bytes
+    ids: list = field(default_factory=list)  # of a window of text: the first is given
 
 
 def said(text):
@@ -142,6 +143,26 @@ def own(row):
                     pictures_of(row, messages))
 
 
+def text(row):
+    """A text, all of which is to be predicted; windows() cuts what all rows hold."""
+    return Question(said(text_of(row, "text")))
+
+
+def windows(questions, tokenizer, T, most):
+    """Their texts end to end, each behind <|endoftext|>, as `most` Questions of T + 1 ids at most.
+
+    Each begins with the id that the one before ends with; the last may be shorter.
+    """
+    ids, end = [], tokenizer.end_of_text
+    for question in questions:
+        ids += [end, *tokenizer.encode(question.messages[0]["content"])]
+        if len(ids) > T * most:
+            break
+    parts = [ids[start : start + T + 1] for start in range(0, len(ids) - 1, T)][:most]
+    return [Question(said(tokenizer.decode([i for i in part[1:] if i != end])), ids=part)
+            for part in parts]
+
+
 def question_of(task, row):
     """The Question of a row, which may still be a line of JSON; a ValueError says why it is none.
     """
@@ -215,6 +236,16 @@ def loss_scores(questions, found):
     return {"nats": (both, lambda x: -x[:, 0].sum() / x[:, 1].sum())}, None
 
 
+def text_scores(questions, found):
+    """Nats a token and bits per byte; the questions are windows."""
+    nats = [-some[0][0] for some in found]
+    n_bytes = [len(question.messages[0]["content"].encode()) for question in questions]
+    rows = np.stack((nats, [some[0][2] for some in found], n_bytes), 1)
+    return {"nats": (rows, lambda x: x[:, 0].sum() / x[:, 1].sum()),
+            "bits_per_byte": (rows, lambda x: scores.bits_per_byte(x[:, 0].sum(), x[:, 2].sum()))
+            }, None
+
+
 def exact_scores(questions, answers):
     pairs = zip(questions, answers, strict=True)
     return {"exact": np.array([float(a.strip() == q.wanted[0].strip()) for q, a in pairs])}, 0.0
@@ -241,8 +272,10 @@ def said_yes_scores(questions, answers):
 def caption_scores(questions, answers):
     wanted = [question.wanted for question in questions]
 
+    counts = scores.bleu_counts(answers, wanted)  # once, not for every sample of the bootstrap
+
     def bleu(numbers):
-        return scores.bleu4([answers[i] for i in numbers], [wanted[i] for i in numbers])[0]
+        return scores.bleu_of(*(column[numbers].sum(0) for column in counts))
 
     return {"cider": scores.cider(answers, wanted)[1],
             "bleu4": (np.arange(len(answers)), bleu)}, 0.0
@@ -257,6 +290,7 @@ class Task:
     score: callable
     max_tokens: int = 64
     document: bool = False  # the question is a document's beginning, not a chat
+    windows: bool = False  # the rows are texts, of which every token is predicted
 
 
 TASKS = {
@@ -273,6 +307,7 @@ TASKS = {
     "scienceqa": Task(scienceqa, "choose", choice_scores),
     "likelihood": Task(own, "choose", loss_scores),
     "exact": Task(own, "say", exact_scores),
+    "text": Task(text, "choose", text_scores, windows=True),
 }
 
 

@@ -42,9 +42,15 @@ class Labelled:
                             "each class, and at least two")
 
 
-@torch.no_grad()
 def zero_shot(model, tokenizer, labelled, machine, batch=256):
-    """The share of a Labelled's pictures whose own class is the nearest to them.
+    """The share of a Labelled's pictures whose own class is the nearest to them."""
+    right, n = counted(model, tokenizer, labelled, machine, batch)
+    return right / n
+
+
+@torch.no_grad()
+def counted(model, tokenizer, labelled, machine, batch=256):
+    """(how many of a Labelled's pictures have their own class nearest to them, of how many).
 
     The processes divide the pictures. Those that cannot be read do not count, and are named.
     """
@@ -75,7 +81,7 @@ def zero_shot(model, tokenizer, labelled, machine, batch=256):
     right, n = machine.sum(counts).tolist()
     if n == 0:
         raise UserError(f"not one picture of --zero_shot={labelled.folder} can be read")
-    return right / n
+    return right, n
 
 
 def square(path, config):

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from clip import CLIP, CLIPConfig, caption_choice, contrast, normalise
+from clip import CLIP, CLIPConfig, caption_choice, contrast, features_of, normalise
 from common.config import UserError
 from common.distributed import Machine
 from packing import Pairs
@@ -332,3 +332,19 @@ def test_a_model_that_knows_everything_is_always_right():
     """Of pictures with the same caption one is asked about: 32 captions are 32 different ones."""
     right, loss = caption_choice(Knowing(), Listed(80, repeats=10), MACHINE, batch=33)
     assert right == 1 and loss < 1e-3
+
+
+def test_retrieval_counts_equal_captions_as_right_and_guessing_as_it_is():
+    """80 pictures, 10 of each caption, of a model that knows all; and of one that knows nothing."""
+    from scoring import lucky, retrieval
+
+    knowing = retrieval(*features_of(Knowing(), Listed(80, repeats=10), MACHINE, 80))
+    assert all(score.value == 1 for score in knowing.values()) and len(knowing) == 6
+    guessing = retrieval(*features_of(new_clip(TINY)[0], Listed(256), MACHINE, 256))
+    for name, score in guessing.items():
+        expected = int(name.split("_r")[1]) / 256
+        assert score.chance == pytest.approx(expected)
+        deviation = (expected * (1 - expected) / 256) ** 0.5
+        assert score.value == pytest.approx(expected, abs=3 * deviation)
+    assert lucky(4, 2, 1) == pytest.approx(1 / 2) and lucky(4, 2, 2) == pytest.approx(5 / 6)
+    assert lucky(4, 1, 9) == 1

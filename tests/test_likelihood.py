@@ -1,9 +1,12 @@
 """The claims of likelihood.py: what the whole text's logits say of an answer, for less work."""
 
+import math
+
 import pytest
 import torch
 from test_chat import BLUE, RED, SIGHT, TOKENIZER, config, new_model, with_weights
 
+import likelihood
 from chat import see, spread
 from likelihood import Item, likelihoods
 from model import GPT
@@ -93,6 +96,28 @@ def test_an_answer_is_greedy_if_greedy_decoding_says_it():
     other = [*said[:-1], said[-1] ^ 1]
     found, = likelihoods(model, TOKENIZER, [Item(ids, [said, other, said[:1], other[3:]])])
     assert [x.greedy for x in found] == [True, False, True, False]
+
+
+def test_of_equally_likely_ids_greedy_decoding_says_the_first():
+    model = GPT(config(256))
+    with torch.no_grad():
+        model.head.weight.zero_()
+    found, = likelihoods(model, TOKENIZER, [Item([5, 6], [[0], [7], [0, 0], [0, 7]])])
+    assert [x.greedy for x in found] == [True, False, True, False]
+    assert nats_of([found]).tolist() == pytest.approx(
+        [-n * math.log(model.config.vocab_size) for n in (1, 1, 2, 2)], rel=1e-5)
+
+
+@pytest.mark.parametrize("states", [1, 2, 5, 9])
+def test_however_few_logits_exist_at_a_time_the_answers_are_as_likely(states, monkeypatch):
+    model, items = new_model(), some_items((RED, BLUE))
+    whole = likelihoods(model, TOKENIZER, items)
+    most = {"cpu": states * model.decoder.config.vocab_size}
+    monkeypatch.setattr(likelihood, "LOGITS_AT_ONCE", most)
+    found = likelihoods(model, TOKENIZER, items)
+    torch.testing.assert_close(nats_of(found), nats_of(whole), atol=1e-4, rtol=0)
+    assert [[x.greedy for x in some] for some in found] == [
+        [x.greedy for x in some] for some in whole]
 
 
 def test_a_row_that_fills_the_context_goes_beside_one_with_a_long_answer():

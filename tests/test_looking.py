@@ -19,11 +19,13 @@ from test_stages import assert_close
 from common.config import UserError
 from common.distributed import Machine
 from common.run import Run
-from data import Loader
-from looking import Held, Looking, blind
+from data import Loader, validation_loss
+from looking import Gains, Held, Looking, a_token, blind, nats_by_chat
 from packing import Chats, Packed
 from prep.storage import ChatWriter, write_manifest
+from scoring import caption_choice
 from tokenizer import load
+from vision import open_model
 
 PATCHES, SIZE = 4, 16
 
@@ -109,6 +111,79 @@ def test_a_model_that_does_not_look_is_told_of(pipeline, tmp_path):
     good = {"val_loss": 1.0, "val_other_picture": 1.2, "val_no_picture": 1.1}
     assert blind(good) == "" and "0.200" not in blind(good)
     assert "-0.100 against" in blind({**good, "val_no_picture": 0.9})
+
+
+# --------------------------------------------------------------------------------------- the gains
+
+
+@pytest.fixture
+def seeing(pipeline):
+    """(model, tokenizer) of the last stage: its six steps taught it next to nothing."""
+    return open_model(pipeline.folder / "vision_sft")[:2]
+
+
+def test_what_the_chats_cost_is_what_all_cost_together(seeing, mixed):
+    folder, tokenizer = mixed
+    model = seeing[0]
+    looking = Gains(Chats(folder, "val"), 12, 128, tokenizer, *model.pictures)
+    nats = looking.nats(Job.machine, model, 3)
+    for kind, packed in looking.packed.items():
+        assert len(nats[kind]) == len(packed.chats)
+        together = validation_loss(Job.machine, packed, 3, model, len(packed))
+        assert a_token(list(nats[kind].values()))[0] == pytest.approx(together, rel=1e-5)
+    for number, (_, tokens) in nats["own"].items():
+        assert tokens == nats["none"][number][1] == nats["blank"][number][1]
+    alone = Packed([Held(Chats(folder, "val"), 12, tokenizer, "own", {3: None})], 128, tokenizer,
+                   *model.pictures)
+    assert nats_by_chat(Job.machine, model, alone, 1)[3] == pytest.approx(nats["own"][3], rel=1e-4)
+
+
+def test_a_blank_picture_is_grey_and_of_the_right_size(mixed):
+    folder, tokenizer = mixed
+    held = Held(Chats(folder, "val"), 12, tokenizer, "blank")
+    assert [len(held.images(i, SIZE)) for i in range(6)] == [0, 1, 0, 2, 0, 4]
+    assert held.images(1, SIZE)[0].size == (SIZE, SIZE)
+    assert len(held.images(1, SIZE)[0].getcolors()) == 1
+
+
+def test_the_gain_is_what_is_saved_on_chats_with_pictures(mixed):
+    """By hand: other pictures cost one nat a token more in every chat that has another's."""
+    folder, tokenizer = mixed
+    looking = Gains(Chats(folder, "val"), 12, 128, tokenizer, PATCHES, SIZE)
+    own = {number: (2.0 * tokens, tokens) for number, tokens in enumerate(range(1, 13))}
+    other = {number: (3.0 * tokens, tokens) for number, (_, tokens) in own.items()}
+    text = {number: pair for number, pair in other.items() if number % 2 == 0}
+    gains = looking.gains({"own": own, "other": other, "blank": {**own, **text}})
+    assert gains["other"] == pytest.approx((1.0, 0.0), abs=1e-9)  # without error: all alike
+    assert gains["blank"] == (0.0, 0.0)  # chats without pictures, numbers 0, 2, 4, do not count
+    assert a_token([(1, 1), (0, 1)])[1] == pytest.approx(0.5 / 2**0.5, rel=0.1)
+    few = {number: own[number] for number in (0, 2, 4)}
+    assert looking.gains({"own": few, "other": few, "blank": few}) == {}
+
+
+def untrained(model, seed):
+    """The model with all weights random, so that it hears and sees something."""
+    torch.manual_seed(seed)
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, float("norm" in name and "weight" in name), 0.1)
+    return model.eval()
+
+
+def test_models_that_learnt_nothing_gain_nothing_and_choose_by_chance(seeing, world_data):
+    """What a grey picture does to all captions alike depends on the weights that were drawn, and is
+    nothing in the mean over draws only."""
+    (model, tokenizer), chats = seeing, Chats(world_data / "captions", "val")
+    looking, grey = Gains(chats, 64, 256, tokenizer, *seeing[0].pictures), []
+    for seed in range(8):
+        nats = looking.nats(Job.machine, untrained(model, seed), 8)
+        gains = looking.gains(nats)
+        gain, error = gains["other"]
+        assert error > 0 and abs(gain) <= 3 * error  # it does see, and is none the better for it
+        grey.append(gains["blank"][0])
+    assert abs(np.mean(grey)) <= 3 * np.std(grey, ddof=1) / len(grey) ** 0.5
+    found = caption_choice(model, tokenizer, chats, 64)
+    assert found.chance == 1 / 32
+    assert abs(found.value - 1 / 32) <= 3 * (1 / 32 / 64) ** 0.5
 
 
 # --------------------------------------------------------------------- rows of every kind, together

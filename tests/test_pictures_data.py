@@ -427,6 +427,43 @@ def test_pictures_can_stay_where_they_are(form, vocabulary, tmp_path, monkeypatc
         (20, 40), (1, 1), (10, 20000)]
 
 
+@pytest.mark.parametrize("pictures, why", [
+    ({"copied": False}, "not where they are; add their folder as pictures.root"),
+    ({"copied": False, "root": 7}, "not of the form that prepare.py writes"),
+    ({"size": "32", "fit": "pad"}, "not of the form that prepare.py writes"),
+    ([32, "pad"], "not of the form that prepare.py writes"),
+    ("pictures", "not of the form that prepare.py writes"),
+    (None, "not of the form that prepare.py writes"),
+])
+def test_a_manifest_made_by_hand_that_makes_no_sense_is_a_sentence(
+        pictures, why, vocabulary, tmp_path):
+    root = keep(tmp_path / "pictures", "folder", [("red.png", WILD["red.png"][0])])
+    made(tmp_path, vocabulary, [asked("red.png")], root, "--copy=False")
+    file = tmp_path / "out/manifest.json"
+    file.write_text(json.dumps(manifest(tmp_path / "out") | {"pictures": pictures}))
+    with pytest.raises(UserError, match=why) as error:
+        Chats(tmp_path / "out", "train")
+    assert str(file) in str(error.value)
+    file.write_text("[]")
+    with pytest.raises(UserError, match="not of the form"):
+        Chats(tmp_path / "out", "train")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are counted on Linux")
+def test_chats_that_nobody_uses_any_more_keep_no_file_open(vocabulary, tmp_path):
+    root = keep(tmp_path / "pictures", "folder", [("red.png", WILD["red.png"][0])])
+    made(tmp_path, vocabulary, [asked("red.png")] * 3, root)
+
+    def files():
+        found = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+        return [path for path in map(os.path.realpath, found) if str(tmp_path) in path]
+
+    before, chats = len(files()), Chats(tmp_path / "out", "train")
+    assert len(chats.images(0)) == 1 and len(files()) > before
+    del chats
+    assert len(files()) == before
+
+
 def test_what_cannot_stay_where_it_is_is_an_error(vocabulary, tmp_path):
     root = keep(tmp_path, "a.tar.zst", [("red.png", WILD["red.png"][0])])
     path = write_rows(tmp_path / "rows.jsonl", [asked("red.png")] * 300)

@@ -402,11 +402,13 @@ def test_runs_are_laid_side_by_side(pipeline, tmp_path):
     other = tmp_path / "other"
     pipeline.run_stage("pretrain", other, "--lr=0.01", "--batch_tokens=1024",
                        "--dollars_per_hour=72000")
-    (other / "report.json").write_text(json.dumps({"text_bits_per_byte": 1.2345678}))
+    (other / "report.json").write_text(json.dumps({
+        "text_bits_per_byte": 1.2345678, "text_bits_per_byte_error": 0.01234}))
     digest = hashlib.sha256((newest(other) / "manifest.json").read_bytes()).hexdigest()
     (other / "eval.json").write_text(json.dumps({"sha256": digest, "tasks": {"piqa": {
         "scores": {"acc": [0.5, 0.01]}, "chance": 0.5, "n": 9}}}))
-    result = run("compare.py", pipeline.folder / "pretrain", other, f"--out={tmp_path}/both")
+    runs, out = (pipeline.folder / "pretrain", other), f"--out={tmp_path}/both"
+    result = run("eval.py", "compare", *runs, out)
     assert result.status == 0 and "compare 2 runs" in result.out, result.err
     card = Card(tmp_path / "both")
     rows = {row[0]: row[1:] for row in card.tables}
@@ -418,7 +420,8 @@ def test_runs_are_laid_side_by_side(pipeline, tmp_path):
     assert all(cell.endswith(" tok/s") for cell in rows["median speed"])
     assert rows["peak memory"] == [f"{i['metrics']['peak_rss_gb']:.2f} GB host" for i in infos]
     assert rows["commit"] == [info["origins"][0]["commit"] for info in infos]
-    assert rows["text_bits_per_byte"] == ["–", "1.235"]
+    assert rows["text_bits_per_byte"] == ["–", "1.235 ± 0.012"]
+    assert "text_bits_per_byte_error" not in rows
     assert rows["piqa/acc"] == ["–", "0.5000 ± 0.0100"]
     assert rows["piqa by guessing"] == ["–", "0.5000"]
     assert not {"seed", "out", "context"} & rows.keys()
@@ -437,13 +440,15 @@ def test_runs_of_different_stages_can_be_compared(pipeline, tmp_path):
 def test_what_is_no_run_is_named(pipeline, tmp_path):
     sft, out = pipeline.folder / "sft", f"--out={tmp_path}/out"
     (tmp_path / "empty").mkdir()
-    assert f"no folder {tmp_path}/gone" in run("compare.py", sft, tmp_path / "gone", out).refusal
-    assert f"{tmp_path}/empty is no run" in run("compare.py", sft, tmp_path / "empty", out).refusal
-    assert "two or more" in run("compare.py", sft, out).refusal
-    assert "two or more" in run("compare.py").refusal
+    gone = run("eval.py", "compare", sft, tmp_path / "gone", out)
+    assert f"no folder {tmp_path}/gone" in gone.refusal
+    empty = run("eval.py", "compare", sft, tmp_path / "empty", out)
+    assert f"{tmp_path}/empty is no run" in empty.refusal
+    assert "two or more" in run("eval.py", "compare", sft, out).refusal
+    assert "two or more" in run("eval.py", "compare").refusal
     before = (sft / "report.md").read_text()
-    assert "would be lost" in run("compare.py", sft, sft, f"--out={sft}").refusal
+    assert "would be lost" in run("eval.py", "compare", sft, sft, f"--out={sft}").refusal
     assert (sft / "report.md").read_text() == before
     (tmp_path / "file").write_text("")
-    assert "cannot write" in run("compare.py", sft, sft, f"--out={tmp_path}/file").refusal
+    assert "cannot write" in run("eval.py", "compare", sft, sft, f"--out={tmp_path}/file").refusal
     assert not (tmp_path / "out").exists()

@@ -415,14 +415,20 @@ def test_a_conversation_longer_than_the_context_says_so_and_can_start_over(pipel
 def test_eval_scores_a_checkpoint_by_what_it_is(pipeline, stage):
     result = run("eval.py", pipeline.folder / stage, f"--data={pipeline.data}", "--items=16")
     assert result.status == 0
-    scores = dict(line.split() for line in result.out.splitlines())
+    scores = {line.split()[0]: line.split()[1] for line in result.out.splitlines()}
+    assert all(re.search(r" \d\.\d{4} ± \d\.\d{4}", line.replace("-", ""))
+               for line in result.out.splitlines()), result.out
+    gains = {"vision_gain_shuffled", "vision_gain_blank", "caption_choice32"}
     assert {label for label in scores if "/" not in label} == {
-        "clip_pretrain": {"clip_choice32"}, "pretrain": {"text_val_loss", "text_bits_per_byte"},
+        "clip_pretrain": {"clip_choice32", *(f"clip_{way}_r{k}" for k in (1, 5, 10)
+                                             for way in ("image_to_text", "text_to_image"))},
+        "pretrain": {"text_val_loss", "text_bits_per_byte"},
         "sft": {"chat_loss", "chat_exact"},
         "vision_pretrain": {"caption_loss", "caption_loss_other_picture",
-                            "caption_loss_no_picture"},
+                            "caption_loss_no_picture", "caption_loss_blank_picture", *gains},
         "vision_sft": {"chat_loss", "chat_exact", "vqa_exact", "vqa_shuffled", "vqa_heldout_pairs",
-                       "answer_loss", "answer_loss_other_picture", "answer_loss_no_picture"},
+                       "vqa_blind", "answer_loss", "answer_loss_other_picture",
+                       "answer_loss_no_picture", "answer_loss_blank_picture", *gains},
     }[stage]
     assert (f"text_val_loss/{stage}" in scores) == (stage in STAGES[2:])
     if stage == "pretrain":  # six steps: better than guessing one of 512 tokens, worse than trained
@@ -435,10 +441,14 @@ def test_the_report_sums_up_the_pipeline(pipeline):
     assert run("eval.py", *argv).status == 0
     figures = json.loads((folder / "report.json").read_text())
     for name in ("vqa_exact", "vqa_heldout_pairs", "vqa_shuffled", "chat_exact", "clip_choice32"):
-        assert 0 <= figures[name] <= 1
+        assert 0 <= figures[name] <= 1 and 0 <= figures[f"{name}_error"] <= 0.2
     for name in "text_val_loss", "text_bits_per_byte", "seconds", "peak_rss_gb":
         assert figures[name] > 0
     report = (folder / "report.md").read_text()
+    row = next(line for line in report.splitlines() if line.startswith("| clip\\_choice32 |")
+               or line.startswith("| clip_choice32 |"))
+    assert [float(cell) for cell in row.split("|")[2:5]] == pytest.approx(
+        [figures["clip_choice32"], figures["clip_choice32_error"], 1 / 32], rel=0.05)
     images = re.findall(r"!\[.*?\]\((.*?)\)", report)
     assert {f"curves/{stage}.png" for stage in STAGES} <= set(images)
     assert len(images) == len(STAGES) + 4 and all((folder / path).is_file() for path in images)

@@ -3,13 +3,15 @@
 import io
 import json
 import random
+import subprocess
+import sys
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 from PIL import Image
 from test_chat import BLUE, RED, SIGHT, TOKENIZER, config, new_model, save, with_weights
 from test_scores import peer
@@ -19,10 +21,12 @@ import tasks
 from asking import Asking
 from common.checkpoint import write_json
 from common.config import UserError, seal
+from common.distributed import Machine
 from export import write_folder
 from model import GPT
 from overlap import hashes, overlaps, sentence, texts_in
-from prep.storage import ChatWriter, Shards, write_manifest
+from prep.storage import ChatWriter, Shards, write_manifest, write_text
+from scoring import text_loss
 from tasks import DESCRIBE, LETTER, SHORT, TASKS, question_of
 from vision import VisionLanguageModel
 
@@ -112,6 +116,7 @@ def text_model(context=256):
                             ["A", "B"], "B", ["red.png"])),
     ("scienceqa", {"question": "What?", "choices": ["cold", "heat"], "answer": 0},
      (f"What?\nA. cold\nB. heat\n{LETTER}", ["A", "B"], "A", [])),
+    ("text", {"text": "A man.", "id": 3}, ("A man.", [], [], [])),
     ("exact", OWN, ("And?", ["A star."], ["A star."], ["red.png"])),
     ("likelihood", {"prompt": "What?", "response": "A star."},
      ("What?", ["A star."], ["A star."], [])),
@@ -141,20 +146,42 @@ def test_a_row_in_its_public_form_asks_what_the_reference_asks(name, row, expect
     ("mmstar", MMSTAR | {"answer": "D"}, "not in list"),
     ("scienceqa", SCIENCE | {"answer": 2}, "the answer 2 of 2 choices"),
     ("exact", {"conversations": [{"from": "gpt", "value": "A"}]}, "turns out of order"),
+    ("text", {"text": " "}, "no text in the field text"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_broken_row_is_left_out_and_said_why(name, row, why, tmp_path):
     with pytest.raises(ValueError, match=why):
         question_of(TASKS[name], row)
     good = {"hellaswag": HELLASWAG, "arc": AI2, "piqa": PIQA, "lambada": LAMBADA, "gsm": GSM,
             "pope": POPE, "vqa": VQA, "captions": CAPTION, "mmstar": MMSTAR, "scienceqa": SCIENCE,
-            "exact": OWN}[name]
+            "exact": OWN, "text": {"text": "ring " * 300}}[name]
     path = written(tmp_path, [good, "HERE", good])
     text = row.decode() if isinstance(row, bytes) else json.dumps(row)
     (tmp_path / "rows.jsonl").write_text((tmp_path / "rows.jsonl").read_text().replace(
         '"HERE"', text))
     found = Asking(name, path, new_model(512), TOKENIZER, image_root=str(tmp_path))
-    assert len(found.questions) == 2 and len(found.left_out) == 1
+    assert (len(found.questions) == 2 or name == "text") and len(found.left_out) == 1
     assert found.left_out[0].startswith("row 1: ") and why in found.left_out[0]
+
+
+@pytest.mark.parametrize("row, question, shown", [
+    ({"conversations": [{"from": "human", "value": "<image>\nWhat?"},
+                        {"from": "gpt", "value": "A ring."}], "image": "red.png"}, "What?", 1),
+    ({"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"},
+                   {"role": "assistant", "content": "A ring."}]}, "What?", 0),
+    ({"instruction": "What?", "input": "Here.", "output": "A ring."}, "What?\nHere.", 0),
+    ({"prompt": "What?", "response": "A ring."}, "What?", 0),
+    ({"id": "1", "image_path": "/content/drive/red.png", "caption": "A ring."}, "", 1),
+], ids=["LLaVA", "messages", "instruction", "prompt", "caption"])
+def test_a_file_of_ones_own_in_any_form_of_the_data_is_asked(row, question, shown, tmp_path):
+    """By likelihood and by exact match; blind where there are pictures, which a path that was
+    somebody else's names by its end."""
+    for name in "likelihood", "exact":
+        found = ask(name, tmp_path, [row] * 3)
+        text = TOKENIZER.decode(found.item(found.questions[0]).prompt)
+        assert text.endswith(f"<|user|>{'<|image|>' * shown}{question}<|end|><|assistant|>")
+        assert found.questions[0].wanted == ["A ring."]
+        result = found.run()
+        assert result["n"] == 3 and not found.left_out and ("blind" in result) == bool(shown)
 
 
 @pytest.mark.parametrize("text, why", [
@@ -227,7 +254,11 @@ def synthetic(name, rng, n):
     return found
 
 
-@pytest.mark.parametrize("name", ["hellaswag", "arc", "piqa", "pope", "mmstar", "scienceqa"])
+CHOSEN = [name for name, task in TASKS.items()
+          if task.score in (tasks.choice_scores, tasks.yes_no_scores)]
+
+
+@pytest.mark.parametrize("name", CHOSEN)
 def test_a_model_that_was_not_trained_scores_chance(name, tmp_path):
     """As initialised, where it sees the last token alone, and with weights that mix them all."""
     torch.manual_seed(1)
@@ -259,6 +290,54 @@ def test_a_last_word_and_a_chat_of_a_model_that_was_not_trained_cost_a_uniform_g
     rows = [{"prompt": some(rng, 3, 9), "response": some(rng, 1, 9)} for _ in range(30)]
     found = ask("likelihood", tmp_path, rows, model).run()["scores"]
     assert found["nats"][0] == pytest.approx(np.log(TOKENIZER.n_vocab), rel=1e-5)
+
+
+def test_texts_are_cut_into_windows_of_which_every_token_is_predicted_once():
+    """Each document behind <|endoftext|>, in order; the last window is what is left."""
+    rng, end = random.Random(2), TOKENIZER.end_of_text
+    texts = [some(rng, 3, 30) for _ in range(20)]
+    whole = [token for text in texts for token in (end, *TOKENIZER.encode(text))]
+    for T in 7, 64, len(whole) - 1, 9999:
+        found = tasks.windows([question_of(TASKS["text"], {"text": text}) for text in texts],
+                              TOKENIZER, T, 9999)
+        assert all(len(question.ids) == T + 1 for question in found[:-1])
+        assert [whole[0], *(i for question in found for i in question.ids[1:])] == whole
+        assert "".join(q.messages[0]["content"] for q in found) == "".join(texts)
+        some_of_them = tasks.windows([question_of(TASKS["text"], {"text": text}) for text in texts],
+                                     TOKENIZER, T, 3)
+        assert [q.ids for q in some_of_them] == [q.ids for q in found[:3]]
+
+
+def test_a_text_costs_what_its_shards_cost(tmp_path):
+    """By the windows of scoring.py, whose files prepare.py text makes of the same documents."""
+    rng, model = random.Random(3), text_model(512)
+    texts = [some(rng, 20, 90) for _ in range(40)]
+    (tmp_path / "text").mkdir()
+    write_text(tmp_path / "text", "val", texts, TOKENIZER)
+    write_manifest(tmp_path / "text", TOKENIZER)
+    expected = text_loss(model, TOKENIZER, tmp_path / "text", 6,
+                         Machine(torch.device("cpu"), torch.float32))
+    found = ask("text", tmp_path, [{"text": text} for text in texts], model, items=6).run()
+    assert found["n"] == 6 and found["chance"] is None
+    for name, label in ("nats", "text_val_loss"), ("bits_per_byte", "text_bits_per_byte"):
+        value, error = found["scores"][name]
+        assert value == pytest.approx(expected[label].value, rel=1e-5)
+        assert error == pytest.approx(expected[label].error, rel=0.3)
+
+
+def test_a_text_costs_a_model_that_guesses_all_tokens_alike_a_closed_form(tmp_path):
+    """log V nats a token, and as many bits a byte as log2 V a token over bytes a token."""
+    model, rng = GPT(config(64)).eval(), random.Random(3)
+    with torch.no_grad():
+        model.head.weight.zero_()
+    texts = [some(rng, 1, 40) for _ in range(30)]
+    n = sum(len(TOKENIZER.encode(text)) + 1 for text in texts) - 1
+    found = ask("text", tmp_path, [{"text": text} for text in texts], model)
+    assert {len(question.ids) for question in found.questions[:-1]} == {64}  # 63 are predicted
+    scores, V = found.run()["scores"], TOKENIZER.n_vocab
+    n_bytes = sum(len(text.encode()) for text in texts)
+    assert scores["nats"] == pytest.approx((np.log(V), 0), rel=1e-5, abs=1e-5)
+    assert scores["bits_per_byte"][0] == pytest.approx(n * np.log2(V) / n_bytes, rel=1e-5)
 
 
 def test_the_scores_are_what_a_hand_works_out_from_the_answers():
@@ -396,6 +475,15 @@ def test_hellaswag_picks_what_lm_eval_picks(tmp_path, monkeypatch):
     for metric in "acc", "acc_norm":
         assert marks[metric].tolist() == [sample[metric] for sample in samples]
     assert 0 < marks["acc"].sum() < 20 and (marks["acc"] != marks["acc_norm"]).any()
+
+
+def test_the_bench_asks_both_the_same_and_says_how_long_each_took():
+    """In a process of its own, as it sets the number of threads."""
+    peer("lm_eval", "lm_eval")
+    argv = ("bench_tasks.py", "--rows=3", "--repeats=1", "--n_layer=1", "--n_embd=64")
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3 of 3 endings chosen alike" in done.stdout and "times as fast" in done.stdout
 
 
 # ------------------------------------------------------------------------------- starting again

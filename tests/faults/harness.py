@@ -33,12 +33,13 @@ ROOT = HERE.parent.parent.parent
 class Server:
     """The process that forks. `start` gives a Job for each script."""
 
-    def __init__(self, folder):
-        """folder: where the children's output goes."""
+    def __init__(self, folder, inside=()):
+        """folder: where the children's output goes; inside: the beginning of a command that starts
+        another one."""
         self.folder, self.count, self.began = Path(folder), 0, time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, HERE], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"})
+            [*inside, sys.executable, HERE], text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.ask(None)
 
     def age(self):
@@ -96,12 +97,11 @@ class Job:
 
     def wait(self, seconds=120):
         """Its status when it has ended."""
-        deadline = time.monotonic() + seconds
-        while self.poll() is None:
-            if time.monotonic() > deadline:
-                self.kill(signal.SIGKILL)
-                raise AssertionError(f"it has not ended in {seconds} s; it said: {self.said}")
-            time.sleep(0.005)
+        try:
+            until(lambda: self.poll() is not None, seconds, 0.005)
+        except AssertionError:
+            self.kill(signal.SIGKILL)
+            raise AssertionError(f"not ended in {seconds} s; it said: {self.said}") from None
         return self.status
 
     def kill(self, number):
@@ -144,7 +144,7 @@ def torchrun(flags, environment, *argv):
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
-def ended(job, seconds=150):
+def ended(job, seconds=400):
     """What a torchrun printed until it ended; none of its processes may be left."""
     left = workers_of(job)
     try:
@@ -171,12 +171,15 @@ def worker(job, rank):
 
 
 def until(condition, seconds=60, every=0.002):
-    """Wait until condition() is true; returns what it gave, AssertionError after so long."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
+    """Wait until condition() is true; returns what it gave, AssertionError after so long.
+
+    Looks are counted, not the clock, so that a machine that sleeps fails no test.
+    """
+    for _ in range(round(seconds / every)):
+        if found := condition():
+            return found
         time.sleep(every)
-    return found
+    raise AssertionError("waited in vain")
 
 
 def chance(*seed):

@@ -1,0 +1,263 @@
+"""What eval.py scores without --tasks: all that a checkpoint and its data folder allow.
+
+Text by loss and bits per byte, chats by loss and exact answers. CLIP by picking the right caption
+of 32, by retrieval and, with --zero_shot, by the right class's name alone. Pictures by the loss
+with the right one, another one, none and a grey one, and what the right one saves against another
+and the grey one; by which of 32 captions the decoder finds likeliest; and by exact answers, also
+with the pictures shuffled among the questions (what remains then was guessed) and with none. All
+answers are greedy. Standard errors are by bootstrap over windows, chats, pictures or answers.
+"""
+
+import math
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from chat import answer_all, fits, ready_to_chat, turns_of
+from clip import choose_captions, features_of, groups_of_different
+from common.config import UserError, read_json
+from data import Text, check_tokenizer
+from likelihood import Item, likelihoods
+from looking import Gains, Held, a_token, nats_by_chat
+from model import head_loss
+from packing import Captions, Chats, Packed
+from pictures import PictureError
+from scores import bootstrap, retrieval_recall
+from vision import VisionLanguageModel, open_model
+from zero_shot import Labelled, counted
+
+ANSWER_TOKENS = 64  # longest answer that is scored
+CHOICES = 32
+CHOOSERS = 256  # most pictures that choose by likelihood: each of them costs all its captions
+
+
+@dataclass
+class Score:
+    """A figure, its standard error, and what guessing gives; None where there is no such thing."""
+
+    value: float
+    error: float | None = None
+    chance: float | None = None
+
+    def line(self, label):
+        error = "" if self.error is None else f" ± {self.error:.4f}"
+        chance = "" if self.chance is None else f"  (guessing {self.chance:.3f})"
+        return f"{label:32s} {self.value:.4f}{error}{chance}"
+
+    def cells(self):
+        """For a table, with "" for None."""
+        return [f"{self.value:.4g}", *("" if figure is None else f"{figure:.2g}"
+                                       for figure in (self.error, self.chance))]
+
+
+def share(marks, chance=None):
+    """The Score of marks, a number or truth value an item: their mean."""
+    marks = np.array(marks, float)
+    return Score(float(marks.mean()), bootstrap(marks), chance)
+
+
+def score(name, cfg, machine):
+    """All scores that a checkpoint and the data allow, as {name: Score}; prints them."""
+    model, tokenizer, info = open_model(name, machine.device)
+    data, items, stage, scores = Path(cfg.data), cfg.items, info["stage"], {}
+    if info["kind"] == "clip":
+        scores |= clip_scores(model, tokenizer, data / "captions", cfg, machine)
+    elif cfg.zero_shot and not cfg.report:
+        raise UserError(f"--zero_shot={cfg.zero_shot} is for a CLIP, which {name} is not")
+    if stage == "pretrain" or (info["kind"] != "clip" and (data / "text").is_dir()):
+        check_tokenizer(data / "text", tokenizer)
+        found = text_loss(model, tokenizer, data / "text", items, machine)
+        scores |= {label + f"/{stage}" * (stage != "pretrain"): x for label, x in found.items()}
+    if stage in ("sft", "vision_sft"):
+        check_tokenizer(data / "chats", tokenizer)
+        chats = Chats(data / "chats", "val")
+        packed = Packed([Held(chats, items, tokenizer)], model.config.max_positions, tokenizer)
+        scores["chat_loss"] = loss_of(nats_by_chat(machine, model, packed, 8), tokenizer)
+    if info["kind"] == "vision":
+        scores |= looking_scores(model, tokenizer, data, stage, items, machine)
+    if info["kind"] != "clip":  # losses are done: from here on the model only answers
+        ready_to_chat(model)
+    if stage in ("sft", "vision_sft"):
+        scores["chat_exact"] = share(exact(model, tokenizer, chats, items)[0])
+    if info["kind"] == "vision" and (data / "captions" / "val").is_dir():
+        check_tokenizer(data / "captions", tokenizer)
+        chats = Chats(data / "captions", "val")
+        scores["caption_choice32"] = caption_choice(model, tokenizer, chats, items)
+    if stage == "vision_sft":
+        scores |= answer_scores(model, tokenizer, data / "scenes", items)
+    for label, found in scores.items():
+        print(found.line(label))
+    return scores
+
+
+def answer_scores(model, tokenizer, folder, items):
+    """Exact answers about pictures, all and by kind of question.
+
+    Guessing is what the model gets right with the pictures shuffled among the questions.
+    """
+    marks = {"vqa_exact": exact(model, tokenizer, Chats(folder, "val"), items),
+             "vqa_shuffled": exact(model, tokenizer, Chats(folder, "val"), items, "other"),
+             "vqa_blind": exact(model, tokenizer, Chats(folder, "val"), items, "none")}
+    if (folder / "val_pairs").is_dir():  # only the picture world has held-out pairs
+        marks["vqa_heldout_pairs"] = exact(model, tokenizer, Chats(folder, "val_pairs"), items)
+    scores = {}
+    for label, (right, kinds) in marks.items():
+        named = {label: right} | {f"{label}/{kind}": kinds[kind] for kind in sorted(kinds)}
+        scores |= {name: share(some) for name, some in named.items()}
+    for name, found in scores.items():
+        guess = scores.get(name.replace("vqa_exact", "vqa_shuffled"))
+        if name.startswith("vqa_exact") and guess:
+            found.chance = guess.value
+    return scores
+
+
+def looking_scores(model, tokenizer, data, stage, items, machine):
+    """Loss on held-out captions, or questions and answers, with each kind of picture; the gains."""
+    kind, label = ("scenes", "answer") if stage == "vision_sft" else ("captions", "caption")
+    check_tokenizer(data / kind, tokenizer)
+    looking = Gains(Chats(data / kind, "val"), items, model.config.max_positions, tokenizer,
+                    *model.pictures)
+    nats = looking.nats(machine, model, 8)
+    names = {"own": f"{label}_loss", "other": f"{label}_loss_other_picture",
+             "none": f"{label}_loss_no_picture", "blank": f"{label}_loss_blank_picture"}
+    scores = {names[kind]: loss_of(found, tokenizer) for kind, found in nats.items()}
+    gains = {"other": "vision_gain_shuffled", "blank": "vision_gain_blank"}
+    return scores | {gains[kind]: Score(*found, 0.0)
+                     for kind, found in looking.gains(nats).items()}
+
+
+def loss_of(nats, tokenizer):
+    """The Score of what looking.nats_by_chat found, in nats a token."""
+    if not nats:
+        raise UserError("no chat's pictures can be read, so there is nothing to score")
+    return Score(*a_token(list(nats.values())), math.log(tokenizer.n_vocab))
+
+
+def caption_choice(model, tokenizer, chats, items):
+    """How often the caption of a picture is the likeliest of 32 different ones, by nats a token.
+
+    model: one that is ready to chat. Asked is what stands before the first answer of a chat with
+    one picture, and its groups of 32 choose among the captions of each other.
+    """
+    asked = []
+    for number in range(len(chats)):
+        if len(asked) == min(items, CHOOSERS):
+            break
+        prompt, answer = turns_of(chats, number)[0]
+        answer = [*answer, tokenizer.end]
+        if chats.n_images(number) == 1 and fits(model, tokenizer, prompt, len(answer)):
+            try:
+                asked.append((prompt, answer, chats.images(number, *model.pictures[1:])))
+            except PictureError as error:
+                print(f"(left out: {error})", file=sys.stderr)
+    if not asked:
+        raise UserError(f"{chats.folder}: no chat with one picture fits, so none chooses a caption")
+    groups = groups_of_different([tuple(answer) for _, answer, _ in asked], CHOICES)
+    questions = [Item(asked[i][0], [asked[k][1] for k in group], asked[i][2])
+                 for group in groups for i in group]
+    marks = []
+    found = likelihoods(model, tokenizer, questions)
+    for number, (item, of_item) in enumerate(zip(questions, found, strict=True)):
+        each = [x.nats / len(ids) for x, ids in zip(of_item, item.answers, strict=True)]
+        marks.append(int(np.argmax(each)) == number % len(item.answers))
+    return share(marks, 1 / len(groups[0]))
+
+
+def clip_scores(model, tokenizer, folder, cfg, machine):
+    """How often the right caption is chosen and found, and the right class with --zero_shot."""
+    scores = {}
+    if folder.is_dir() or not cfg.zero_shot:
+        check_tokenizer(folder, tokenizer)
+        pairs = Captions(Chats(folder, "val"), tokenizer, model.config.image_size,
+                         model.config.context, model.config.fit)
+        images, texts, keys = features_of(model, pairs, machine, max(cfg.items, 2048))
+        marks, _ = choose_captions(model, images[:2048], texts[:2048], keys[:2048], CHOICES)
+        scores["clip_choice32"] = share(marks, 1 / min(CHOICES, len(set(keys[:2048]))))
+        n = cfg.items
+        scores |= retrieval(images[:n], texts[:n], keys[:n])
+    if cfg.zero_shot:
+        labelled = Labelled(cfg.zero_shot, cfg.prompt)
+        right, n = counted(model, tokenizer, labelled, machine)
+        scores["clip_zero_shot"] = share(np.arange(n) < right, 1 / len(labelled.captions))
+    return scores
+
+
+def retrieval(images, texts, keys):
+    """Recall at 1, 5 and 10 of pictures (N, E) that look for their captions (N, E), and the other
+    way round. Captions with equal keys (N) are right for all their pictures."""
+    keys = np.array(keys)
+    belongs, found = keys[:, None] == keys, {}
+    similarity = (images @ texts.T).float().cpu().numpy()
+    for k in 1, 5, 10:
+        by_chance = float(np.mean([lucky(len(keys), int(own), k) for own in belongs.sum(1)]))
+        for way, marks in zip(("image_to_text", "text_to_image"),
+                              retrieval_recall(similarity, k, belongs), strict=True):
+            found[f"clip_{way}_r{k}"] = share(marks, by_chance)
+    return dict(sorted(found.items(), key=lambda item: "image_to_text" not in item[0]))
+
+
+def lucky(n, own, k):
+    """The probability that k of n, drawn at random, have one of `own` among them."""
+    return 1 - math.comb(n - own, k) / math.comb(n, k) if k < n else 1.0
+
+
+@torch.inference_mode()
+def text_loss(model, tokenizer, folder, items, machine, T=None, batch=32):
+    """Loss in nats a token, and bits per byte of the text, over the first validation windows."""
+    val = Text(folder, "val", T or min(256, model.config.max_positions), tokenizer.n_vocab)
+    n, decoder = min(items, len(val)), getattr(model, "decoder", model)
+    nats, n_bytes = [], []
+    for start in range(0, n, batch):
+        rows = val.batch(range(start, min(start + batch, n))).to(machine.device)
+        with machine.autocast():
+            states = decoder.hidden(decoder.token_embedding(rows.ids))  # (B, T, C)
+            nats += [head_loss(some, decoder.head.weight, targets).item()
+                     for some, targets in zip(states, rows.targets, strict=True)]
+        for row in rows.targets.tolist():
+            text = tokenizer.decode([i for i in row if i != tokenizer.end_of_text])
+            n_bytes.append(len(text.encode()))
+    by_token = np.stack((nats, np.full(n, val.T)), 1)
+    by_byte = np.stack((np.array(nats) / math.log(2), n_bytes), 1)
+    return {"text_val_loss": Score(*a_token(by_token), math.log(tokenizer.n_vocab)),
+            "text_bits_per_byte": Score(*a_token(by_byte), 8.0)}
+
+
+def exact(model, tokenizer, chats, items, pictures="own"):
+    """Whether each answer is right to the letter, and the same by group: (marks, {group: marks}).
+
+    Every turn of the assistant in the first `items` chats is asked for, with the right history.
+    pictures: "own", "other" or "none", see looking.Held.
+    """
+    prompts, wanted, images, groups = [], [], [], []
+    shown = Held(chats, items, tokenizer, pictures)
+    pixels = model.pictures[1:] if isinstance(model, VisionLanguageModel) else ()
+    file = chats.folder / "groups.json"
+    names = read_json(file) if file.is_file() else [""] * len(chats)
+    too_long = 0
+    for i in range(len(shown)):
+        try:
+            found = shown.images(i, *pixels)
+        except PictureError as error:
+            print(f"(left out: {error})", file=sys.stderr)
+            continue
+        for prompt, answer in turns_of(shown, i):
+            if not fits(model, tokenizer, prompt, ANSWER_TOKENS):
+                too_long += 1
+                continue
+            prompts.append(prompt)
+            wanted.append(tokenizer.decode(answer))
+            images.append(found[: prompt.count(tokenizer.image)])
+            groups.append(names[i])
+    if too_long:
+        print(f"({chats.folder}: {too_long} turns too long for the context)", file=sys.stderr)
+    if not prompts:
+        raise UserError(f"no chat of {chats.folder} fits the model's context")
+    said = answer_all(model, tokenizer, prompts, images, ANSWER_TOKENS)
+    marks, by_group = [a == b for a, b in zip(said, wanted, strict=True)], defaultdict(list)
+    for mark, group in zip(marks, groups, strict=True):
+        by_group[group].append(mark)
+    return marks, {group: some for group, some in by_group.items() if group}
