@@ -47,6 +47,7 @@ class Config:
     prompt: str = "a photo of a {}."  # the caption of a class there
     tasks: str = ""  # NAME:FILE, NAME:FILE ... of benchmarks to score instead, see above
     image_root: str = ""  # where their pictures are: a folder, zip or tar
+    overlap: bool = True  # whether to look for their questions in the training data
     out: str = ""  # folder for the answers to every question; empty for none
     report: str = ""  # folder for report.md and report.json of the whole pipeline; empty for none
     started: float = 0.0  # when the pipeline started (seconds since 1970), for its total time
@@ -88,7 +89,7 @@ def benchmarks(name, cfg, machine):
         task, path, model, tokenizer, cfg.items, cfg.image_root, cfg.out, info["sha256"])
         for task, path in wishes}
     found = {}
-    seen = overlaps(list(askings.values()), info)
+    seen = overlaps(list(askings.values()), info) if cfg.overlap else [None] * len(askings)
     for (task, asking), overlap in zip(askings.items(), seen, strict=True):
         with tqdm(total=len(asking.questions), desc=task, disable=None) as bar:
             found[task] = result = {**asking.run(bar.update), "overlap": overlap}
@@ -99,7 +100,8 @@ def benchmarks(name, cfg, machine):
             if "blind" in result:
                 beside.append("blind {:.3f} ± {:.3f}".format(*result["blind"][label]))
             print(f"{task + '/' + label:24s} {value:.4f} ± {error:.4f}  ({', '.join(beside)})")
-        print(f"({sentence(overlap)})")
+        if overlap:
+            print(f"({sentence(overlap)})")
         if asking.left_out:
             print(f"({task}: {len(asking.left_out)} left out, such as {asking.left_out[0]})",
                   file=sys.stderr)

@@ -13,6 +13,7 @@ name is complete. Readers check the sums: safetensors and torch.load both take a
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -72,15 +73,25 @@ def save(run_folder, step, weights, info, tokenizer, training_state, begun=False
             temporary.rename(folder)
             break
         except (OSError, SafetensorError, RuntimeError) as error:  # of each library's own
+            reason = why(error, temporary)
             room = not begun and again and prune(run_folder, keep_every, newest=1)
             if not room:
                 shutil.rmtree(temporary, ignore_errors=True)
                 before = "; the one before is whole" if steps_in(run_folder) else ""
                 raise UserError(f"cannot write the checkpoint of step {step} into {run_folder}: "
-                                f"{one_line(error)}{before}") from None
+                                f"{reason}{before}") from None
     flush(folder.parent, deep=False)
     prune(run_folder, keep_every)
     return folder
+
+
+def why(error, folder):
+    """What went wrong in writing into `folder`, in words. Of a full disk PyTorch's own writer says
+    only that it is not where it thought to be."""
+    with contextlib.suppress(OSError):
+        if not isinstance(error, OSError) and shutil.disk_usage(folder).free < 1 << 20:
+            return os.strerror(errno.ENOSPC)
+    return one_line(error)
 
 
 def fill(temporary, weights, info, tokenizer, training_state):
@@ -155,7 +166,7 @@ def prune(run_folder, keep_every=0, newest=2):
 
 def remove(folder):
     """Remove a checkpoint, at once for all who look; False if it is being read."""
-    with contextlib.suppress(BlockingIOError), held(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
+    with contextlib.suppress(OSError), held(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
         gone = folder.with_name(f".removing-{folder.name}")
         folder.rename(gone)
         shutil.rmtree(gone)

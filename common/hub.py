@@ -126,6 +126,7 @@ def stream(data, run):
     folder = Path("data/hub") / repository.replace("/", "--")
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         remotes = known_listing(repository, folder)
+        clear_incoming(folder)
         drop_damaged(remotes, folder, run.log.say)
         train = [remote for remote in remotes if fnmatch.fnmatch(remote.name, "*train*.npy")]
         others = [remote for remote in remotes if remote not in train]
@@ -137,6 +138,17 @@ def stream(data, run):
                          daemon=True).start()
     run.machine.barrier()
     return str(folder)
+
+
+def clear_incoming(folder):
+    """Remove what processes of this machine that were killed have fetched by halves."""
+    for path in folder.glob(f".incoming-{socket.gethostname()}-*"):
+        try:
+            os.kill(int(path.name.rpartition("-")[2]), 0)  # asks whether it is alive
+        except ProcessLookupError:
+            shutil.rmtree(path)
+        except OSError:  # somebody else's
+            pass
 
 
 def missing(remotes, folder):

@@ -10,7 +10,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -34,7 +33,7 @@ class Log:
 
     def __init__(self, folder, enabled=True, tracker="none", settings=None):
         self.folder, self.enabled = Path(folder), enabled
-        self.rows, self.started = [], time.time()
+        self.rows, self.behind = [], False  # behind: whether some are not on the disk
         self.tracker = open_tracker(tracker, folder, settings) if enabled else None
 
     def resume(self, step):
@@ -42,8 +41,19 @@ class Log:
         if not self.enabled:
             return
         self.rows = [row for row in read_rows(self.folder) if row["step"] <= step]
+        try:
+            self._write_anew()
+        except OSError as error:
+            raise UserError(f"--out={self.folder} cannot be written into: {error.strerror}; choose "
+                            "another, or put that right") from None
+
+    def _write_anew(self):
+        """Write all rows; what is there stays until that is done."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        fresh = self.folder / ".log.jsonl"
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        (self.folder / "log.jsonl").write_text(text, encoding="utf-8")
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(self.folder / "log.jsonl")
 
     def say(self, text):
         """Print one line, from the main process only; nothing of an empty one."""
@@ -57,8 +67,18 @@ class Log:
         figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         row = {"step": step, **{name: round(value, 6) for name, value in figures.items()}}
         self.rows.append(row)
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            if self.behind or not (self.folder / "log.jsonl").is_file():
+                self._write_anew()
+            else:
+                with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            self.behind = False
+        except OSError as error:  # the rows are kept here: training is worth going on
+            if not self.behind:
+                self.say(f"cannot write {self.folder / 'log.jsonl'}: {error.strerror}; going on, "
+                         "the next row tries again")
+            self.behind = True
         if self.tracker:
             self.tracker.log(figures, step=step)
 

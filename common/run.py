@@ -40,7 +40,7 @@ from common.optim import lr_factor
 from common.resuming import make_folder, resume
 from common.saving import Saver
 from common.shard import number_of_shard, shard, unshard, whole, whole_weights
-from common.stopping import STOPPED_EARLY, Stopping
+from common.stopping import STOPPED_EARLY, Stopping, end_torchrun
 from common.watch import Watch
 
 WARM_STEPS = 5  # after these nothing new lives long
@@ -176,7 +176,8 @@ class Run:
             self.watch.patient = step == self.first_step  # it compiles
             self.watch.passed(f"the beginning of step {step}")
             yield step
-            self._tell(self.saver.ended())
+            if step + 1 < self.cfg.max_steps:  # no later save would try the last one again
+                self._tell(self.saver.ended())
             if self.machine.any(self.wants_to_stop()) and step + 1 < self.cfg.max_steps:
                 self.stop_early(step)
         self.watch.passed("the last step", long=True)
@@ -198,6 +199,9 @@ class Run:
             self.log.say(f"stopped after step {step} and saved; the same command goes on")
         else:
             self.log.say("stopped; the same command goes on from the newest checkpoint")
+        alone = self.wants_to_stop.asked is None  # a signal to torchrun reaches every process
+        if self.machine.any(alone) if together else alone:
+            end_torchrun()
         self.machine.leave()
         sys.exit(STOPPED_EARLY)
 
@@ -303,10 +307,10 @@ class Run:
 
         The state is copied aside; a thread writes the copy. Sharded, all wait until it is written.
         """
-        if step == self.saved:
+        self._tell(self.saver.ended(wait=True))  # of this step too: one that failed is tried again
+        if not self.machine.any(step != self.saved):  # only the main process knows of a failure
             return
         self.saved = step
-        self._tell(self.saver.ended(wait=True))
         state = self._state()
         if self.sharded:
             self._save_shard(step)

@@ -126,7 +126,7 @@ class Journal:
         self.at = {name: np.append(np.fromfile(self.folder / name, np.int64),
                                    self.lengths[COUNTS_IN[name]]) for name in COUNTS_IN}
         self.image_keys = np.fromfile(self.folder / "image_keys", np.uint64)
-        self.handles = {name: os.open(self.folder / name, os.O_RDONLY)
+        self.handles = {name: open(self.folder / name, "rb", buffering=0)  # noqa: SIM115
                         for name in ("ids", "supervised", "images")}
 
     def ids(self, i):
@@ -151,7 +151,7 @@ class Journal:
         size, parts = np.dtype(FILES[name]).itemsize, []
         at, end = int(start) * size, int(end) * size
         while at < end:  # one call reads 2 GiB at most
-            parts.append(os.pread(self.handles[name], end - at, at))
+            parts.append(os.pread(self.handles[name].fileno(), end - at, at))
             at += len(parts[-1])
         return np.frombuffer(b"".join(parts), FILES[name])
 

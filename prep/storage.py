@@ -33,6 +33,7 @@ class NewFolder:
         self.path = Path(path).absolute()
         self.writing = self.path.with_name(f".writing-{self.path.name}")
         self.whole, self.unpacked = self.writing / "whole", self.writing / "unpacked"
+        self.older = self.writing / "older"
         if self.path.exists() and not (self.path / "manifest.json").is_file():
             raise UserError(f"{path} is there already and is no data set of prepare.py's, so it is "
                             "not replaced; choose another --out")
@@ -42,6 +43,7 @@ class NewFolder:
             self.writing.mkdir(parents=True, exist_ok=True)
             self.lock = os.open(self.writing, os.O_RDONLY)
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it at our end
+            shutil.rmtree(self.older, ignore_errors=True)
             if not self.keep:
                 shutil.rmtree(self.whole, ignore_errors=True)
             self.whole.mkdir(exist_ok=True)
@@ -58,8 +60,10 @@ class NewFolder:
         try:
             if kind is None:
                 flush(self.whole)
-                shutil.rmtree(self.path, ignore_errors=True)
+                if self.path.exists():
+                    self.path.rename(self.older)
                 self.whole.rename(self.path)
+                flush(self.path.parent, deep=False)
             elif any(any(self.writing.glob(pattern)) for pattern in (
                     "whole/*" if self.keep else "*/progress.json", "unpacked/*")):
                 print(f"what is done so far is kept in {self.writing}; "
