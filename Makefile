@@ -1,5 +1,5 @@
 # make demo   trains a small vision-language model from nothing and talks to it (14 minutes on 2 cores)
-# make test   runs the tests (10 minutes)
+# make test   runs the tests (15 minutes)
 # make test-faults   kills, stalls and damages everything many times over (30 minutes at most)
 PYTHON ?= python3
 .DEFAULT_GOAL := demo

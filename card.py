@@ -72,7 +72,8 @@ def card(name, info, cfg, picture="", answer=""):
     scores = scores_of(info)
     if scores:
         lines += ["## Scores", "", "| score | |", "|---|---|"]
-        lines += [f"| {label} | {value:.4g} |" for label, value in scores.items()] + [""]
+        lines += [f"| {label} | {value:.4g}{error_of(scores, label)} |"
+                  for label, value in scores.items() if not label.endswith("_error")] + [""]
     lines += ["## Limits", "", LIMITS, *([] if cfg.native or pretrained else ["", TOKENS]), ""]
     return "\n".join(lines)
 
@@ -117,6 +118,11 @@ def scores_of(info):
         return read_json(Path(info["folder"]).parent.parent / "report.json")
     except UserError:
         return {}
+
+
+def error_of(scores, label):
+    """Its standard error in words, where report.json has one."""
+    return f" ± {scores[f'{label}_error']:.2g}" if f"{label}_error" in scores else ""
 
 
 def figure(metrics, name, divisor, digits):
