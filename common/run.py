@@ -176,6 +176,7 @@ class Run:
             self.watch.patient = step == self.first_step  # it compiles
             self.watch.passed(f"the beginning of step {step}")
             yield step
+            self.watch.passed(f"the end of step {step}")
             if step + 1 < self.cfg.max_steps:  # no later save would try the last one again
                 self._tell(self.saver.ended())
             if self.machine.any(self.wants_to_stop()) and step + 1 < self.cfg.max_steps:

@@ -31,7 +31,7 @@ def test_a_process_that_falls_asleep_is_named(pipeline, tmp_path, asleep):
 def test_a_process_that_is_stopped_is_named(pipeline, tmp_path):
     jobs = start(2, ROOT / "tests" / "faults" / "stalling.py", 7, 0, "pretrain.py",
                  *pipeline.flags("pretrain"), f"--out={tmp_path}/run", "--max_steps=1000000",
-                 PATIENT)
+                 "--eval_every=0", "--save_every=0", PATIENT)
     try:
         deadline = time.monotonic() + 60
         while not (tmp_path / "run" / "log.jsonl").is_file() or len(
