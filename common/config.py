@@ -30,7 +30,7 @@ def one_line(error, longest=300):
     letters of the file's own, and not all of it where it repeats the file."""
     words = " ".join(str(error).split()).encode("utf-8", "replace").decode()
     text = "".join(letter if letter.isprintable() else "?" for letter in words)
-    return text if len(text) <= longest else f"{text[:longest]} ..."
+    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
 
 
 @dataclass
