@@ -75,7 +75,8 @@ def read_image(source, name=None, size=0, how="pad", max_pixels=MAX_PIXELS):
         raise PictureError("a picture that is too large", f"{name}: {error}") from None
     except Exception as error:  # Pillow's many decoders raise whatever they stumble over
         kind = "a truncated" if "truncated" in str(error).lower() else "an unreadable"
-        why = re.sub(r" ?<_io.*?>", "", one_line(error))  # bytes in memory have no name
+        why = one_line(getattr(error, "strerror", None) or error)
+        why = re.sub(r" ?<_io.*?>", "", why)  # bytes in memory have no name
         raise PictureError(f"{kind} picture",
                            f"{name} is not a readable picture: {why}") from None
 
