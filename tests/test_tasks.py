@@ -19,6 +19,7 @@ from test_scores import peer
 import asking
 import tasks
 from asking import Asking
+from bench_tasks import TASK
 from common.checkpoint import write_json
 from common.config import UserError, seal
 from common.distributed import Machine
@@ -419,18 +420,6 @@ def test_only_questions_about_pictures_have_a_blind_score(tmp_path):
 
 # ------------------------------------------------------------------------------------------ lm_eval
 
-YAML = """task: local
-dataset_path: json
-dataset_kwargs: {data_files: {validation: FILE}}
-output_type: multiple_choice
-validation_split: validation
-process_docs: !function utils.process_docs
-doc_to_text: "{{query}}"
-doc_to_target: "{{label}}"
-doc_to_choice: "choices"
-metric_list: [{metric: acc}, {metric: acc_norm}]
-"""
-
 
 def by_lm_eval(folder, file, model):
     """What lm_eval's own HellaSwag says of an exported model: its samples."""
@@ -442,7 +431,7 @@ def by_lm_eval(folder, file, model):
     utils = Path(next(iter(lm_eval.__path__))) / "tasks/hellaswag/utils.py"
     (folder / "tasks").mkdir()
     (folder / "tasks/utils.py").write_text(utils.read_text())
-    (folder / "tasks/local.yaml").write_text(YAML.replace("FILE", file))
+    (folder / "tasks/local.yaml").write_text(TASK.replace("FILE", file))
     write_folder(model, TOKENIZER, "pretrain", folder / "export")
     theirs = HFLM(str(folder / "export"), device="cpu", batch_size=4, add_bos_token=True)
     found = lm_eval.simple_evaluate(
