@@ -76,7 +76,11 @@ class Server:
 
     def close(self):
         self.process.stdin.close()
-        self.process.wait(60)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:  # of a machine that sleeps, say
+            self.process.kill()
+            self.process.wait()
         self.process.stdout.close()
 
 
