@@ -5,6 +5,7 @@ Started by `torchrun`, a stage finds its rank in the environment; started by `py
 
 import contextlib
 import ctypes
+import inspect
 import os
 import resource
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from common.config import UserError
 
@@ -169,6 +171,16 @@ def compile_blocks(model):
     for module in model.modules():
         if getattr(module, "repeated", False):
             module.compile()
+
+
+def averaging(model, device):
+    """`model` as one of the copies, one a process, whose gradients DDP averages."""
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    newer = "forward_sync_buffers" in known  # the name since PyTorch 2.13
+    name = "forward_sync_buffers" if newer else "broadcast_buffers"
+    return DistributedDataParallel(
+        model, device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True, **{name: False})  # our buffers are constants
 
 
 def peak_flops(machine):

@@ -3,7 +3,7 @@
 Every stage asks before it trains. Small files are summed every time. A large one is summed once:
 its size, inode and time of change are noted in .verified.json beside it, and it is summed again
 when one of them is another. Damage on the disk that changes none of these, behind a sum that was
-right, goes unseen here; `python prepare.py check` sums everything anew.
+right, goes unseen; without .verified.json everything is summed anew.
 """
 
 import contextlib

@@ -22,11 +22,11 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint
 from common.config import UserError
 from common.distributed import (
+    averaging,
     compile_blocks,
     cores,
     peak_flops,
@@ -163,9 +163,7 @@ class Run:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         if self.ranks == 1 or self.sharded or not self.trained:
             return model
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True,
-                                       broadcast_buffers=False)  # ours are constants
+        return averaging(model, self.device)
 
     def steps(self):
         """The step numbers still to do. Saves and ends the program early if asked to stop."""
