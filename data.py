@@ -96,6 +96,10 @@ class Loader:
                 self.run.lost(batch.lost)
             yield batch
 
+    def close(self):
+        """End the workers: no more batches are wanted."""
+        self.stream, self.stream_at = None, None
+
     def _from_workers(self, number):
         """The micro-batch of that number, counted from the beginning of the run.
 

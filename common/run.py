@@ -180,6 +180,8 @@ class Run:
             if self.machine.any(self.wants_to_stop()) and step + 1 < self.cfg.max_steps:
                 self.stop_early(step)
         self.watch.passed("the last step", long=True)
+        if self.loader:
+            self.loader.close()
         for module in self.model.modules():  # samples come next, and their shapes change all along
             module._compiled_call_impl = None
         if self.sharded:  # nor are they FSDP's kind of call

@@ -3,6 +3,7 @@ that decode, and pictures that go missing."""
 
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -243,6 +244,7 @@ def test_a_run_with_workers_takes_the_same_steps(pipeline, tmp_path):
     pipeline.run_stage("vision_pretrain", tmp_path / "workers", "--workers=2")
     assert log_rows(tmp_path / "workers")[-1]["val_loss"] == log_rows(
         pipeline.folder / "vision_pretrain")[-1]["val_loss"]
+    assert not multiprocessing.active_children()
 
 
 # ------------------------------------------------------------------------------- pictures that went
