@@ -3,7 +3,7 @@
     python bench_tasks.py                # 50 rows of HellaSwag's form; needs pip install lm_eval
 
 A random decoder is asked the same rows by both, in turn, in fp32 and in batches of at most 16. Only
-the questions are timed: no model is loaded, no file read. Every figure is the median of three.
+the questions are timed: no model is loaded, no file read. Every figure is the median of five.
 """
 
 import json
@@ -45,7 +45,7 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 @dataclass
 class Config:
     rows: int = 50  # questions, of four endings each
-    repeats: int = 3  # how often each is timed
+    repeats: int = 5  # how often each is timed
     n_layer: int = 8  # of the model
     n_embd: int = 512  # its width
     threads: int = 1  # of the processor

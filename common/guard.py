@@ -2,7 +2,7 @@
 
 One bad batch can undo an hour. Whether a step is one is decided on the device, with figures that
 are the same in every process, so that all skip it alike and the host need not wait. The rule of the
-deviations is OLMo's (Groeneveld et al. 2024).
+deviations is OLMo's (Groeneveld et al. 2024); here a gradient that needs no clipping is no harm.
 """
 
 import torch
@@ -19,7 +19,9 @@ NAMED = 64  # so many skipped steps are named after a while
 class Guard:
     """Which steps are skipped. `state_dict` goes into checkpoints, so that resuming is exact."""
 
-    def __init__(self, device):
+    def __init__(self, device, harmless=0.0):
+        """harmless: a gradient norm up to which a step is taken, however large that is for it."""
+        self.harmless = torch.tensor([float("-inf"), harmless], device=device)
         self.n = 0  # steps seen
         self.recent = torch.zeros(2, WINDOW, device=device)  # their losses and gradient norms
         self.in_a_row = torch.zeros((), device=device)
@@ -38,7 +40,7 @@ class Guard:
         mean = past.mean(dim=1) if n else torch.zeros_like(now)
         limit = torch.full_like(now, float("inf"))
         if n >= LEAST:
-            limit = mean + DEVIATIONS * past.std(dim=1)
+            limit = torch.maximum(mean + DEVIATIONS * past.std(dim=1), self.harmless)
         finite = torch.isfinite(now)
         bad = ~finite.all() | (now > limit).any()
         # What is far out counts as just at the limit: the next is still judged, but if all that

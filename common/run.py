@@ -135,7 +135,7 @@ class Run:
             optimizer.load_state_dict(state["optimizer"])
             self.fp16.load_state_dict(state["fp16"])
             torch.set_rng_state(state["rng"])
-        self.guard = Guard(self.device)
+        self.guard = Guard(self.device, self.cfg.grad_clip)
         if state and "guard" in state:
             self.guard.load_state_dict(state["guard"])
         self.first_step = state["step"] if state else 0

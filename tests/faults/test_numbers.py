@@ -41,6 +41,13 @@ def test_what_is_usual_is_not_skipped_and_what_is_far_out_is():
     assert lines[-1].endswith("; rows of 205") and guard.told(str) == []
 
 
+def test_a_gradient_that_needs_no_clipping_is_no_harm():
+    losses, norms = usual(201), [0.2 + 0.01 * (loss - 3) for loss in usual(201)]
+    norms[100], norms[200] = 0.9, 1.1  # the first is far out as well
+    assert np.flatnonzero(judged(Guard(torch.device("cpu"), 1.0), losses, norms)).tolist() == [200]
+    assert np.flatnonzero(judged(Guard(torch.device("cpu")), losses, norms)).tolist() == [100, 200]
+
+
 def test_nothing_but_what_is_not_finite_is_skipped_before_it_is_known_what_is_usual():
     guard = Guard(torch.device("cpu"))
     assert not any(judged(guard, [1.0, 100.0] * (LEAST // 2)))
