@@ -1,4 +1,4 @@
-# make demo   trains a small vision-language model from nothing and talks to it (14 minutes on 2 cores)
+# make demo   trains a small vision-language model from nothing and talks to it (14 to 21 minutes on 2 cores)
 # make test   runs the tests (15 minutes)
 # make test-faults   kills, stalls and damages everything many times over (30 minutes at most)
 PYTHON ?= python3
