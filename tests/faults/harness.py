@@ -76,11 +76,7 @@ class Server:
 
     def close(self):
         self.process.stdin.close()
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:  # of a machine that sleeps, say
-            self.process.kill()
-            self.process.wait()
+        self.process.wait(60)
         self.process.stdout.close()
 
 
