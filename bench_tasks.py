@@ -1,9 +1,11 @@
 """How fast a benchmark is scored by likelihood, beside lm_eval on the exported model.
 
-    python bench_tasks.py                # 50 rows of HellaSwag's form; needs pip install lm_eval
+    pip install lm_eval
+    python bench_tasks.py                    # 50 rows of HellaSwag's form
+    python bench_tasks.py --precision=fp32   # both in the same precision
 
-A random decoder is asked the same rows by both, in turn, in fp32 and in batches of at most 16. Only
-the questions are timed: no model is loaded, no file read. Every figure is the median of five.
+A random decoder is asked the same rows by both, in turn, in batches of at most 16. Only the
+questions are timed: no model is loaded, no file read. Every figure is the median of five.
 """
 
 import json
@@ -16,6 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -28,7 +31,7 @@ from export import write_folder
 from model import GPT, GPTConfig
 from tokenizer import gpt2
 
-BATCH = 16  # what likelihood.likelihoods takes
+BATCH = 16  # rows at most; on a CPU ours takes fewer (likelihood.ROWS_AT_ONCE)
 TASK = """task: local
 dataset_path: json
 dataset_kwargs: {data_files: {validation: FILE}}
@@ -49,6 +52,8 @@ class Config:
     n_layer: int = 8  # of the model
     n_embd: int = 512  # its width
     threads: int = 1  # of the processor
+    # of both; auto: what eval.py and `lm_eval --model hf` each take by themselves
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 
 def main():
@@ -61,8 +66,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows(cfg.rows)))
-        theirs = by_lm_eval(model.eval(), tokenizer, file)
-        ours = by_ours(ready_to_chat(model, "fp32"), tokenizer, file)
+        theirs = by_lm_eval(model.eval(), tokenizer, file, cfg.precision)
+        ours = by_ours(ready_to_chat(model, cfg.precision), tokenizer, file)
         seconds, picks = {"lm_eval": [], "ours": []}, {}
         for _ in range(cfg.repeats):
             for name, ask in ("lm_eval", theirs), ("ours", ours):
@@ -70,7 +75,7 @@ def main():
                 seconds[name].append(spent)
     found = {name: statistics.median(some) for name, some in seconds.items()}
     same = sum(a == b for a, b in zip(*picks.values(), strict=True))
-    print(f"{cfg.rows} questions of 4 endings, fp32, {cfg.threads} threads: "
+    print(f"{cfg.rows} questions of 4 endings, {cfg.precision}, {cfg.threads} threads: "
           f"lm_eval {found['lm_eval']:.1f} s, ours {found['ours']:.1f} s, "
           f"{found['lm_eval'] / found['ours']:.2f} times as fast; "
           f"{same} of {cfg.rows} endings chosen alike")
@@ -107,7 +112,7 @@ def by_ours(model, tokenizer, file):
     return ask
 
 
-def by_lm_eval(model, tokenizer, file):
+def by_lm_eval(model, tokenizer, file, precision):
     """The same by lm_eval's own HellaSwag."""
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1",
                       HF_DATASETS_CACHE=str(file.parent / "cache"))
@@ -123,7 +128,8 @@ def by_lm_eval(model, tokenizer, file):
     (folder / "utils.py").write_text(utils.read_text())
     (folder / "local.yaml").write_text(TASK.replace("FILE", str(file)))
     write_folder(model, tokenizer, "pretrain", file.parent / "export")
-    theirs, spent = HFLM(str(file.parent / "export"), device="cpu", dtype="float32",
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(precision, "auto")
+    theirs, spent = HFLM(str(file.parent / "export"), device="cpu", dtype=dtype,
                          batch_size=BATCH, add_bos_token=True), []
     asked = theirs.loglikelihood
 

@@ -148,11 +148,12 @@ class Decoding:
         overwritten before any position may see it."""
         B, T, _ = embeddings.shape
         lengths = lengths or [T] * B
-        x = self.model.hidden(embeddings, cache=self.cache.rows(row, row + B))
+        last = torch.tensor([i * T + length - 1 for i, length in enumerate(lengths)])
+        x = self.model.hidden(embeddings, cache=self.cache.rows(row, row + B),
+                              where=last.to(self.device))
         for i, length in enumerate(lengths):
             self.cache.lengths[row + i] += length
-        last = torch.tensor(lengths, device=self.device) - 1
-        return self.model.head(x[torch.arange(B, device=self.device), last])
+        return self.model.head(x)
 
     @torch.inference_mode()
     def step(self, ids, row=0, waiting=()):

@@ -14,8 +14,9 @@ import torch
 from chat import decoder_of, embed, see, spread
 
 # Elements of the logits that exist at a time: 16 MB in fp32 on a CPU, where larger tensors come in
-# memory that the system has to give anew.
+# memory that the system has to give anew. Rows read together: few find room in a CPU's cache.
 LOGITS_AT_ONCE = {"cpu": 2**22, "mps": 2**24, "cuda": 2**26}
+ROWS_AT_ONCE = {"cpu": 6, "mps": 16, "cuda": 16}
 
 
 @dataclass
@@ -51,22 +52,21 @@ class Row:
 
 
 @torch.inference_mode()
-def likelihoods(model, tokenizer, items, batch=16, done=None):
+def likelihoods(model, tokenizer, items, batch=None):
     """[[Likelihood of each answer] of each Item], in the order given.
 
-    batch: rows read together; done(n) is called with how many are finished. Raises ValueError for
-    an item that is longer than the model's context.
+    batch: rows read together; None for what suits the device. Raises ValueError for an item that
+    is longer than the model's context.
     """
     rows = [row for number, item in enumerate(items)
             for row in rows_of(number, item, tokenizer, model)]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # alike lengths together
     found = [None] * len(rows)
+    batch = batch or ROWS_AT_ONCE[decoder_of(model).token_embedding.weight.device.type]
     for start in range(0, len(order), batch):
         some = order[start : start + batch]
         for i, part in zip(some, read(model, tokenizer, [rows[i] for i in some]), strict=True):
             found[i] = part
-        if done:
-            done(len(some))
     together = [[] for _ in items]
     for row, part in zip(rows, found, strict=True):
         together[row.item] += part
@@ -94,11 +94,10 @@ def read(model, tokenizer, rows):
     features = see(model, pictures).flatten(0, 1) if pictures else None
     x = embed(model, tokenizer, ids, features)  # (B, T, C)
     positions, mask, where = layout(rows, x.size(1))
-    x = decoder.hidden(x, positions.to(x.device), mask.to(x.device))
     places, state_of = where.to(x.device).unique(return_inverse=True)  # answers begin at one place
+    states = decoder.hidden(x, positions.to(x.device), mask.to(x.device), where=places)
     wanted = [token for row in rows for answer in row.answers for token in answer]
-    nats, right = score(decoder, x.flatten(0, 1)[places], state_of,
-                        torch.tensor(wanted, device=x.device))
+    nats, right = score(decoder, states, state_of, torch.tensor(wanted, device=x.device))
     found, at = [], 0
     for row in rows:
         found.append([])

@@ -73,8 +73,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, rotary, mask, slots=None):
+    def forward(self, x, rotary, mask, slots=None, where=None):
         x = x + self.attention(self.norm1(x), rotary, mask, slots)
+        if where is not None:
+            x = x.flatten(0, 1).index_select(0, where)
         return x + self.mlp(self.norm2(x))
 
 
@@ -112,16 +114,17 @@ class GPT(nn.Module):
         x = self.hidden(x, positions, packed_mask(segments, bounds, longest, compute_dtype(x)))
         if targets is None:
             return self.head(x)
-        x = x.flatten(0, 1)
+        x = x.flatten(0, 1)  # all of them: blocks of one shape are compiled once
         x = x if where is None else x.index_select(0, where)
         return head_loss(x, self.head.weight, targets.flatten())
 
-    def hidden(self, x, positions=None, mask=None, cache=None, run=None):
+    def hidden(self, x, positions=None, mask=None, cache=None, run=None, where=None):
         """Embeddings (B, T, C) to normalised final states (B, T, C).
 
         positions: a slice of them, the same in every row, or (B, T), or None for 0, 1, 2 ... With
         a cache they come from it: each row goes on behind what it holds. run: run(block, ...) in
-        place of block(...).
+        place of block(...). where: the N flat positions (into B * T) whose states are wanted, for
+        (N, C); behind the last attention no other is computed.
         """
         T, layers = x.size(1), [None] * len(self.blocks)
         if self.config.max_positions < T:
@@ -137,7 +140,7 @@ class GPT(nn.Module):
             rotary = tuple(table.unsqueeze(1) for table in rotary)  # (B, 1, T, D), over heads
         x = x.to(dtype)
         for block, slots in zip(self.blocks, layers, strict=True):
-            inputs = x, rotary, mask, slots
+            inputs = x, rotary, mask, slots, where if block is self.blocks[-1] else None
             x = block(*inputs) if run is None else run(block, *inputs)
         return self.final_norm(x)
 

@@ -148,9 +148,3 @@ def test_the_patches_of_pictures_count_as_context():
     prompt = [TOKENIZER.image, *TOKENIZER.encode("a") * (64 - P)]
     with pytest.raises(ValueError, match=f"a question of {64} tokens"):
         likelihoods(model, TOKENIZER, [Item(prompt, [[1]], [RED])])
-
-
-def test_progress_adds_up_to_the_items():
-    counts = []
-    likelihoods(new_model(), TOKENIZER, some_items(), 3, counts.append)
-    assert sum(counts) == len(TEXTS) and max(counts) <= 3

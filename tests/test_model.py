@@ -112,6 +112,14 @@ def test_a_new_model_has_identity_blocks_and_guesses_evenly():
     assert model(ids, ids).item() / ids.numel() == pytest.approx(math.log(96), abs=0.1)
 
 
+@torch.no_grad()
+def test_only_the_states_that_are_wanted_are_returned_and_they_are_the_same():
+    model, ids = new_model(), some_ids(3, 12)
+    x, where = model.token_embedding(ids), torch.tensor([30, 0, 11, 12])
+    torch.testing.assert_close(model.hidden(x, where=where),
+                               model.hidden(x).flatten(0, 1)[where], atol=1e-5, rtol=0)
+
+
 def test_gradient_flows_to_every_parameter():
     model = new_model()
     ids = some_ids(8, 32)

@@ -373,9 +373,10 @@ def looking():
     yes, no = (TOKENIZER.encode(text)[0] for text in ("Yes", "No"))
     direction = torch.ones(32) / 32**0.5
 
-    def hidden(x, positions=None, mask=None, cache=None, run=None):
+    def hidden(x, positions=None, mask=None, cache=None, run=None, where=None):
         red = (x @ direction).cumsum(1)[..., None] * direction  # what stood before is added up
-        return red if cache is None else torch.zeros_like(x)
+        red = red if cache is None else torch.zeros_like(x)
+        return red if where is None else red.flatten(0, 1)[where]
 
     with torch.no_grad():
         model.decoder.token_embedding.weight.zero_()
