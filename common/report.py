@@ -112,7 +112,8 @@ class Table:
             last = ' class="total"' if self.total and number == len(self.rows) else ""
             cells = [f"<td{mark}>{as_html(cell)}</td>"
                      for cell, mark in zip(others, marks[1:], strict=True)]
-            yield f'<tr{last}><th scope="row">{as_html(first)}</th>{"".join(cells)}</tr>'
+            name = re.sub("[_/]", r"\g<0><wbr>", as_html(first))  # where a long one may break
+            yield f'<tr{last}><th scope="row">{name}</th>{"".join(cells)}</tr>'
         yield "</tbody></table></div>"
 
 

@@ -41,7 +41,7 @@ class Reader(HTMLParser):
         super().__init__()
         self.tags, self.attributes, self.pictures, self.words, self.open = [], [], [], [], []
         self.cells, self.rows, self.texts = None, [], {"code": [], "dd": [], "dt": []}
-        self.feed(page)
+        self.feed(page.replace("<wbr>", ""))  # where a word may break
         self.close()
 
     def handle_starttag(self, tag, attributes):
