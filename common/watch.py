@@ -6,6 +6,7 @@ nothing, is what the others wait for. While all goes well nothing is written or 
 """
 
 import faulthandler
+import functools
 import json
 import os
 import sys
@@ -26,7 +27,7 @@ class Watch:
         self.patient = False  # whether all takes long for now, as in a step that compiles
         self.count, self.place, self.limit = 0, "the beginning", self.limits[True]
         self.since, self.ended = time.monotonic(), threading.Event()
-        self.thread = None
+        self.thread, self.deciding = None, False
 
     def start(self):
         """Begin to watch, if there are others who could wait and a limit is set."""
@@ -35,6 +36,7 @@ class Watch:
             self.machine.barrier()
             self.thread = threading.Thread(target=self._watch, daemon=True)
             self.thread.start()
+            sys.excepthook = functools.partial(self._failed, sys.excepthook)
 
     def stop(self):
         self.ended.set()
@@ -58,14 +60,22 @@ class Watch:
             if idle > self.limit:
                 self._stalled(self.count, idle)
 
+    def _failed(self, usual, *error):
+        """In place of sys.excepthook: the connection to one that has ended is no error to show."""
+        if self.deciding:
+            self.thread.join()
+        usual(*error)
+
     def _stalled(self, count, idle):
         """Name the process that is least far, and end this one, unless it got on meanwhile."""
+        self.deciding = True
         write(self.file(self.machine.rank), {"count": count, "place": self.place})
         others = {}
         deadline = time.monotonic() + max(OTHERS, self.limit / 4)
         while len(others) < self.machine.ranks and time.monotonic() < deadline:
             if self.count != count or self.ended.wait(0.5):
                 self.file(self.machine.rank).unlink(missing_ok=True)
+                self.deciding = False
                 return
             others = {rank: read(self.file(rank)) for rank in range(self.machine.ranks)
                       if self.file(rank).is_file()}
