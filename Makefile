@@ -1,6 +1,6 @@
 # make demo   trains a small vision-language model from nothing and talks to it (14 to 21 minutes on 2 cores)
 # make test   runs the tests (15 minutes)
-# make test-faults   kills, stalls and damages everything many times over (not timed as a whole yet)
+# make test-faults   kills, stalls and damages everything many times over (16 minutes on 2 cores)
 PYTHON ?= python3
 .DEFAULT_GOAL := demo
 .PHONY: demo test test-faults

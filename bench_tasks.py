@@ -1,8 +1,8 @@
 """How fast a benchmark is scored by likelihood, beside lm_eval on the exported model.
 
     pip install lm_eval
-    python bench_tasks.py                    # 50 rows of HellaSwag's form
-    python bench_tasks.py --precision=fp32   # both in the same precision
+    python bench_tasks.py                    # 50 rows of HellaSwag's form, both in fp32
+    python bench_tasks.py --precision=auto   # as each runs by itself
 
 A random decoder is asked the same rows by both, in turn, in batches of at most 16. Only the
 questions are timed: no model is loaded, no file read. Every figure is the median of five.
@@ -53,7 +53,7 @@ class Config:
     n_embd: int = 512  # its width
     threads: int = 1  # of the processor
     # of both; auto: what eval.py and `lm_eval --model hf` each take by themselves
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
 
 
 def main():

@@ -130,7 +130,7 @@ def nats_by_chat(machine, model, packed, micro_rows):
             x = (decoder.token_embedding(batch.ids) if model is decoder
                  else model.embed(batch.ids, batch.pixels, batch.image_positions))
             mask = packed_mask(batch.segments, batch.bounds, batch.longest, compute_dtype(x))
-            x = decoder.hidden(x, batch.positions, mask, where=batch.where)  # (N, C)
+            x = decoder.hidden(x, batch.positions, mask).flatten(0, 1)[batch.where]  # (N, C)
             # the supervised positions of a chat stand together; so many there are of each
             segments = batch.segments.flatten()[batch.where]
             chats, counts = torch.stack((batch.where // packed.T, segments)).unique_consecutive(

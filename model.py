@@ -114,7 +114,7 @@ class GPT(nn.Module):
         x = self.hidden(x, positions, packed_mask(segments, bounds, longest, compute_dtype(x)))
         if targets is None:
             return self.head(x)
-        x = x.flatten(0, 1)  # all of them: blocks of one shape are compiled once
+        x = x.flatten(0, 1)
         x = x if where is None else x.index_select(0, where)
         return head_loss(x, self.head.weight, targets.flatten())
 
@@ -124,7 +124,8 @@ class GPT(nn.Module):
         positions: a slice of them, the same in every row, or (B, T), or None for 0, 1, 2 ... With
         a cache they come from it: each row goes on behind what it holds. run: run(block, ...) in
         place of block(...). where: the N flat positions (into B * T) whose states are wanted, for
-        (N, C); behind the last attention no other is computed.
+        (N, C); behind the last attention no other is computed. Not for compiled blocks, where
+        every other N is another shape.
         """
         T, layers = x.size(1), [None] * len(self.blocks)
         if self.config.max_positions < T:
