@@ -6,27 +6,44 @@ half the time. docs/log.md has the figures. relu: they end with a ReLU (no bias 
 Letters for shapes: N outputs, K inputs.
 """
 
+import functools
 import warnings
 
 import torch
 from torch import nn
 
 from common.config import UserError
-from common.distributed import pick_dtype
+from common.distributed import pick_dtype, processor
 from model import MLP
+
+FEW = 4  # rows for which FBGEMM's 16-bit weights are faster than oneDNN's in fp32 or bf16
 
 
 class PackedLinear(nn.Module):
-    """A Linear whose weight is stored in the blocks that oneDNN multiplies by."""
+    """A Linear whose weight is stored in the blocks that oneDNN multiplies by, and for few rows
+    once more, in two fp16 numbers that add up to it.
+
+    FBGEMM's product with fp16 weights, converted to fp32 as they are read, runs at the speed of the
+    memory; fp32 products of one row (MKL's, oneDNN's) reach half of it. The second number is what
+    rounding to the first left, times 2**11: together they are within half a unit of fp32's last
+    place.
+    """
 
     def __init__(self, linear, relu=False):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias, self.then = linear.bias, "relu" if relu else "none"
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        weight, self.bias = linear.weight.detach(), linear.bias
+        self.relu, self.few = relu, None
+        self.many = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        if weight.dtype == torch.float32 and HalfLinear.works(weight.device):
+            rounded = weight.half().float()
+            both = torch.cat((rounded, (weight - rounded) * 2**11), dim=1)  # (N, 2 * K)
+            self.few = torch.ops.quantized.linear_prepack_fp16(both, self.bias)
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.then, [], "")
+        if self.few is not None and x.numel() <= FEW * self.in_features:
+            return half_product(torch.cat((x, x * 2**-11), dim=-1), self.few, self.relu)
+        return packed_product(x, self.many, self.bias, self.relu)
 
     @staticmethod
     def works(device, dtype):
@@ -39,36 +56,42 @@ class PackedLinear(nn.Module):
 
 
 class HalfLinear(nn.Module):
-    """A Linear with weights in bf16, for x in fp32, kept twice: for one row and for several.
+    """A Linear with weights of 16 bits, fp16 or rounded to bf16, for x and sums in fp32.
 
-    One row takes FBGEMM's product with fp16 weights, which is a quarter faster there than oneDNN's
-    with bf16; what bf16 holds fp16 holds, too, down to 6e-8. Several rows come out in bf16.
+    It is FBGEMM's product with fp16 weights; what bf16 holds fp16 holds, too, down to 6e-8. Where
+    the processor has bf16 products, many rows of bf16 weights take oneDNN's and come out in bf16.
     """
 
-    def __init__(self, linear, relu=False):
+    def __init__(self, linear, relu=False, dtype=torch.float16):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach().bfloat16()
+        weight, self.relu, self.many = linear.weight.detach().to(dtype), relu, None
         self.bias = None if linear.bias is None else linear.bias.detach().float()
-        self.then = "relu" if relu else "none"
-        self.one = torch.ops.quantized.linear_prepack_fp16(weight.float(), self.bias)
-        self.several = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self.few = torch.ops.quantized.linear_prepack_fp16(weight.float(), self.bias)
+        if dtype == torch.bfloat16 and processor().bf16:
+            self.many = torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
     def forward(self, x):
-        if x.numel() == x.size(-1):
-            if self.then == "relu":
-                return torch.ops.quantized.linear_relu_dynamic_fp16(x, self.one)
-            return torch.ops.quantized.linear_dynamic_fp16(x, self.one)
-        x = x.to(torch.bfloat16)
-        y = torch.ops.mkldnn._linear_pointwise(x, self.several, None, self.then, [], "")
+        if self.many is None or x.numel() <= FEW * self.in_features:
+            return half_product(x.float(), self.few, self.relu)
+        y = packed_product(x.to(torch.bfloat16), self.many, None, self.relu)
         return y if self.bias is None else y + self.bias
 
     @staticmethod
     def works(device):
-        """Whether this PyTorch and this processor have both products."""
-        return (PackedLinear.works(device, torch.bfloat16) and "fbgemm" in
-                torch.backends.quantized.supported_engines
+        """Whether this PyTorch and this processor have it."""
+        return (device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
                 and hasattr(torch.ops.quantized, "linear_dynamic_fp16"))
+
+
+def half_product(x, packed, relu):
+    ops = torch.ops.quantized
+    return (ops.linear_relu_dynamic_fp16 if relu else ops.linear_dynamic_fp16)(x, packed)
+
+
+def packed_product(x, packed, bias, relu):
+    then = "relu" if relu else "none"
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, then, [], "")
 
 
 class Int8Linear(nn.Module):
@@ -76,13 +99,18 @@ class Int8Linear(nn.Module):
 
     PyTorch's dynamically quantised product: x is rounded to 8 bits, too, by the range of the values
     in it. Rows are brought to one range first, so that a large one leaves the others their digits.
+    Without VNNI the products of two neighbours are added in 16 bits, which saturate. There the sum
+    of two neighbours of one sign is kept within 128, so that none leaves 255 * 128; of most rows
+    that takes half a bit (7 bits for each weight would take a whole one: docs/log.md).
     """
 
     def __init__(self, linear, relu=False):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach().float()
-        scale = weight.abs().amax(dim=1).clamp_min(1e-12) / 127  # (N,)
+        largest = weight.abs() if processor().vnni else torch.cat([
+            part.clamp_min(0).unflatten(1, (-1, 2)).sum(-1) for part in (weight, -weight)], dim=1)
+        scale = largest.amax(dim=1).clamp_min(1e-12) / 127  # (N,)
         zeros = torch.zeros(len(scale), dtype=torch.long)
         with warnings.catch_warnings():  # deprecated, but twice as fast as what is not: docs/log.md
             warnings.simplefilter("ignore")
@@ -90,8 +118,6 @@ class Int8Linear(nn.Module):
         self.packed = torch.ops.quantized.linear_prepack(weight, None)
         self.bias = None if linear.bias is None else linear.bias.detach().float()
         self.relu = relu
-        # Without VNNI, sums of two products of 8 bits can leave 16 bits.
-        self.seven_bits = not torch.cpu._is_vnni_supported()
 
     def forward(self, x):
         if x.numel() == self.in_features:
@@ -102,9 +128,8 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def product(self, x):
-        if self.relu:
-            return torch.ops.quantized.linear_relu_dynamic(x, self.packed, self.seven_bits)
-        return torch.ops.quantized.linear_dynamic(x, self.packed, self.seven_bits)
+        ops = torch.ops.quantized
+        return (ops.linear_relu_dynamic if self.relu else ops.linear_dynamic)(x, self.packed)
 
     @staticmethod
     def works(device):
@@ -113,11 +138,24 @@ class Int8Linear(nn.Module):
                 and hasattr(torch, "quantize_per_channel"))
 
 
+def fastest_precision(device):
+    """The precision that decodes fastest on a device and costs a model under 0.01 nats.
+
+    On every instruction set of x86 that is int8: 1.2 to 1.7 times as fast as 16 bits, for one row
+    and for many (docs/log.md). What is not measured stays with the type of training.
+    """
+    if HalfLinear.works(device) and Int8Linear.works(device):
+        return "int8"
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return names[pick_dtype(device)]
+
+
 def for_decoding(decoder, precision="auto"):
     """Make `decoder` fast at decoding, in place; it cannot be trained or saved afterwards.
 
-    precision: fp32, bf16, fp16, int8, or auto for what the device is for. On a CPU bf16 and int8
-    are those of the products; norms, attention and what goes from block to block are fp32.
+    precision: fp32, bf16, fp16, int8, or auto for what the device trains in, with which scores are
+    made. On a CPU they are the weights' and the products'; norms, attention and what goes from
+    block to block are fp32.
     """
     device = decoder.token_embedding.weight.device
     if precision == "int8":
@@ -128,8 +166,8 @@ def for_decoding(decoder, precision="auto"):
     else:
         dtype = pick_dtype(device, precision)
         kind = PackedLinear if PackedLinear.works(device, dtype) else None
-        if dtype == torch.bfloat16 and HalfLinear.works(device):
-            kind, dtype = HalfLinear, torch.float32
+        if dtype != torch.float32 and HalfLinear.works(device):
+            kind, dtype = functools.partial(HalfLinear, dtype=dtype), torch.float32
     decoder.to(dtype).requires_grad_(False).eval()
     if kind:
         replace(decoder, kind)
