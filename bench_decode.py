@@ -15,9 +15,9 @@ from PIL import Image
 
 from chat import Conversation, ready_to_chat
 from common.distributed import memory_bandwidth, setup
-from decode import Decoding, Sampler, Sampling, generate, generate_batch
+from decode import Decoding, Sampler, Sampling, generate, pick
 from export import neox_config, neox_weights
-from linears import HalfLinear, Int8Linear, PackedLinear, for_decoding
+from linears import HalfLinear, Int8Linear, PackedLinear, fastest_precision, for_decoding
 from model import GPT
 from peers import REPEATS, load_transformers
 from pictures import read_image
@@ -49,8 +49,9 @@ def decode_speeds(decoder_config, clip_config, tokenizer, cfg, peer):
         kinds |= {f"transformers_{name}": their_kind(decoder, name)
                   for name in dict.fromkeys(precisions) if name != "int8"}
     figures |= alone(kinds, machine, decoder)
-    figures |= many(decoder, dtypes[own])
-    figures |= first_tokens(model.to(device), tokenizer, dtypes[own])
+    chosen = fastest_precision(device) if cfg.precision == "auto" else dtypes[own]  # as to chat
+    figures |= many(decoder, chosen)
+    figures |= first_tokens(model.to(device), tokenizer, chosen)
     return figures
 
 
@@ -140,16 +141,18 @@ def many(decoder, precision):
     decoder = for_decoding(copy.deepcopy(decoder), precision)
     device, rates, tokens = decoder.token_embedding.weight.device, {}, TOKENS // 4
     for B in BATCHES:
-        decoding = Decoding(decoder, B, PROMPT + tokens)
+        decoding, seconds = Decoding(decoder, B, PROMPT + tokens), []
         ids = torch.randint(decoder.config.vocab_size, (B, PROMPT), device=device)
-        x, seconds = decoder.token_embedding(ids), {1: [], tokens: []}
+        first = pick(decoding.prefill(decoder.token_embedding(ids)))
         for _ in range(REPEATS + 1):
-            for n, times in seconds.items():  # 1: the prompt, which is taken off
-                began = time.perf_counter()
-                generate_batch(decoding, x, [PROMPT] * B, n, -1)
-                times.append(time.perf_counter() - began)
-        prompt, whole = (statistics.median(times[1:]) for times in seconds.values())
-        rates[B] = B * (tokens - 1) / (whole - prompt)
+            for row in range(B):
+                decoding.cut(PROMPT, row)
+            token, began = first, time.perf_counter()
+            for _ in range(tokens):
+                token = pick(decoding.step(token))
+                token.tolist()  # as generate_batch does
+            seconds.append(time.perf_counter() - began)
+        rates[B] = B * tokens / statistics.median(seconds[1:])  # the first one warms up
     figures = {f"{precision}_batch_{B}_tok_per_s": rate for B, rate in rates.items()}
     return figures | {f"batch_{B}_times_one": rates[B] / rates[1] for B in BATCHES[1:]}
 
