@@ -207,12 +207,13 @@ class CLIP(nn.Module):
 
 def sine_grid(n, width):
     """(n * n, width) sines and cosines of a patch's row and column, to start the learnt positions
-    from (Beyer et al. 2022, "Better plain ViT baselines"): docs/log.md has what it brings."""
+    from (Beyer et al. 2022, "Better plain ViT baselines"). Their amplitude of 2 keeps a patch's
+    place readable in its features, which the decoder needs: docs/log.md has the figures."""
     frequencies = 100.0 ** -torch.linspace(0, 1, width // 4)
     angles = torch.arange(n)[:, None] * frequencies  # (n, width / 4)
     waves = torch.cat((angles.sin(), angles.cos()), dim=1)  # (n, width / 2)
     rows, columns = waves[:, None].expand(n, n, -1), waves[None].expand(n, n, -1)
-    return 0.7 * torch.cat((rows, columns), dim=-1).flatten(0, 1)
+    return 2.0 * torch.cat((rows, columns), dim=-1).flatten(0, 1)
 
 
 class Gather(torch.autograd.Function):

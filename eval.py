@@ -22,6 +22,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -42,6 +43,8 @@ from scoring import Score, score
 @dataclass
 class Config:
     data: str = "data/demo"  # folder with text/, chats/, captions/, scenes/, as far as needed
+    split: Literal["val", "test"] = "val"  # the split to score; a report has both, as far as there
+    # is a test split. Tune on val alone: a test set that choices were made on tests nothing
     items: int = 1000  # most items a task scores
     zero_shot: str = ""  # folder of pictures, a subfolder a class, for a CLIP; empty for none
     prompt: str = "a photo of a {}."  # the caption of a class there
@@ -72,10 +75,15 @@ def main():
         parents = [p for p in lineage if p["stage"] in ("pretrain", "clip_pretrain")]
         names = [p["folder"] for p in parents] + names
     scores = {}
-    for name in names:
-        began = time.time()
-        scores.update(score(name, cfg, machine))
-        print(f"({name}: {time.time() - began:.0f} s)", file=sys.stderr)
+    tests = (Path(cfg.data) / "chats" / "test").is_dir()
+    for split in [cfg.split] if not cfg.report else ["val", "test"] if tests else ["val"]:
+        for name in names:
+            began = time.time()
+            print(f"{name}, {'validation' if split == 'val' else 'test'} data:")
+            found = score(name, cfg, machine, split)
+            prefix = "val_" if split == "val" and cfg.report and tests else ""
+            scores = scores | {prefix + label: figure for label, figure in found.items()}
+            print(f"({time.time() - began:.0f} s)", file=sys.stderr)
     if cfg.report:
         report(argv[0], cfg, scores)
 
@@ -122,20 +130,23 @@ def report(name, cfg, scores):
     manifest = Path(cfg.data) / "manifest.json"
     prepared = read_json(manifest) if manifest.is_file() else {}
     figures, total = {}, {key: sum(stage["metrics"][key] for stage in trained)
-                          for key in ("seconds", "dollars")}
+                          for key in ("tflop", "seconds", "dollars")}
     for label, found in scores.items():
         figures |= {label: found.value} | (
             {} if found.error is None else {f"{label}_error": found.error})
     figures["seconds"] = (time.time() - cfg.started if cfg.started
                           else total["seconds"] + prepared.get("seconds", 0))
-    figures["dollars"] = total["dollars"]
+    figures["dollars"], figures["tflop"] = total["dollars"], total["tflop"]
     figures["peak_rss_gb"] = max([prepared.get("peak_rss_gb", 0), peak_memory_gb()[1],
                                   *(stage["metrics"]["peak_rss_gb"] for stage in trained)])
-    costs = {label: Score(figures[label]) for label in ("seconds", "dollars", "peak_rss_gb")}
-    sections = {"Scores": [Table(["score", "figure", "±", "guessing"],
-                                 [[label, *found.cells()]
-                                  for label, found in (scores | costs).items()])],
-                "Lineage": [lineage_table(stages)]}
+    costs = {label: Score(figures[label])
+             for label in ("tflop", "seconds", "dollars", "peak_rss_gb")}
+    tuned = {label: found for label, found in scores.items() if label.startswith("val_")}
+    held = {label: found for label, found in scores.items() if label not in tuned}
+    sections = {f"Scores{' on test data' if tuned else ''}": [score_table(held | costs)]}
+    if tuned:
+        sections["Scores on validation data"] = [score_table(tuned)]
+    sections["Lineage"] = [lineage_table(stages)]
     if info["kind"] == "vision":
         talks = conversations(name, Path(cfg.data) / "pictures", cfg.device)
         sections["Talking about pictures it never saw"] = [Samples(talks)]
@@ -146,6 +157,12 @@ def report(name, cfg, scores):
     Page(str(folder), lead, sections).write(folder)
     write_json(folder / "report.json", figures)
     print(f"{folder / 'report.html'}, report.md and report.json sum it up")
+
+
+def score_table(scores):
+    """A Table of {name: Score}."""
+    return Table(["score", "figure", "±", "guessing"],
+                 [[label, *found.cells()] for label, found in scores.items()])
 
 
 def conversations(name, pictures, device, n=4):

@@ -15,8 +15,6 @@ from where it was. Rows that cannot be used are counted by reason, the first one
 out.
 """
 
-import json
-import random
 import sys
 import time
 from dataclasses import dataclass
@@ -25,21 +23,19 @@ from typing import Literal
 
 import numpy as np
 
-import tales
 import tokenizer as tokenizers
-import world
 from common.checkpoint import write_json
 from common.config import UserError, parse, run_main, seal
 from common.distributed import peak_memory_gb
 from prep.check import Check, check, data_first
 from prep.conversations import write_chats_about_pictures, write_chats_about_text
-from prep.demo import captioned, distinct, questioned, words_of
+from prep.demo import write_demo
 from prep.fineweb import fetch_shards
 from prep.journal import Record, digest, read_all
 from prep.rows import text_of, texts_of
 from prep.sources import at_least, pieces, sources_of
 from prep.splits import splits_of
-from prep.storage import NewFolder, Shards, check_size, write_chats, write_manifest, write_text
+from prep.storage import NewFolder, Shards, check_size, write_manifest
 
 SMALLEST_VOCABULARY = 256 + len(tokenizers.SPECIALS)  # every byte, and the specials
 VOCABULARY_TEXT = 200_000_000  # characters that a vocabulary is trained on, at most
@@ -50,15 +46,16 @@ class Demo:
     """The picture world: stories, chats, captioned pictures and chats about pictures."""
 
     out: str = "data/demo"  # folder to make
-    seed: int = 0  # of everything drawn
+    seed: int = 0  # of everything drawn but the test split
+    test_seed: int = 1001  # of the test split, which is scored once and never tuned on
     stories: int = 40000  # documents of text
     chats: int = 12000  # chats about text
     captions: int = 16000  # captioned pictures
     conversations: int = 16000  # pictures with a chat
     questions: int = 7  # questions about each picture
-    held_out: int = 1000  # validation items of each kind
+    held_out: int = 1000  # items of each kind for validation, and as many for the test
     vocabulary: int = 1024  # tokens of the small BPE, specials included
-    image_size: int = 96  # pixels
+    image_size: int = 48  # pixels
 
 
 @dataclass
@@ -140,39 +137,15 @@ class FineWeb:
 
 
 def demo(cfg):
-    """Draw the picture world: text, chats, captions, scenes, and a folder of held-out pictures."""
+    """Draw the demo's data: text, chats, captions, scenes, and a folder of held-out pictures."""
     at_least(cfg, stories=1, chats=1, captions=1, conversations=1, questions=1, held_out=1,
              vocabulary=SMALLEST_VOCABULARY, image_size=8)
     began = time.time()
     with NewFolder(cfg.out) as out:
-        rng = random.Random(cfg.seed)
-        stories = distinct(lambda: tales.story(rng), cfg.stories + cfg.held_out)
-        chats = distinct(lambda: json.dumps(tales.text_chat(rng)), cfg.chats + cfg.held_out)
-        chats = [json.loads(chat) for chat in chats]
-        tokenizer = tokenizers.train(words_of(rng, stories[:8000], chats[:4000]), cfg.vocabulary)
-
-        (out / "text").mkdir()
-        n_val = write_text(out / "text", "val", stories[: cfg.held_out], tokenizer)
-        n_train = write_text(out / "text", "train", stories[cfg.held_out :], tokenizer)
-        write_manifest(out / "text", tokenizer, train_tokens=n_train, val_tokens=n_val)
-        for split, part in ("val", chats[: cfg.held_out]), ("train", chats[cfg.held_out :]):
-            write_chats(out / "chats" / split, tokenizer, ((chat, ()) for chat in part))
-        write_manifest(out / "chats", tokenizer)
-
-        kinds = {"captions": (cfg.captions, captioned), "scenes": (cfg.conversations, questioned)}
-        for kind, (count, draw) in kinds.items():
-            for split, n, pairs in (("train", count, "train"), ("val", cfg.held_out, "train"),
-                                    ("val_pairs", cfg.held_out, "held_out")):
-                items = [draw(rng, pairs, cfg, split) for _ in range(n)]
-                write_chats(out / kind / split, tokenizer, (item[:2] for item in items))
-                if len(items[0]) > 2:
-                    write_json(out / kind / split / "groups.json", [item[2] for item in items])
-            write_manifest(out / kind, tokenizer)
-        (out / "pictures").mkdir()
-        for i in range(8):
-            world.paint(world.draw_scene(rng, "held_out"), 256).save(out / f"pictures/{i}.png")
+        n_train = write_demo(out, cfg)
         write_json(out / "manifest.json", seal({
-            "seconds": time.time() - began, "peak_rss_gb": peak_memory_gb()[1]}))
+            "seconds": time.time() - began, "peak_rss_gb": peak_memory_gb()[1],
+            "test_seed": cfg.test_seed}))
     print(f"{cfg.out}: {cfg.stories} stories ({n_train:,} tokens), {cfg.chats} chats, "
           f"{cfg.captions} captions, {cfg.conversations} picture chats, in "
           f"{time.time() - began:.0f} s")

@@ -60,50 +60,51 @@ def share(marks, chance=None):
     return Score(float(marks.mean()), bootstrap(marks), chance)
 
 
-def score(name, cfg, machine):
-    """All scores that a checkpoint and the data allow, as {name: Score}; prints them."""
+def score(name, cfg, machine, split):
+    """All scores that a checkpoint and the data's `split` allow, as {name: Score}; prints them."""
     model, tokenizer, info = open_model(name, machine.device)
     data, items, stage, scores = Path(cfg.data), cfg.items, info["stage"], {}
     if info["kind"] == "clip":
-        scores |= clip_scores(model, tokenizer, data / "captions", cfg, machine)
+        scores |= clip_scores(model, tokenizer, data / "captions", cfg, machine, split)
     elif cfg.zero_shot and not cfg.report:
         raise UserError(f"--zero_shot={cfg.zero_shot} is for a CLIP, which {name} is not")
     if stage == "pretrain" or (info["kind"] != "clip" and (data / "text").is_dir()):
         check_tokenizer(data / "text", tokenizer)
-        found = text_loss(model, tokenizer, data / "text", items, machine)
+        found = text_loss(model, tokenizer, data / "text", items, machine, split=split)
         scores |= {label + f"/{stage}" * (stage != "pretrain"): x for label, x in found.items()}
     if stage in ("sft", "vision_sft"):
         check_tokenizer(data / "chats", tokenizer)
-        chats = Chats(data / "chats", "val")
+        chats = Chats(data / "chats", split)
         packed = Packed([Held(chats, items, tokenizer)], model.config.max_positions, tokenizer)
         scores["chat_loss"] = loss_of(nats_by_chat(machine, model, packed, 8), tokenizer)
     if info["kind"] == "vision":
-        scores |= looking_scores(model, tokenizer, data, stage, items, machine)
+        scores |= looking_scores(model, tokenizer, data, stage, items, machine, split)
     if info["kind"] != "clip":  # losses are done: from here on the model only answers
         ready_to_chat(model)
     if stage in ("sft", "vision_sft"):
         scores["chat_exact"] = share(exact(model, tokenizer, chats, items)[0])
-    if info["kind"] == "vision" and (data / "captions" / "val").is_dir():
+    if info["kind"] == "vision" and (data / "captions" / split).is_dir():
         check_tokenizer(data / "captions", tokenizer)
-        chats = Chats(data / "captions", "val")
+        chats = Chats(data / "captions", split)
         scores["caption_choice32"] = caption_choice(model, tokenizer, chats, items)
     if stage == "vision_sft":
-        scores |= answer_scores(model, tokenizer, data / "scenes", items)
+        scores |= answer_scores(model, tokenizer, data / "scenes", items, split)
     for label, found in scores.items():
         print(found.line(label))
     return scores
 
 
-def answer_scores(model, tokenizer, folder, items):
+def answer_scores(model, tokenizer, folder, items, split):
     """Exact answers about pictures, all and by kind of question.
 
     Guessing is what the model gets right with the pictures shuffled among the questions.
     """
-    marks = {"vqa_exact": exact(model, tokenizer, Chats(folder, "val"), items),
-             "vqa_shuffled": exact(model, tokenizer, Chats(folder, "val"), items, "other"),
-             "vqa_blind": exact(model, tokenizer, Chats(folder, "val"), items, "none")}
-    if (folder / "val_pairs").is_dir():  # only the picture world has held-out pairs
-        marks["vqa_heldout_pairs"] = exact(model, tokenizer, Chats(folder, "val_pairs"), items)
+    chats, pairs = Chats(folder, split), f"{split}_pairs"
+    marks = {"vqa_exact": exact(model, tokenizer, chats, items),
+             "vqa_shuffled": exact(model, tokenizer, chats, items, "other"),
+             "vqa_blind": exact(model, tokenizer, chats, items, "none")}
+    if (folder / pairs).is_dir():  # only the demo's scenes have held-out pairs
+        marks["vqa_heldout_pairs"] = exact(model, tokenizer, Chats(folder, pairs), items)
     scores = {}
     for label, (right, kinds) in marks.items():
         named = {label: right} | {f"{label}/{kind}": kinds[kind] for kind in sorted(kinds)}
@@ -115,11 +116,11 @@ def answer_scores(model, tokenizer, folder, items):
     return scores
 
 
-def looking_scores(model, tokenizer, data, stage, items, machine):
+def looking_scores(model, tokenizer, data, stage, items, machine, split):
     """Loss on held-out captions, or questions and answers, with each kind of picture; the gains."""
     kind, label = ("scenes", "answer") if stage == "vision_sft" else ("captions", "caption")
     check_tokenizer(data / kind, tokenizer)
-    looking = Gains(Chats(data / kind, "val"), items, model.config.max_positions, tokenizer,
+    looking = Gains(Chats(data / kind, split), items, model.config.max_positions, tokenizer,
                     *model.pictures)
     nats = looking.nats(machine, model, 8)
     names = {"own": f"{label}_loss", "other": f"{label}_loss_other_picture",
@@ -167,12 +168,12 @@ def caption_choice(model, tokenizer, chats, items):
     return share(marks, 1 / len(groups[0]))
 
 
-def clip_scores(model, tokenizer, folder, cfg, machine):
+def clip_scores(model, tokenizer, folder, cfg, machine, split):
     """How often the right caption is chosen and found, and the right class with --zero_shot."""
     scores = {}
     if folder.is_dir() or not cfg.zero_shot:
         check_tokenizer(folder, tokenizer)
-        pairs = Captions(Chats(folder, "val"), tokenizer, model.config.image_size,
+        pairs = Captions(Chats(folder, split), tokenizer, model.config.image_size,
                          model.config.context, model.config.fit)
         images, texts, keys = features_of(model, pairs, machine, max(cfg.items, 2048))
         marks, _ = choose_captions(model, images[:2048], texts[:2048], keys[:2048], CHOICES)
@@ -206,9 +207,9 @@ def lucky(n, own, k):
 
 
 @torch.inference_mode()
-def text_loss(model, tokenizer, folder, items, machine, T=None, batch=32):
-    """Loss in nats a token, and bits per byte of the text, over the first validation windows."""
-    val = Text(folder, "val", T or min(256, model.config.max_positions), tokenizer.n_vocab)
+def text_loss(model, tokenizer, folder, items, machine, T=None, batch=32, split="val"):
+    """Loss in nats per token, and bits per byte of the text, over the split's first windows."""
+    val = Text(folder, split, T or min(256, model.config.max_positions), tokenizer.n_vocab)
     n, decoder = min(items, len(val)), getattr(model, "decoder", model)
     nats, n_bytes = [], []
     for start in range(0, n, batch):

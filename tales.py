@@ -178,21 +178,25 @@ still on the shelf? the {colour2} {toy2} is still on the shelf."""
 TALES = [[step.split("|") for step in tale.split("/")] for tale in TALE_TEXT.split("\n\n")]
 
 
+PICTURES = 0.4  # share of the stories that describe an image and ask about it: the decoder learns
+# to answer such questions from words, before it has to find the answers in images
+
+
 def story(rng) -> str:
-    """One document of the text corpus, 40 to 150 words: a tale, facts, or a picture in words."""
-    who, genre = cast(rng), rng.randrange(len(TALES) + 3)
-    if genre < len(TALES):
-        parts = [rng.choice(wordings) for wordings in TALES[genre]]
-    elif genre == len(TALES):  # facts, half of them as answers to their questions
-        facts = rng.sample(list(FACTS.items()), rng.randint(9, 11))
-        parts = [rng.choice((answer, f"{asked} {answer}")) for asked, answer in facts]
-    elif genre == len(TALES) + 1:  # which animal is bigger, for seven casts
-        parts = [rng.choice(COMPARISONS).format(**cast(rng)) for _ in range(7)]
-    else:  # a picture, described and asked about
+    """One document of the text corpus, 40 to 150 words: a tale, facts, or an image in words."""
+    who, genre = cast(rng), rng.randrange(len(TALES) + 2)
+    if rng.random() < PICTURES:
         scene = world.draw_scene(rng, "any")
         parts = [rng.choice(("{name} has a picture.", "look at the picture of {name}."))]
         parts += [world.grammar(world.ask(rng, scene, "describe")[1])]
         parts += [message["content"] for message in world.conversation(rng, scene, 5)]
+    elif genre < len(TALES):
+        parts = [rng.choice(wordings) for wordings in TALES[genre]]
+    elif genre == len(TALES):  # facts, half of them as answers to their questions
+        facts = rng.sample(list(FACTS.items()), rng.randint(9, 11))
+        parts = [rng.choice((answer, f"{asked} {answer}")) for asked, answer in facts]
+    else:  # which animal is bigger, for seven casts
+        parts = [rng.choice(COMPARISONS).format(**cast(rng)) for _ in range(7)]
     text = " ".join(" ".join(parts).split())  # the line breaks of TALE_TEXT become spaces
     return world.grammar(text.format(**who))
 

@@ -137,7 +137,7 @@ def paint_background(scene, size):
 def paint(scene, size=64) -> Image.Image:
     """The scene as an RGB picture, `size` pixels square."""
     big = 4 * size  # painted four times as large and shrunk at the end: smooth edges
-    image = paint_background(scene, big)
+    image = paint_background(scene, size).resize((big, big), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(image)
     for thing in scene.things:
         x, y, r = circle_of(thing, big)

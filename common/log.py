@@ -20,7 +20,7 @@ from common.report import Code, Notes, Page, Picture, Samples, Table
 
 GREY = "#808080"  # of a plot's letters and axes: it can be read on white and on black
 UNITS = {"tok": "tokens", "img": "pairs of picture and caption"}
-COSTS = ("seconds", "dollars", "peak_gpu_gb", "peak_rss_gb")  # those metrics that score nothing
+COSTS = ("seconds", "dollars", "tflop", "peak_gpu_gb", "peak_rss_gb")  # metrics that score nothing
 MEANING = {"loss": "training loss", "val_loss": "held-out loss",
            "val_other_picture": "held-out loss, with another chat's picture",
            "val_no_picture": "held-out loss, without a picture",
@@ -173,6 +173,7 @@ def stage_page(run, samples, data):
         ["tokens" if run.unit == "tok" else "pairs",
          f"{amount} ({steps:,} steps of {each:,})"],
         *speeds(rows, run.unit),
+        ["arithmetic", f"{m['tflop']:,.4g} TFLOP"],
         ["peak memory", f"{memory(m)}, of the first process"],
         ["wall time", duration(m["seconds"])],
         ["price", f"{price(m['dollars'])} ({rate})"],
@@ -266,15 +267,22 @@ def memory(metrics):
 
 def lineage_table(stages):
     """What each stage took, and all together; one that was made elsewhere has no figures."""
-    rows = []
+    rows, costs = [], {"tflop": ("TFLOP", 1), "seconds": ("min", 60), "dollars": ("$", 1)}
     for stage in stages:
         m = stage["metrics"]
         loss = f"{m['val_loss']:.4f}" if "val_loss" in m else "–"
-        cost = [f"{m['seconds'] / 60:.1f}", money(m["dollars"])] if "seconds" in m else ["–"] * 2
-        rows.append([stage["stage"], f"{stage['step']:,}", loss, *cost])
-    seconds, dollars = (sum(s["metrics"].get(n, 0) for s in stages) for n in ("seconds", "dollars"))
-    rows.append(["all", "–", "–", f"{seconds / 60:.1f}", money(dollars)])
-    return Table(["stage", "steps", "held-out loss", "min", "$"], rows, total=True)
+        rows.append([stage["stage"], f"{stage['step']:,}", loss,
+                     *(cost_cell(name, m[name] / unit) if name in m else "–"
+                       for name, (_, unit) in costs.items())])
+    totals = {name: sum(stage["metrics"].get(name, 0) for stage in stages) for name in costs}
+    rows.append(["all", "–", "–", *(cost_cell(name, totals[name] / unit)
+                                    for name, (_, unit) in costs.items())])
+    return Table(["stage", "steps", "held-out loss", *(head for head, _ in costs.values())], rows,
+                 total=True)
+
+
+def cost_cell(name, value):
+    return money(value) if name == "dollars" else f"{value:,.1f}"
 
 
 def data_table(folder):

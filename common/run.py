@@ -34,6 +34,7 @@ from common.distributed import (
     release_free_memory,
     setup,
 )
+from common.flops import flop_counter
 from common.guard import Guard
 from common.log import Log, with_origin, write_report
 from common.optim import lr_factor
@@ -139,6 +140,9 @@ class Run:
         if state and "guard" in state:
             self.guard.load_state_dict(state["guard"])
         self.first_step = state["step"] if state else 0
+        self.counter, self.step_flops = None, 0  # operations of a step of the whole job, counted
+        if state and not self.cfg.compile:
+            self.step_flops = self.metrics.get("tflop", 0) * 1e12 / self.first_step
         self.origins = with_origin(self.origins, self.machine, self.first_step,
                                    self.cfg.max_steps)
         self.peak = peak_flops(self.machine) * self.ranks
@@ -173,6 +177,8 @@ class Run:
             self.optimizer.set_lr(lr_factor(self.cfg, step))
             self.watch.patient = step == self.first_step  # it compiles
             self.watch.passed(f"the beginning of step {step}")
+            if step == self.first_step and not (self.cfg.compile or self.step_flops):
+                self.counter = flop_counter().__enter__()
             yield step
             self.watch.passed(f"the end of step {step}")
             if step + 1 < self.cfg.max_steps:  # no later save would try the last one again
@@ -245,6 +251,9 @@ class Run:
         if self.fp16.is_enabled():
             self.fp16.update()
         self.optimizer.zero_grad()
+        if self.counter:  # all that the first step computed, in this process
+            self.counter.__exit__(None, None, None)
+            self.step_flops, self.counter = self.counter.get_total_flops() * self.ranks, None
         if step == self.first_step + WARM_STEPS:
             gc.collect()
             gc.freeze()  # what is here now stays: later collections need not look at it
@@ -318,6 +327,7 @@ class Run:
         if self.machine.is_main:
             m, (gpu_gb, host_gb) = self.metrics, peak_memory_gb(self.device)
             m.update(seconds=time.time() - self.began, dollars=self.dollars(),
+                     tflop=(step + 1) * (self.step_flops or self.per_step * self.flops) / 1e12,
                      peak_gpu_gb=max(gpu_gb, m.get("peak_gpu_gb", 0)),
                      peak_rss_gb=max(host_gb, m.get("peak_rss_gb", 0)))
             info = dict(stage=self.stage, **self.info, step=step + 1, settings=self.settings,
