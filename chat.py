@@ -34,16 +34,17 @@ def open_for_chat(name, device, precision="auto"):
 
 
 def pick_precision(device, precision):
-    """What --precision=auto means where somebody chats: the fastest here, and a line that says so.
+    """What --precision=auto means where somebody chats: the fastest here, which a terminal is told.
 
     Scores are made in what ready_to_chat takes for auto, the type of training.
     """
     if precision != "auto":
         return precision
     precision = fastest_precision(device)
-    where = processor().instructions if device.type == "cpu" else device.type
-    print(f"(decoding in {precision}, the fastest on {where}; --precision=fp32 rounds nothing)",
-          file=sys.stderr)
+    if sys.stderr.isatty():  # an answer in a pipe has nothing beside it
+        where = processor().instructions if device.type == "cpu" else device.type
+        print(f"(decoding in {precision}, the fastest on {where}; --precision=fp32 rounds nothing)",
+              file=sys.stderr)
     return precision
 
 

@@ -3,17 +3,20 @@
 import copy
 import itertools
 import string
+import sys
 
 import pytest
 import torch
 from PIL import Image
 
 import tokenizer as tokenizers
-from chat import BLIND, UNFINISHED, Conversation, see
+from chat import BLIND, UNFINISHED, Conversation, pick_precision, ready_to_chat, see
 from clip import CLIPConfig
 from common import checkpoint
 from common.config import UserError
+from common.distributed import pick_dtype
 from decode import Decoding, Sampler, Sampling, generate
+from linears import HalfLinear, fastest_precision
 from model import GPT, GPTConfig
 from vision import VisionLanguageModel, describe
 
@@ -116,6 +119,38 @@ def counted(monkeypatch):
         monkeypatch.setattr(model, "image_tokens", counting_image_tokens)
         return counts
     return count
+
+
+# ---------------------------------------------------------------------------------- its precision
+
+CPU = torch.device("cpu")
+
+
+def test_auto_is_the_fastest_precision_and_a_terminal_is_told(monkeypatch, capsys):
+    fastest = fastest_precision(CPU)
+    assert pick_precision(CPU, "auto") == fastest and pick_precision(CPU, "bf16") == "bf16"
+    assert capsys.readouterr() == ("", "")  # an answer in a pipe has nothing beside it
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert pick_precision(CPU, "auto") == fastest and pick_precision(CPU, "fp32") == "fp32"
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"(decoding in {fastest}, ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "fp16", "int8"])
+def test_pictures_are_seen_in_full_whatever_rounds_the_decoder(precision):
+    if precision not in ("auto", "fp32") and not HalfLinear.works(CPU):
+        pytest.skip("this PyTorch or this processor has no FBGEMM")
+    model = ready_to_chat(new_model(), precision)
+    expected = pick_dtype(CPU, "fp32" if precision == "fp32" else "auto")
+    assert {p.dtype for p in model.vision_tower.parameters()} == {expected}
+    assert say(Conversation(model, TOKENIZER), "What do you see?", [RED])
+
+
+def test_a_seed_gives_the_same_text_at_every_start():
+    precision, sampling = pick_precision(CPU, "auto"), Sampling(temperature=1.0, seed=5)
+    first, again = (say(Conversation(ready_to_chat(new_model(), precision), TOKENIZER),
+                        "What do you see?", [RED], sampling=sampling) for _ in range(2))
+    assert first == again
 
 
 # ------------------------------------------------------------------------------------ what it reads
