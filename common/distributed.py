@@ -41,6 +41,7 @@ GPU_BANDWIDTHS = {
 }  # fmt: skip
 
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PATIENCE = timedelta(minutes=30)  # how long the others wait while one writes a checkpoint
 
 
@@ -161,11 +162,16 @@ def pick_device(name):
 def pick_dtype(device, precision="auto"):
     """bf16 where the hardware multiplies it natively, fp16 on older GPUs, else fp32."""
     if precision != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+        return PRECISIONS[precision]
     if device.type == "cuda":
         newer = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if newer else torch.float16
     return torch.bfloat16 if device.type == "cpu" and processor().bf16 else torch.float32
+
+
+def precision_name(dtype):
+    """A type as --precision names it."""
+    return next(name for name, known in PRECISIONS.items() if known == dtype)
 
 
 def device_name(device):
@@ -176,7 +182,8 @@ def device_name(device):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             models = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
         if models:
-            return f"{models[0]} ({torch.get_num_threads()} threads)"
+            threads = torch.get_num_threads()
+            return f"{models[0]} ({processor().instructions}, {threads} threads)"
     return device.type
 
 

@@ -1,8 +1,9 @@
 """Muon for matrices, AdamW for the rest, the learning-rate schedule, and which weight goes where.
 
 Muon (Keller Jordan, 2024) replaces a matrix's momentum by the nearest orthogonal matrix, found by a
-few Newton-Schulz steps in bf16. `torch.optim.Muon` walks over matrices one by one; a small model
-has dozens of equal shape, so this one stacks them and multiplies once.
+few Newton-Schulz steps, in the type that the device multiplies natively. `torch.optim.Muon` walks
+over matrices one by one; a small model has dozens of equal shape, so this one stacks them and
+multiplies once.
 """
 
 import math
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from common.config import UserError
+from common.distributed import pick_dtype
 from common.shard import is_sharded, like, local, share_of, whole
 
 
@@ -25,6 +27,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = pick_dtype(self.param_groups[0]["params"][0].device)  # of its products
         self.found_inf = None
 
     @torch.no_grad()
@@ -50,11 +53,12 @@ class Muon(torch.optim.Optimizer):
             lr = torch.where(bad, 0.0, lr)
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
-        if is_sharded(params[0]):  # in bf16, which orthogonalise turns them into anyway
+        if is_sharded(params[0]):
+            small = self.dtype if self.dtype == torch.bfloat16 else torch.float32  # fp16 overflows
             pairs = zip(nesterov, params, strict=True)
-            nesterov = [whole(like(update.bfloat16(), p)) for update, p in pairs]
+            nesterov = [whole(like(update.to(small), p)) for update, p in pairs]
         updates = torch.stack(nesterov).view(-1, shape[0] // stacked, math.prod(shape[1:]))
-        updates = orthogonalise_together(updates)
+        updates = orthogonalise_together(updates, self.dtype)
         rows, columns = updates.shape[-2:]
         updates = updates.view(len(params), *shape)[:, slice(*share_of(params[0]))]
         updates = updates * (-lr * max(1, rows / columns) ** 0.5)
@@ -69,32 +73,33 @@ class Muon(torch.optim.Optimizer):
         return state["momentum"]
 
 
-def orthogonalise(matrices, steps=5):
-    """(N, rows, columns) -> roughly the nearest orthogonal matrices: singular values near 1.
+def orthogonalise(matrices, dtype, steps=5):
+    """(N, rows, columns) -> roughly the nearest orthogonal matrices, multiplied in `dtype`:
+    singular values near 1.
 
     The quintic's coefficients are Keller Jordan's, chosen for the steepest start.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
+    norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
+    x = torch.mul(matrices, 1 / (norms + 1e-7), out=matrices.new_empty(matrices.shape, dtype=dtype))
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + torch.baddbmm(b * gram, gram, gram, alpha=c) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
-def orthogonalise_together(matrices):
+def orthogonalise_together(matrices, dtype):
     """orthogonalise, each process its share of the matrices, all of them the results of all."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks == 1:
-        return orthogonalise(matrices)
+        return orthogonalise(matrices, dtype)
     share = -(-len(matrices) // ranks)
     first = dist.get_rank() * share
-    mine = torch.zeros_like(matrices[:1], dtype=torch.bfloat16).repeat(share, 1, 1)
+    mine = torch.zeros_like(matrices[:1], dtype=dtype).repeat(share, 1, 1)
     part = matrices[first : first + share]
-    mine[: len(part)] = orthogonalise(part)
+    mine[: len(part)] = orthogonalise(part, dtype)
     everyone = mine.new_empty(ranks * share, *matrices.shape[1:])
     dist.all_gather(list(everyone.chunk(ranks)), mine)
     return everyone[: len(matrices)]
@@ -106,6 +111,16 @@ class Optimizers:
     def __init__(self, members):
         self.members = members
         self.peaks = [[group["lr"] for group in m.param_groups] for m in members]
+
+    @property
+    def dtype(self):
+        """What Muon's products are computed in; fp32 without Muon."""
+        return next((m.dtype for m in self.members if isinstance(m, Muon)), torch.float32)
+
+    @dtype.setter
+    def dtype(self, dtype):
+        for member in self.members:
+            member.dtype = dtype
 
     def set_lr(self, factor):
         """Set every learning rate to `factor` times its peak."""

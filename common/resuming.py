@@ -6,6 +6,7 @@ import torch
 
 from common import checkpoint
 from common.config import UserError
+from common.distributed import PRECISIONS, precision_name
 
 
 def make_folder(run):
@@ -46,6 +47,7 @@ def resume(run):
     changed = [f"{name} ({before[name]} -> {value})"
                for name, value in run.settings.items() if before[name] != value]
     run.log.say(f"going on from {folder}" + (f"; changed: {', '.join(changed)}" if changed else ""))
+    keep_types(run, info)
     if state["step"] >= run.cfg.max_steps:  # nothing is done with other settings any more
         run.settings = {**run.settings, **info["settings"]}
     ranks = info.get("processes", run.ranks)
@@ -53,6 +55,20 @@ def resume(run):
         run.log.say(f"{ranks} process{'es' * (ranks > 1)} before, {run.ranks} now: the same "
                     "batches, but sums in another order, so not the same last bits")
     return state
+
+
+def keep_types(run, info):
+    """With --precision=auto, compute in the types that the run began with, so that it stays exact
+    on another processor."""
+    if run.cfg.precision != "auto" or "precision" not in info:
+        return
+    here, muon_here = run.machine.dtype, run.optimizer.dtype
+    run.machine.dtype = PRECISIONS[info["precision"]]
+    run.optimizer.dtype = PRECISIONS[info["muon_precision"]]
+    if (here, muon_here) != (run.machine.dtype, run.optimizer.dtype):
+        run.log.say(f"the run began in {info['precision']}, Muon's products in "
+                    f"{info['muon_precision']}, and stays so to be exact; this machine would "
+                    f"choose {precision_name(here)}: --precision={precision_name(here)}")
 
 
 def newest_whole(run, folders):

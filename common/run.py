@@ -31,6 +31,7 @@ from common.distributed import (
     cores,
     peak_flops,
     peak_memory_gb,
+    precision_name,
     release_free_memory,
     setup,
 )
@@ -126,11 +127,11 @@ class Run:
         """
         self.model, self.optimizer, self.tokenizer, self.info = model, optimizer, tokenizer, info
         self.unit, self.per_step, self.flops = unit, per_step, flops
+        make_folder(self)
+        state = resume(self)  # which may change the precision
         self.fp16 = torch.amp.GradScaler(
             self.device.type, enabled=self.machine.dtype == torch.float16
         )
-        make_folder(self)
-        state = resume(self)
         self.net = self._join_processes(model)
         if state:
             optimizer.load_state_dict(state["optimizer"])
@@ -153,7 +154,8 @@ class Run:
         if self.first_step >= self.cfg.max_steps:
             self.log.say(f"all {self.cfg.max_steps} steps are done already")
         self.log.say(f"{self.stage}: {count / 1e6:.2f} M parameters to train on {self.ranks} x "
-                     f"{self.machine.name} in {str(self.machine.dtype)[6:]}, into {self.folder}")
+                     f"{self.machine.name} in {precision_name(self.machine.dtype)}, Muon's "
+                     f"products in {precision_name(self.optimizer.dtype)}, into {self.folder}")
         if self.cfg.shard != "none" and not self.sharded:
             self.log.say(f"--shard={self.cfg.shard}: one process has nobody to share with")
         return self.net
@@ -332,6 +334,8 @@ class Run:
                      peak_rss_gb=max(host_gb, m.get("peak_rss_gb", 0)))
             info = dict(stage=self.stage, **self.info, step=step + 1, settings=self.settings,
                         tokenizer=self.tokenizer.fingerprint, tokenizer_name=self.tokenizer.name,
+                        precision=precision_name(self.machine.dtype),
+                        muon_precision=precision_name(self.optimizer.dtype),
                         processes=self.ranks, metrics=dict(m), origins=self.origins)
             copy = self.saver.copy(state)
             self.saver.start(checkpoint.save, self.folder, step + 1, copy["weights"], info,

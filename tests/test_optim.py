@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from common.config import TrainSettings, UserError
-from common.optim import Muon, lr_factor, make_optimizer
+from common.distributed import pick_dtype
+from common.optim import Muon, lr_factor, make_optimizer, orthogonalise
 from model import GPT, GPTConfig
 
 SMALL = GPTConfig(vocab_size=64, n_layer=2, n_head=2, n_embd=32, max_positions=16)
@@ -42,7 +43,30 @@ def test_muon_is_the_muon_of_pytorch():
         mine.step()
         reference.step()
     for start, a, b in zip(matrices(), ours, [*theirs[:2], torch.cat(parts)], strict=True):
-        assert (a - b).norm() < 0.03 * (b - start).norm()  # both orthogonalise in bf16
+        assert (a - b).norm() < 0.03 * (b - start).norm()  # that one multiplies in bf16
+
+
+@pytest.mark.parametrize(("dtype", "most"), [
+    (torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.003)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 48, 48), (2, 64, 16), (2, 16, 64)])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])  # fp16 holds 65504 at most
+def test_orthogonalise_brings_singular_values_near_one_in_every_type(dtype, most, shape, scale):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scale
+    found = orthogonalise(matrices, dtype)
+    assert found.dtype == dtype and found.shape == shape
+    exact = orthogonalise(matrices.double(), torch.float64)
+    assert (found - exact).norm() < most * exact.norm()
+    largest = torch.linalg.svdvals(matrices / scale)
+    values = torch.linalg.svdvals(found.double())
+    assert (values[largest > 0.1 * largest.amax()] - 1).abs().max() < 0.35
+
+
+def test_muon_multiplies_in_the_type_of_the_processor_or_that_it_is_given():
+    optimizers = make_optimizer(GPT(SMALL), TrainSettings())
+    assert optimizers.dtype == pick_dtype(torch.device("cpu"))
+    optimizers.dtype = torch.float16
+    assert optimizers.members[0].dtype == torch.float16
+    assert make_optimizer(GPT(SMALL), TrainSettings(optimizer="adamw")).dtype == torch.float32
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

@@ -1,18 +1,21 @@
 """The claims of common.distributed.processor: types follow the instruction set, and the variables
 that emulate an older one."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import COMMON, ROOT, TINY, newest, run_stage
+from test_stages import assert_same_weights
 
-from common.distributed import pick_dtype, processor
+from common.distributed import Processor, pick_dtype, processor
 
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2", "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"}
 SCRIPT = """
 import torch
 from common.distributed import pick_dtype, processor
@@ -50,7 +53,7 @@ def test_avx512_without_bf16_multiplies_in_fp32(variables, expected):
 def test_fbgemm_held_to_avx2_has_no_vnni_but_bf16_stays():
     variables = dict.fromkeys(AVX2, "")
     assert found_with(**variables)[1:3] == ["True", "torch.bfloat16"]
-    found = found_with(**variables, FBGEMM_ENABLE_INSTRUCTIONS="AVX2")
+    found = found_with(**{**variables, "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"})
     assert found[1:3] == ["False", "torch.bfloat16"]
 
 
@@ -66,3 +69,36 @@ def test_bf16_is_chosen_only_where_it_is_faster():
     assert processor().bf16 == (seconds(torch.bfloat16) < seconds(torch.float32))
     expected = torch.bfloat16 if processor().bf16 else torch.float32
     assert pick_dtype(torch.device("cpu")) == expected
+
+
+# -------------------------------------------------------------------- a run on another processor
+
+
+@pytest.fixture
+def on_a_processor(monkeypatch):
+    def on(bf16):
+        one = Processor("AVX512_BF16" if bf16 else "AVX2", bf16, False)
+        monkeypatch.setattr("common.distributed.processor", lambda: one)
+
+    return on
+
+
+def test_a_run_keeps_its_types_on_another_processor_unless_told_otherwise(
+        world_data, tmp_path, on_a_processor):
+    flags = [*COMMON[:-1], *TINY["pretrain"], f"--data={world_data}/text"]
+    on_a_processor(bf16=True)
+    whole, kept, asked = (tmp_path / name for name in ("whole", "kept", "asked"))
+    said = run_stage("pretrain", *flags, f"--out={whole}")
+    assert "threads) in bf16, Muon's products in bf16, into" in said and "AVX512_BF16, " in said
+    for copy in (kept, asked):
+        shutil.copytree(whole, copy)
+        shutil.rmtree(newest(copy))
+    on_a_processor(bf16=False)
+    said = run_stage("pretrain", *flags, f"--out={kept}")
+    assert "this machine would choose fp32: --precision=fp32" in said
+    assert "threads) in bf16, Muon's products in bf16, into" in said
+    assert_same_weights(kept, whole)
+    said = run_stage("pretrain", *flags, f"--out={asked}", "--precision=fp32")
+    assert "threads) in fp32, Muon's products in fp32, into" in said and "would choose" not in said
+    info = json.loads((newest(asked) / "config.json").read_text())
+    assert info["precision"] == info["muon_precision"] == "fp32"
