@@ -1,10 +1,12 @@
 """What the tests share: scripts run as by a command line, a tiny world, a run of every stage."""
 
 import contextlib
+import fcntl
 import io
 import json
 import os
 import runpy
+import shutil
 import signal
 import sys
 from dataclasses import dataclass
@@ -142,17 +144,44 @@ def quick_start():
 
 
 @pytest.fixture(scope="session")
-def world_data(tmp_path_factory):
-    """The folder of a tiny `prepare.py demo`."""
-    folder = tmp_path_factory.mktemp("data") / "demo"
-    assert run("prepare.py", "demo", f"--out={folder}", *DEMO).status == 0
+def shared(tmp_path_factory):
+    """shared(name, make): a folder that make(folder) fills, once for all workers of pytest-xdist.
+
+    Whichever worker needs it first makes it, the others wait. No test may change it.
+    """
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
+
+    def folder(name, make):
+        found, done = place / name, place / f"{name}.done"
+        with open(place / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+            if not done.exists():
+                shutil.rmtree(found, ignore_errors=True)  # left by a worker that failed
+                found.mkdir()
+                make(found)
+                done.touch()
+        return found
+
     return folder
 
 
 @pytest.fixture(scope="session")
-def pipeline(world_data, tmp_path_factory):
+def world_data(shared):
+    """The folder of a tiny `prepare.py demo`."""
+    def make(folder):
+        result = run("prepare.py", "demo", f"--out={folder}/demo", *DEMO)
+        assert result.status == 0, result.err
+
+    return shared("data", make) / "demo"
+
+
+@pytest.fixture(scope="session")
+def pipeline(world_data, shared):
     """All five stages, tiny, each from the one before."""
-    pipeline = Pipeline(world_data, tmp_path_factory.mktemp("out"))
-    for stage in STAGES:
-        pipeline.run_stage(stage, pipeline.folder / stage)
-    return pipeline
+    def make(folder):
+        for stage in STAGES:
+            Pipeline(world_data, folder).run_stage(stage, folder / stage)
+
+    return Pipeline(world_data, shared("out", make))
