@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from faults.harness import until
 from PIL import Image, PngImagePlugin
 
 import app
@@ -279,22 +280,48 @@ def browser():
         browser.close()
 
 
+class Brake:
+    """Holds decoding so that a test can watch it, however slow the machine is: each step waits
+    until it is let through."""
+
+    def __init__(self, patch):
+        self.steps, step = None, Decoding.step
+
+        def held(*args, **more):
+            if steps := self.steps:
+                steps.acquire(timeout=60)
+            return step(*args, **more)
+
+        patch.setattr(Decoding, "step", held)
+
+    def hold(self):
+        self.steps = threading.Semaphore(0)
+
+    def let(self, n):
+        """Let n more steps through."""
+        self.steps.release(n)
+
+    def open(self):
+        steps, self.steps = self.steps, None
+        if steps:
+            steps.release(1000)
+
+
 @pytest.fixture(scope="module")
-def slow(seeing, tmp_path_factory):
-    """(App, its address) that makes 30 tokens a second at most, so that one can watch."""
-    step = Decoding.step
-
-    def slowly(self, *args, **more):
-        time.sleep(0.03)
-        return step(self, *args, **more)
-
+def shown(seeing, tmp_path_factory):
+    """(App, its address, its Brake)."""
     examples = tmp_path_factory.mktemp("examples")
     for i in range(3):
         picture(40 + i).save(examples / f"{i}.png")
     with (pytest.MonkeyPatch.context() as patch,
           served(seeing, examples=str(examples)) as server):
-        patch.setattr(Decoding, "step", slowly)
-        yield server
+        yield *server, Brake(patch)
+
+
+@pytest.fixture
+def brake(shown):
+    yield shown[2]
+    shown[2].open()
 
 
 class Visitor:
@@ -303,7 +330,7 @@ class Visitor:
     def __init__(self, browser, url, **options):
         self.context, self.addresses = browser.new_context(**options), []
         self.page = self.context.new_page()
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(60_000)
         self.page.on("request", lambda request: self.addresses.append(request.url))
         self.page.goto(url)
         self.page.wait_for_selector("textarea:enabled")
@@ -333,31 +360,31 @@ class Visitor:
             "&& !document.querySelector('textarea').disabled", arg=n)
         return self.answers()
 
-    def wait_for_words(self, n, words):
+    def wait_for_words(self, n, words, fewer_than=10**9):
         """The n-th answer, as soon as it has so many words."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             answers = self.answers()
-            if len(answers) >= n and len(answers[n - 1]) >= words:
+            if len(answers) >= n and words <= len(answers[n - 1]) < fewer_than:
                 return answers[n - 1]
             self.page.wait_for_timeout(20)
         raise AssertionError(self.answers())
 
 
 @pytest.fixture
-def visit(browser, slow):
+def visit(browser, shown):
     """Opens the page in contexts of their own; nothing they ask for may lie elsewhere."""
     visitors = []
 
     def visit(**options):
-        visitors.append(Visitor(browser, slow[1], **options))
+        visitors.append(Visitor(browser, shown[1], **options))
         return visitors[-1]
 
     yield visit
     for visitor in visitors:
         visitor.context.close()
         elsewhere = [a for a in visitor.addresses
-                     if not a.startswith((slow[1], "data:", "blob:"))]
+                     if not a.startswith((shown[1], "data:", "blob:"))]
         assert visitor.addresses and not elsewhere
 
 
@@ -365,11 +392,14 @@ def in_words(answers):
     return [answer.split() for answer in answers]
 
 
-def test_words_arrive_one_by_one_and_a_follow_up_knows_the_picture(visit, seeing):
+def test_words_arrive_one_by_one_and_a_follow_up_knows_the_picture(visit, brake, seeing):
     visitor, looks = visit(), []
+    brake.hold()
     visitor.ask(SEE, picture(0))
     for words in (1, 5, 10, 15):
         looks.append(visitor.wait_for_words(1, words))
+        brake.let(5)
+    brake.open()
     visitor.wait(1)
     visitor.ask(MORE)
     answers = visitor.wait(2)
@@ -380,12 +410,16 @@ def test_words_arrive_one_by_one_and_a_follow_up_knows_the_picture(visit, seeing
         assert look == answers[0][: len(look)]
 
 
-def test_two_visitors_at_once_get_their_own_answers(visit, seeing):
+def test_two_visitors_at_once_get_their_own_answers(visit, shown, brake, seeing):
     visitors = visit(), visit()
+    brake.hold()
     for i, visitor in enumerate(visitors):
         visitor.ask(SEE, picture(i))
+    until(lambda: shown[0].engine.requests.qsize())  # the first answer waits, the second question
+    brake.let(5)
     early = [visitor.wait_for_words(1, 1) for visitor in visitors]
     assert max(map(len, early)) < LONGEST  # both were still at it
+    brake.open()
     for visitor in visitors:
         visitor.wait(1)
         visitor.ask(MORE)
@@ -393,11 +427,17 @@ def test_two_visitors_at_once_get_their_own_answers(visit, seeing):
         assert visitor.wait(2) == in_words(expected(seeing, (SEE, picture(i)), (MORE,)))
 
 
-def test_stop_ends_an_answer_and_the_talk_goes_on_from_there(visit, slow, seeing):
-    visitor, held = visit(), slow[0]
+def test_stop_ends_an_answer_and_the_talk_goes_on_from_there(visit, shown, brake, seeing):
+    visitor, held = visit(), shown[0]
+    brake.hold()
+    brake.let(5)
     visitor.ask(SEE, picture(0))
     visitor.wait_for_words(1, 4)
     visitor.page.click(".stop-button")
+    while held.engine.busy:  # step by step, until the server has heard of it
+        visitor.page.wait_for_timeout(200)
+        brake.let(1)
+    brake.open()
     stopped = visitor.wait(1)[0]
     time.sleep(0.3)
     assert visitor.answers() == [stopped]
@@ -414,7 +454,7 @@ def test_stop_ends_an_answer_and_the_talk_goes_on_from_there(visit, slow, seeing
     assert shown == [stopped, "".join(conversation.ask(MORE, max_tokens=LONGEST)).split()]
 
 
-def test_retry_undo_and_clear(visit, seeing):
+def test_retry_undo_and_clear(visit, brake, seeing):
     visitor = visit()
     first, second = in_words(expected(seeing, (SEE, picture(0)), (MORE,)))
     visitor.ask(SEE, picture(0))
@@ -425,8 +465,10 @@ def test_retry_undo_and_clear(visit, seeing):
     assert visitor.wait(1) == [first]
     visitor.ask(MORE)
     assert visitor.wait(2) == [first, second]
+    brake.hold()
     visitor.press("Retry")
-    visitor.wait_for_words(2, LONGEST // 2)
+    visitor.wait_for_words(2, 1, fewer_than=LONGEST)
+    brake.open()
     assert visitor.wait(2) == [first, second]
     visitor.press("Clear")
     visitor.page.wait_for_function("document.querySelectorAll('.bot.message').length == 0")
@@ -434,13 +476,15 @@ def test_retry_undo_and_clear(visit, seeing):
     assert visitor.wait(1) == in_words(expected(seeing, (MORE,)))
 
 
-def test_an_example_is_asked_by_a_click_and_asked_again_with_its_picture(visit, seeing):
+def test_an_example_is_asked_by_a_click_and_asked_again_with_its_picture(visit, brake, seeing):
     visitor = visit()
     visitor.page.get_by_text(app.QUESTIONS[1]).click()
     visitor.wait_for_words(1, LONGEST)
     assert visitor.wait(1) == in_words(expected(seeing, (app.QUESTIONS[1], picture(41))))
+    brake.hold()
     visitor.press("Retry")
-    visitor.wait_for_words(1, 2)
+    visitor.wait_for_words(1, 1, fewer_than=LONGEST)
+    brake.open()
     assert visitor.wait(1) == in_words(expected(seeing, (app.QUESTIONS[1], picture(41))))
     visitor.page.reload()  # which ends the session, but no example with it
     visitor.page.get_by_text(app.QUESTIONS[1]).click()
@@ -448,19 +492,16 @@ def test_an_example_is_asked_by_a_click_and_asked_again_with_its_picture(visit, 
     assert visitor.wait(1) == in_words(expected(seeing, (app.QUESTIONS[1], picture(41))))
 
 
-def test_pictures_are_deleted_when_their_page_is_closed(visit, slow):
+def test_pictures_are_deleted_when_their_page_is_closed(visit, shown):
     visitor, before = visit(), set(app.UPLOADS.rglob("*.png"))
     visitor.ask(SEE, picture(77))
     visitor.wait(1)
     added = set(app.UPLOADS.rglob("*.png")) - before
-    n_sessions = len(slow[0].sessions)
+    n_sessions = len(shown[0].sessions)
     assert len(added) == 1
     visitor.page.close()
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and added & set(app.UPLOADS.rglob("*.png")):
-        time.sleep(0.1)
-    assert not added & set(app.UPLOADS.rglob("*.png"))
-    assert len(slow[0].sessions) == n_sessions - 1
+    until(lambda: not added & set(app.UPLOADS.rglob("*.png")))
+    assert len(shown[0].sessions) == n_sessions - 1
 
 
 def test_markup_in_an_answer_is_shown_and_does_nothing(visit, monkeypatch):
@@ -773,13 +814,15 @@ def test_neither_a_folder_nor_a_file_of_the_server_is_served(server, address):
 
 
 def test_a_full_queue_says_so(seeing, monkeypatch):
-    step = Decoding.step
-    monkeypatch.setattr(Decoding, "step", lambda *args: time.sleep(0.02) or step(*args))
-    with served(seeing, streams=1, queue=1, max_tokens=20) as (_, url):
+    brake = Brake(monkeypatch)
+    brake.hold()
+    with served(seeing, streams=1, queue=1, max_tokens=20) as (held, url):
         client = Client(url)
-        (first, _), _ = client.join(saying("Hi"), (0, 1, 1, 20)), time.sleep(0.2)
+        first, _ = client.join(saying("Hi"), (0, 1, 1, 20))
+        until(lambda: held.engine.busy)
         second, _ = client.join(saying("Ho"), (0, 1, 1, 8))
         _, response = client.join(saying("Hu"))
+        brake.open()
         assert response.status_code == 503
         assert response.json() == {"detail": "Queue is full. Max size is 1 and size is 1."}
         assert len(client.listen(first).split()) == 20 and len(client.listen(second).split()) == 8

@@ -147,6 +147,7 @@ def test_a_card_says_how_the_run_was_made_and_what_it_cost(pipeline, cards, stag
     metrics = info["metrics"]
     assert facts["peak memory"].startswith(f"{metrics['peak_rss_gb']:.2f} GB host")
     assert facts["wall time"] == f"{metrics['seconds']:.0f} seconds"
+    assert facts["arithmetic"] == f"{metrics['tflop']:,.4g} TFLOP" and metrics["tflop"] > 0
     assert facts["price"].startswith("no price set")
 
 
@@ -197,16 +198,18 @@ def test_time_and_price_are_summed_over_the_lineage(pipeline, tmp_path):
     line = [*info["lineage"], {"stage": "vision_pretrain", "step": STEPS, **info}]
     assert [stage["stage"] for stage in line] == [
         "pretrain", "sft", "clip_pretrain", "vision_pretrain"]
-    start = card.tables.index(["stage", "steps", "held-out loss", "min", "$"])
+    start = card.tables.index(["stage", "steps", "held-out loss", "TFLOP", "min", "$"])
     *rows, total = card.tables[start + 1 : start + 6]
     dollars = [stage["metrics"]["dollars"] for stage in line]
     assert dollars[0] == dollars[2] == 0 and min(dollars[1], dollars[3]) > 1
     for row, stage, price in zip(rows, line, dollars, strict=True):
         m = stage["metrics"]
-        assert row == [stage["stage"], str(STEPS), f"{m['val_loss']:.4f}",
+        assert row == [stage["stage"], str(STEPS), f"{m['val_loss']:.4f}", f"{m['tflop']:,.1f}",
                        f"{m['seconds'] / 60:.1f}", f"{price:,.2f}"]
-    minutes = sum(stage["metrics"]["seconds"] for stage in line) / 60
-    assert total == ["all", "–", "–", f"{minutes:.1f}", f"{sum(dollars):,.2f}"]
+    tflop, seconds = (sum(stage["metrics"][name] for stage in line) for name in (
+        "tflop", "seconds"))
+    assert total == ["all", "–", "–", f"{tflop:,.1f}", f"{seconds / 60:.1f}",
+                     f"{sum(dollars):,.2f}"]
     assert card.facts["price"] == f"${dollars[3]:,.2f} (a device costs $72,000.00 an hour)"
 
 

@@ -417,9 +417,11 @@ def test_a_conversation_longer_than_the_context_says_so_and_can_start_over(pipel
 def test_eval_scores_a_checkpoint_by_what_it_is(pipeline, stage):
     result = run("eval.py", pipeline.folder / stage, f"--data={pipeline.data}", "--items=16")
     assert result.status == 0
-    scores = {line.split()[0]: line.split()[1] for line in result.out.splitlines()}
+    first, *lines = result.out.splitlines()
+    assert first == f"{pipeline.folder / stage}, validation data:"
+    scores = {line.split()[0]: line.split()[1] for line in lines}
     assert all(re.search(r" \d\.\d{4} ± \d\.\d{4}", line.replace("-", ""))
-               for line in result.out.splitlines()), result.out
+               for line in lines), result.out
     gains = {"vision_gain_shuffled", "vision_gain_blank", "caption_choice32"}
     assert {label for label in scores if "/" not in label} == {
         "clip_pretrain": {"clip_choice32", *(f"clip_{way}_r{k}" for k in (1, 5, 10)
@@ -437,20 +439,28 @@ def test_eval_scores_a_checkpoint_by_what_it_is(pipeline, stage):
         assert 3 < float(scores["text_val_loss"]) < np.log(512)
 
 
-def test_the_report_sums_up_the_pipeline(pipeline):
-    folder = pipeline.folder
-    argv = (folder / "vision_sft", f"--data={pipeline.data}", "--items=16", f"--report={folder}")
+def test_the_report_sums_up_the_pipeline(pipeline, tmp_path):
+    """With the scores on test data, and apart from them those on validation data."""
+    folder = tmp_path
+    argv = (pipeline.folder / "vision_sft", f"--data={pipeline.data}", "--items=16",
+            f"--report={folder}")
     assert run("eval.py", *argv).status == 0
     figures = json.loads((folder / "report.json").read_text())
     for name in ("vqa_exact", "vqa_heldout_pairs", "vqa_shuffled", "chat_exact", "clip_choice32"):
-        assert 0 <= figures[name] <= 1 and 0 <= figures[f"{name}_error"] <= 0.2
-    for name in "text_val_loss", "text_bits_per_byte", "seconds", "peak_rss_gb":
+        for label in name, f"val_{name}":
+            assert 0 <= figures[label] <= 1 and 0 <= figures[f"{label}_error"] <= 0.2
+    for name in "text_val_loss", "text_bits_per_byte", "tflop", "seconds", "peak_rss_gb":
         assert figures[name] > 0
+    for name in "text_val_loss", "answer_loss":  # of other data
+        assert figures[f"val_{name}"] != figures[name]
     report = (folder / "report.md").read_text()
-    row = next(line for line in report.splitlines() if line.startswith("| clip\\_choice32 |")
-               or line.startswith("| clip_choice32 |"))
-    assert [float(cell) for cell in row.split("|")[2:5]] == pytest.approx(
-        [figures["clip_choice32"], figures["clip_choice32_error"], 1 / 32], rel=0.05)
+    test, validation = (report.split(f"## Scores on {split} data\n")[1].split("\n## ")[0]
+                        for split in ("test", "validation"))
+    for section, label in (test, "clip_choice32"), (validation, "val_clip_choice32"):
+        row = next(line for line in section.splitlines()
+                   if line.replace("\\", "").startswith(f"| {label} |"))
+        assert [float(cell) for cell in row.split("|")[2:5]] == pytest.approx(
+            [figures[label], figures[f"{label}_error"], 1 / 32], rel=0.05)
     images = re.findall(r"!\[.*?\]\((.*?)\)", report)
     assert {f"curves/{stage}.png" for stage in STAGES} <= set(images)
     assert len(images) == len(STAGES) + 4 and all((folder / path).is_file() for path in images)

@@ -472,12 +472,11 @@ def front_matter(card):
 def cards(pipeline, tmp_path_factory):
     """{stage: the folder that upload.py --to writes}."""
     folder = tmp_path_factory.mktemp("cards")
-    report = pipeline.folder / "report.json"
-    report.write_text(json.dumps({"vqa_exact": 0.75}))
+    runs = shutil.copytree(pipeline.folder, folder / "runs")
+    (runs / "report.json").write_text(json.dumps({"vqa_exact": 0.75}))
     for stage in ("pretrain", "sft", "vision_sft"):
         flags = f"--to={folder}/{stage}", "--license=cc0-1.0"
-        assert upload(pipeline.folder / stage, *flags).status == 0
-    report.unlink()
+        assert upload(runs / stage, *flags).status == 0
     return folder
 
 
