@@ -1,15 +1,21 @@
 # make demo   trains a small vision-language model from nothing and talks to it (14 to 21 minutes on 2 cores)
-# make test   runs the tests (15 minutes)
+# make test   runs the tests but those marked slow, in as many processes as there are cores, up to 4
+# make test-all   runs all of them
 # make test-faults   kills, stalls and damages everything many times over (16 minutes on 2 cores)
 PYTHON ?= python3
 .DEFAULT_GOAL := demo
-.PHONY: demo test test-faults
+.PHONY: demo test test-all test-faults
 
 demo: .venv/installed
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash runs/demo.sh
 
+PYTEST = .venv/bin/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal
+
 test: .venv/installed-dev
-	.venv/bin/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all: .venv/installed-dev
+	$(PYTEST)
 
 test-faults: .venv/installed-dev
 	FAULTS=full .venv/bin/python -m pytest tests/faults
