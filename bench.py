@@ -2,6 +2,7 @@
 
     python bench.py configs/full/pretrain.py                     # any stage's config and settings
     torchrun --standalone --nproc_per_node=8 bench.py configs/full/sft.py --micro_rows=16
+    python bench.py plan configs/demo                            # minutes of every stage, here
     python bench.py decode configs/full/vision_sft.py            # how fast it talks
     python bench.py save configs/full/pretrain.py                # what a checkpoint costs
     python bench.py decode configs/small/pretrain.py --peer=transformers
@@ -31,6 +32,7 @@ import torch
 
 import tokenizer as tokenizers
 from bench_decode import decode_speeds, jpeg
+from bench_plan import plan
 from bench_save import save_costs
 from clip import CLIP, feature_pulls, normalise
 from common import distributed as system
@@ -53,6 +55,7 @@ class Config:
 
     steps: int = 4  # steps of a measurement; there are five, after two steps that do not count
     profile: bool = False  # print the operations that take the most time of a step instead
+    vocabulary: int = 50304  # ids of the tokenizer that a plan counts with
     peer: str = ""  # path of nanoGPT's model.py, or transformers: measure its step beside ours
 
 
@@ -63,6 +66,10 @@ def main():
     mine = [flag for flag in argv if flag.split("=")[0] in own or flag == "--help"]
     theirs = [flag for flag in argv[decode or save:] if flag not in mine]
     bench = parse(Config, mine)
+    if argv[:1] == ["plan"]:
+        folder = next((word for word in theirs[1:] if word[0] != "-"), "configs/demo")
+        plan(folder, bench.vocabulary, Training)
+        return
     if bench.peer not in ("", "transformers"):
         return show(**beside_nanogpt(bench.peer))
     stages = [stage for stage in STAGES if (stage != "clip_pretrain" if decode else
@@ -111,12 +118,12 @@ def show(**figures):
 class Training:
     """Training steps of `stage`, its other parts as the configs in `folder` say."""
 
-    def __init__(self, cfg, stage, folder):
+    def __init__(self, cfg, stage, folder, tokenizer=None):
         self.run = run = Run(cfg, stage)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)  # there is nothing to save
         make = {"clip_pretrain": clip_job, "pretrain": text_job}.get(stage, chat_job)
-        tokenizer = tokenizer_of(cfg)
+        tokenizer = tokenizer or tokenizer_of(cfg)
         (self.model, self.dataset, self.rows, micro_rows, self.unit, self.per_step,
          self.flops) = make(stage, folder, run, tokenizer)
         self.model.to(run.device).train()

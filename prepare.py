@@ -52,7 +52,7 @@ class Demo:
     chats: int = 12000  # chats about text
     captions: int = 16000  # captioned pictures
     conversations: int = 16000  # pictures with a chat
-    questions: int = 7  # questions about each picture
+    questions: int = 4  # questions about each picture
     held_out: int = 1000  # items of each kind for validation, and as many for the test
     vocabulary: int = 1024  # tokens of the small BPE, specials included
     image_size: int = 48  # pixels

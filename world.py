@@ -230,6 +230,10 @@ WORDINGS = {  # {} becomes the name of a thing, a noun to count, or a statement
     "describe": ("What do you see?", "Describe the picture.", "What is in the picture?",
                  "Tell me what you see.")}
 QUESTION_KINDS = tuple(WORDINGS)
+# How often a chat asks each kind: more often what takes longest to learn (docs/log.md). Validation
+# and test questions are of all kinds alike.
+FREQUENCIES = {"colour": 1, "shape": 1, "size": 1, "count": 2, "where": 1.5, "yes_no": 2.5,
+               "describe": 1}
 OPPOSITE = {"to the left of": "to the right of", "to the right of": "to the left of",
             "above": "below", "below": "above"}
 
@@ -325,13 +329,13 @@ def turns(*pairs):
 
 
 def conversation(rng, scene, n_questions) -> list:
-    """The messages of a chat about the picture: n_questions different ones, of all kinds.
+    """The messages of a chat about the picture: n_questions different ones, see FREQUENCIES.
 
     A description comes first or at the end: what follows it can be answered without looking.
     """
     asked = {}  # question -> (answer, kind)
     while len(asked) < n_questions:
-        kind = rng.choice(QUESTION_KINDS)
+        [kind] = rng.choices(list(FREQUENCIES), FREQUENCIES.values())
         text, answer = question(rng, scene, kind)
         asked.setdefault(text, (answer, kind))
     pairs = [(text, *found) for text, found in asked.items()]

@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# The whole road on one small machine: data, CLIP, text, chat, projector, pictures, scores.
-# Started again after an interruption it goes on where it was.
+# The whole pipeline on one small machine: an estimate, data, CLIP, text, chat, projector, images,
+# scores. Run again after an interruption, it resumes. STEPS=0.2 takes a fifth of the steps.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 started=$(date +%s)
+steps() { awk -v share="${STEPS:-1}" '/^max_steps/ {print int($3 * share + 0.5)}' "configs/demo/$1.py"; }
 
-[ -f data/demo/manifest.json ] || python prepare.py demo
+echo "== python bench.py plan configs/demo"
+python bench.py plan configs/demo --vocabulary=1024
+[ -f data/demo/manifest.json ] || { echo && echo "== python prepare.py demo" && python prepare.py demo; }
 for stage in clip_pretrain pretrain sft vision_pretrain vision_sft; do
     echo && echo "== python $stage.py configs/demo/$stage.py"
-    python $stage.py configs/demo/$stage.py
+    python $stage.py configs/demo/$stage.py --max_steps="$(steps $stage)"
 done
 
 echo && echo "== python eval.py out/demo/vision_sft --data=data/demo --report=out/demo"

@@ -1,22 +1,22 @@
-"""Eyes for the demo: two small towers on 96-pixel pictures of the picture world."""
+"""CLIP for the demo: two small towers on images of 48 pixels."""
 
 out = "out/demo/clip_pretrain"
 data = "data/demo/captions"
 
-image_size = 96
-patch_size = 16  # a place of the picture's 3 x 3 grid is 2 x 2 patches
+image_size = 48
+patch_size = 16  # a place of the image's 3 x 3 grid is one patch
 vision_width = 128
-vision_layers = 5
+vision_layers = 4
 vision_heads = 2
 text_width = 128
 text_layers = 2
 text_heads = 2
 embed_dim = 128
-context = 64
+context = 40  # the longest caption has 35 tokens
 
 batch_pairs = 256
-max_steps = 280
+max_steps = 220
 warmup = 0.05
 cooldown = 0.6
-eval_every = 140
-log_every = 20
+eval_every = 110
+log_every = 10

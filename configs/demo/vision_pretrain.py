@@ -1,4 +1,4 @@
-"""Projector for the demo: captions of 96-pixel pictures, 36 image tokens each."""
+"""Projector for the demo: captions of 48-pixel images, 9 image tokens each."""
 
 out = "out/demo/vision_pretrain"
 init_from = "out/demo/sft"
@@ -6,10 +6,10 @@ clip = "out/demo/clip_pretrain"
 data = "data/demo/captions"
 
 context = 192
-batch_tokens = 12288
-micro_rows = 64
-max_steps = 80
+batch_tokens = 6144
+micro_rows = 32
+max_steps = 30
 cooldown = 0.7
-eval_every = 40
+eval_every = 30
 muon_lr = 0.06
 lr = 0.01

@@ -1,4 +1,4 @@
-"""Talking about pictures for the demo: seven questions a picture."""
+"""Chats about images for the demo: four questions an image, and some chats about text."""
 
 out = "out/demo/vision_sft"
 init_from = "out/demo/vision_pretrain"
@@ -8,11 +8,12 @@ text_data = "data/demo/chats"
 context = 192
 batch_tokens = 6144
 micro_rows = 32
-max_steps = 800
+max_steps = 600
 muon_lr = 0.02
 momentum = 0.9
 lr = 3e-3
+projector_lr = 4
 cooldown = 0.7
 eval_every = 100
 text_share = 0.3
-log_every = 20
+log_every = 10
