@@ -56,7 +56,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.relu = nn.ReLU()
+        self.relu = nn.ReLU(inplace=True)  # of what no gradient needs
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
@@ -179,7 +179,8 @@ class HeadLoss(torch.autograd.Function):
         n_chunks = max(1, -(-len(x) * len(weight) // LOGITS_AT_ONCE[x.device.type]))
         rows = max(1, -(-len(x) // n_chunks))
         buffer, ones = x.new_empty(rows, len(weight)), x.new_ones(len(weight), 1)
-        product = torch.empty_like(weight_) if want_weight else None
+        half = want_weight and dtype != torch.float32
+        product = torch.empty_like(weight_) if half else None  # those of a chunk
         numbers = torch.arange(rows, device=x.device)
         for start in range(0, len(x), rows):
             part = x[start : start + rows]
@@ -197,8 +198,10 @@ class HeadLoss(torch.autograd.Function):
             total -= torch.where(wrong < 0.5, torch.log1p(-wrong), right.log()).sum()
             if want_x:
                 torch.mm(p, weight_, out=dx[start : start + rows])
-            if want_weight:
+            if half:  # their sum is in fp32
                 dweight += torch.mm(p.T, part, out=product)
+            elif want_weight:
+                dweight.addmm_(p.T, part)
         ctx.save_for_backward(dx, dweight)
         ctx.dtype = weight.dtype
         return total

@@ -287,7 +287,7 @@ def test_bounds_of_documents_say_what_the_mask_says(monkeypatch):
 
 @pytest.mark.parametrize("T", [24, 240])
 def test_documents_beside_each_other_attend_as_behind_a_mask(T):
-    """Short enough to be multiplied out, and not; the last document is padding."""
+    """The last document is padding."""
     torch.manual_seed(0)
     lengths = [[T // 6, T // 8, T // 6, T // 12], [T // 7] * 3]
     segments, bounds = torch.zeros(2, T, dtype=torch.int32), []
@@ -305,6 +305,22 @@ def test_documents_beside_each_other_attend_as_behind_a_mask(T):
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
     gradients = [torch.autograd.grad(y.square().sum(), qkv)[0] for y in found]
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_written_out_is_that_of_the_fused_kernel(masked):
+    """On a CPU it is written out where there is a gradient, in half precision."""
+    torch.manual_seed(0)
+    mask = torch.ones(12, 12, dtype=torch.bool).tril()[None, None] if masked else None
+    qkv = torch.randn(3, 2, 2, 12, 8).bfloat16()
+
+    def attended(qkv):
+        y = attention.attend(*qkv.requires_grad_().unbind(), mask, causal=not masked)
+        return y, torch.autograd.grad(y.square().sum(), qkv)[0]
+
+    for found, expected in zip(attended(qkv.clone()), attended(qkv.float()), strict=True):
+        assert found.dtype == torch.bfloat16 and expected.dtype == torch.float32
+        assert (found - expected).norm() < 0.01 * expected.norm()
 
 
 def test_a_cpu_takes_a_mask():
