@@ -1,17 +1,14 @@
 """The claims of the five stages: figures, lineage, exact resuming, any number of processes."""
 
-import contextlib
 import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import ROOT, STAGES, STEPS, log_rows, logged, newest, reseal, run, run_stage
+from conftest import STAGES, STEPS, log_rows, logged, newest, reseal, run, run_stage
+from faults.harness import server, until
 from safetensors.torch import load_file
 
 from common import checkpoint
@@ -129,20 +126,16 @@ def test_a_stopped_run_goes_on_to_the_same_bits(pipeline, stage, tmp_path):
 
 
 def test_sigterm_saves_at_a_step_boundary_and_the_same_command_goes_on(pipeline, tmp_path):
-    flags = [*pipeline.flags("pretrain"), "--max_steps=120", "--save_every=0", "--eval_every=0"]
-    command = [sys.executable, ROOT / "pretrain.py", *flags, f"--out={tmp_path}/stopped"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as job:
-        for line in job.stdout:
-            if line.startswith("step     1 "):
-                job.send_signal(signal.SIGTERM)
-                job.send_signal(signal.SIGTERM)  # as torchrun and a batch system both may
-                break
-        last = job.stdout.read().splitlines()[-1]
-        assert job.wait() == 75, job.stderr.read()
+    flags = [*pipeline.flags("pretrain"), "--max_steps=60", "--save_every=0", "--eval_every=0"]
+    job = server().start("pretrain.py", *flags, f"--out={tmp_path}/stopped")
+    until(lambda: "\nstep     1 " in job.said)
+    job.kill(signal.SIGTERM)
+    job.kill(signal.SIGTERM)  # as torchrun and a batch system both may
+    assert job.wait() == 75, job.said
     steps = int(newest(tmp_path / "stopped").name.removeprefix("step_"))
+    last = job.said.splitlines()[-1]
     assert last == f"stopped after step {steps - 1} and saved; the same command goes on"
-    assert 2 <= steps < 120
+    assert 2 <= steps < 60
     assert f"going on from {tmp_path}/stopped/step_{steps:08d}" in run_stage(
         "pretrain", *flags, f"--out={tmp_path}/stopped")
     run_stage("pretrain", *flags, f"--out={tmp_path}/whole")
@@ -229,34 +222,16 @@ SPLIT = {"pretrain": ("--micro_rows=2",), "sft": ("--micro_rows=2",), "clip_pret
          "vision_sft": ("--micro_rows=1", "--text_share=2")}  # twice as many chats without picture
 
 
-@pytest.fixture(scope="module")
-def two_processes(pipeline, tmp_path_factory):
-    """The folders of runs by torchrun in two processes, two runs at a time."""
-    folder = tmp_path_factory.mktemp("two")
-
-    def torchrun(stage):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   "--nproc_per_node=2", ROOT / f"{stage}.py", *pipeline.flags(stage), *EQUAL,
-                   *SPLIT[stage], f"--out={folder}/{stage}"]
-        with subprocess.Popen(command, text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT) as job:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return job.communicate(timeout=150)[0], job.returncode
-            job.terminate()  # torchrun then ends its processes; killed, it would leave them behind
-            return job.communicate()[0], "hung"
-
-    with ThreadPoolExecutor(2) as pool:
-        for stage, (said, status) in zip(SPLIT, pool.map(torchrun, SPLIT), strict=True):
-            assert status == 0, f"{stage}: {said}"
-            assert "on 2 x " in said and said.count("done: ") == 1, said
-    return folder
-
-
 @pytest.mark.parametrize("stage", SPLIT)
-def test_two_processes_take_the_same_steps_as_one(pipeline, two_processes, stage, tmp_path):
+def test_two_processes_take_the_same_steps_as_one(pipeline, stage, tmp_path):
+    flags = [*pipeline.flags(stage), *EQUAL, *SPLIT[stage]]
+    jobs = server().start_together(2, f"{stage}.py", *flags, f"--out={tmp_path}/two")
     whole = () if stage == "clip_pretrain" else ("--micro_rows=8",)  # there, micro-batches as well
-    pipeline.run_stage(stage, tmp_path, *EQUAL, *SPLIT[stage], *whole)
-    assert_close(tmp_path, two_processes / stage)
+    run_stage(stage, *flags, f"--out={tmp_path}/one", *whole)
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].said + jobs[1].said
+    assert "on 2 x " in jobs[0].said and jobs[0].said.count("done: ") == 1, jobs[0].said
+    assert not jobs[1].said, jobs[1].said
+    assert_close(tmp_path / "one", tmp_path / "two")
 
 
 def test_some_of_those_rows_had_no_picture(pipeline):
