@@ -27,17 +27,17 @@ REPEATS = 5  # every figure is the median of so many
 WARM = 2  # steps before them that do not count
 
 
-def measure(kinds, device, alone):
+def measure(kinds, device, alone, warm=WARM):
     """({name: seconds of each repeat}, {name: peak memory in GB, of the names in `alone`})."""
     peaks = {name: peak_gb(kinds[name], device) for name in alone}
     prepares = {name: make() for name, make in kinds.items()}
     seconds = {name: [] for name in kinds}
-    for i in range(WARM + REPEATS):
+    for i in range(warm + REPEATS):
         for name, prepare in prepares.items():
             step = prepare(i)
             began = time.perf_counter()
             step()
-            if i >= WARM:
+            if i >= warm:
                 seconds[name].append(time.perf_counter() - began)
     return seconds, peaks
 
@@ -66,7 +66,8 @@ def beside_nanogpt(path):
     """Our training step and that of nanoGPT's model.py at `path`, on the CPU.
 
     6 layers of width 256, 4 heads, 16 rows of 256 tokens, GPT-2's padded vocabulary, AdamW there
-    and Muon here, gradients clipped. Peak memory is measured with one model alone.
+    and Muon here, gradients clipped. Ours is in the processor's own precision; bf16 is there only
+    where it is native. Peak memory is measured with one model alone.
     """
     if not Path(path).is_file() or Path(path).suffix != ".py":
         raise UserError(f"--peer={path} is no Python file; it should be nanoGPT's model.py, or "
@@ -74,11 +75,12 @@ def beside_nanogpt(path):
     machine, ids = system.setup("cpu"), torch.randint(50257, (16, 257))
     kinds = {"ours": lambda: our_text_step(machine, ids),
              "eager": lambda: nanogpt_step(path, ids, compiled=False, bf16=False),
-             "compiled": lambda: nanogpt_step(path, ids, compiled=True, bf16=False),
-             "compiled_bf16": lambda: nanogpt_step(path, ids, compiled=True, bf16=True)}
-    seconds, peaks = measure(kinds, machine.device, ("ours", "eager"))
+             "compiled": lambda: nanogpt_step(path, ids, compiled=True, bf16=False)}
+    if machine.dtype == torch.bfloat16:
+        kinds["compiled_bf16"] = lambda: nanogpt_step(path, ids, compiled=True, bf16=True)
+    seconds, peaks = measure(kinds, machine.device, ("ours", "eager"), warm=1)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    return {"machine": machine.name,
+    return {"machine": machine.name, "precision": system.precision_name(machine.dtype),
             **{f"{name}_peak_gb": peak for name, peak in peaks.items()},
             **{f"{name}_tok_per_s": 16 * 256 / median for name, median in medians.items()},
             **{f"times_{name}": median / medians["ours"] for name, median in medians.items()

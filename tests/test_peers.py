@@ -7,9 +7,10 @@ from test_model import neox_of
 import tokenizer as tokenizers
 from bench import RandomChats
 from clip import CLIPConfig, normalise
+from common.distributed import Processor
 from model import GPTConfig
 from packing import Packed
-from peers import REPEATS, WARM, freeze, llava_of, measure, unpack
+from peers import REPEATS, WARM, beside_nanogpt, freeze, llava_of, measure, unpack
 from vision import VisionLanguageModel
 
 TOKENIZER = tokenizers.train(["a few words"], 300)
@@ -105,3 +106,17 @@ def test_kinds_take_turns_and_are_readied_off_the_clock():
     turns = said[4:]  # behind the two steps whose memory is measured
     assert turns == [(name, i, what) for i in range(WARM + REPEATS) for name in "ab"
                      for what in ("ready", "taken")]
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_nanogpt_runs_only_in_precisions_that_the_processor_has(bf16, tmp_path, monkeypatch):
+    def measured(kinds, device, alone, warm):
+        return {name: [float(i)] for i, name in enumerate(kinds, 1)}, dict.fromkeys(alone, 1.0)
+
+    monkeypatch.setattr("common.distributed.processor", lambda: Processor("some", bf16, False))
+    monkeypatch.setattr("peers.measure", measured)
+    (tmp_path / "model.py").write_text("")
+    found = beside_nanogpt(str(tmp_path / "model.py"))
+    assert found["precision"] == ("bf16" if bf16 else "fp32")
+    assert ("times_compiled_bf16" in found) == bf16
+    assert (found["times_eager"], found["times_compiled"]) == (2.0, 3.0)
