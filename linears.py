@@ -169,6 +169,11 @@ def for_decoding(decoder, precision="auto"):
         if dtype != torch.float32 and HalfLinear.works(device):
             kind, dtype = functools.partial(HalfLinear, dtype=dtype), torch.float32
     decoder.to(dtype).requires_grad_(False).eval()
+    if precision == "int8" and not processor().vnni and HalfLinear.works(device):
+        # Most of what 8 bits cost comes from these weights, a third of a block's; without VNNI the
+        # bits are not quite 8 (docs/log.md).
+        for block in decoder.blocks:
+            replace(block.attention, HalfLinear)
     if kind:
         replace(decoder, kind)
     return decoder
