@@ -18,6 +18,9 @@ import pytest
 # each other inside tiny products cost 20 times the time as soon as something else uses the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# `make test &` in a script starts with Ctrl-C ignored, and so would what the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("clip_pretrain", "pretrain", "sft", "vision_pretrain", "vision_sft")  # in working order
 STEPS = 6

@@ -870,6 +870,7 @@ def test_all_of_it_leaves_no_files_behind(server):
     check(client, client.ask(saying("Hi")), ANSWER)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_all_of_it_ten_times_over_leaves_no_memory_behind(pipeline):
     process = subprocess.Popen(

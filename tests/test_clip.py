@@ -157,6 +157,7 @@ def alike(found, expected):
     return F.cosine_similarity(found.float(), expected, dim=-1).min().item()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_whole_vit_l_14_gives_the_features_of_transformers_in_fp32_and_in_bf16(full):
     ours, theirs = full

@@ -1,15 +1,15 @@
 """The claims of clip_pretrain.py: the batch in pieces or whole, and classes told apart by name."""
 
-import json
 import math
 import shutil
 
 import pytest
 import torch
-from conftest import ROOT, Result, logged, newest, run
+from conftest import logged, newest, run
+from faults.harness import server
 from PIL import Image
 from test_clip import MACHINE, TINY, new_clip, random_images
-from test_distributed import ADAMW, finish, start
+from test_distributed import ADAMW
 from test_stages import assert_close
 
 import tokenizer as tokenizers
@@ -93,13 +93,10 @@ def runs(pipeline, labelled, tmp_path_factory):
              f"--zero_shot={labelled}"]
     pipeline.run_stage("clip_pretrain", folder / "one", *flags)
     pipeline.run_stage("clip_pretrain", folder / "one_in_four", *flags, "--micro_pairs=4")
-    commands = [["clip_pretrain.py", *flags, f"--out={folder}/two_in_{n}",
-                 f"--micro_pairs={8 // n}"] for n in (1, 2)]
-    jobs = start(2, ROOT / "tests" / "several.py", json.dumps(commands))
-    (said, status), (_, other) = finish(jobs)
-    assert status == other == 0, said
-    results = [Result(**json.loads(line)) for line in said.splitlines() if line.startswith("{")]
-    assert [result.status for result in results] == [0, 0], results
+    for n in 1, 2:
+        jobs = server().start_together(2, "clip_pretrain.py", *flags, f"--out={folder}/two_in_{n}",
+                                       f"--micro_pairs={8 // n}")
+        assert [job.wait() for job in jobs] == [0, 0], jobs[0].said + jobs[1].said
     return folder
 
 

@@ -340,6 +340,8 @@ def test_pipelines_answer_what_a_conversation_answers(both):
     ours, found = both
     for chat, said in zip(ours.talk, found["said"], strict=True):
         expected = ours.says(chat)
+        for mark in SPECIALS:  # a hardly trained model says them; pipelines leave them out
+            expected = expected.replace(mark, "")
         if ours.stage == "pretrain":  # the pipeline repeats the prompt
             said = said.removeprefix(chat)
         assert said.rstrip("\ufffd") == expected
@@ -433,6 +435,7 @@ def streamed(server, ours, content):
             if choice["delta"].get("content")]
 
 
+@pytest.mark.slow
 def test_transformers_serve_streams_our_answer(server, exports):
     ours = exports["eyes, gpt2"]
     pieces = streamed(server, ours, "What is your name?")
@@ -440,6 +443,7 @@ def test_transformers_serve_streams_our_answer(server, exports):
     assert len(pieces) > 5 and "".join(pieces).rstrip("\ufffd") == expected
 
 
+@pytest.mark.slow
 def test_transformers_serve_looks_at_a_picture(server, exports, scene):
     ours = exports["eyes, gpt2"]
     url = "data:image/png;base64," + base64.b64encode(scene[0].read_bytes()).decode()
@@ -473,6 +477,7 @@ def nats(ours, text):
     return F.cross_entropy(ours.model(ids[:, :-1])[0], ids[0, 1:], reduction="sum").item()
 
 
+@pytest.mark.slow
 def test_lm_eval_finds_our_perplexity(exports, tmp_path):
     """As its command line finds it, offline, with a task and documents made here."""
     if importlib.util.find_spec("lm_eval") is None:

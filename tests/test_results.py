@@ -35,6 +35,7 @@ def curve(name):
                 for figure, value in row.items() if figure != "step" and value}
 
 
+@pytest.mark.slow
 def test_the_shortest_run_gives_what_the_page_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = section("In a minute")

@@ -467,6 +467,7 @@ def test_hellaswag_picks_what_lm_eval_picks(tmp_path, monkeypatch):
     assert 0 < marks["acc"].sum() < 20 and (marks["acc"] != marks["acc_norm"]).any()
 
 
+@pytest.mark.slow
 def test_the_bench_asks_both_the_same_and_says_how_long_each_took():
     """In a process of its own, as it sets the number of threads."""
     peer("lm_eval", "lm_eval")

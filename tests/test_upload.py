@@ -233,7 +233,8 @@ def test_a_checkpoint_pushed_as_it_is_opens_by_its_name(hub, tmp_path, pipeline)
                           "manifest.json", "model.safetensors", "tokenizer.json"}
     assert len(said.splitlines()) == len(listed(said)) + 2  # and nothing of progress bars
     assert "python sample.py someone/eyes" in files["README.md"].decode()
-    question = (f"--image={picture}", "--prompt=What do you see?", "--max_tokens=16")
+    question = (f"--image={picture}", "--prompt=What do you see?", "--max_tokens=16",
+                "--precision=fp32")
     answer = elsewhere(hub, tmp_path, ROOT / "sample.py", "someone/eyes", *question)
     here = run("sample.py", name, *question).out
     assert here and here in answer
@@ -262,7 +263,8 @@ def test_a_pushed_export_opens_by_its_name_without_our_code(hub, tmp_path, pipel
     files = hub.repos["models", "someone/chat"]
     assert listed(result.out) == sizes(files)
     assert hub.times("PUT", "/stored/") == 1  # the weights; the rest goes with the commit
-    here = run("sample.py", name, "--prompt=What is your name?", "--max_tokens=16").out
+    here = run("sample.py", name, "--prompt=What is your name?", "--max_tokens=16",
+               "--precision=fp32").out
     assert here.strip() in elsewhere(hub, tmp_path, "-I", "-c", THEIRS)
 
 

@@ -133,9 +133,11 @@ def test_every_fault_in_a_data_set_is_caught_by_name(kind, world_data, tmp_path)
     folder = shutil.copytree(world_data / kind, tmp_path / kind)
     found = caught(folder, read_data, seed=2)
     assert sum(found.values()) == FLIPS
-    wanted = {"text": {"train_000000.npy", "val_000000.npy"}, "chats": {"train/ids.npy"}}
-    assert found.keys() >= {"manifest.json", "tokenizer.json", *wanted.get(
-        kind, {"train/images_000000.bin", "val_pairs/image_offsets.npy"})}
+    wanted = {"text": {"train_000000.npy", "val_000000.npy", "test_000000.npy"},
+              "chats": {"train/ids.npy", "test/ids.npy"},
+              "captions": {"train/images_000000.bin", "val/image_offsets.npy"},
+              "scenes": {"train/images_000000.bin", "val_pairs/image_offsets.npy"}}
+    assert found.keys() >= {"manifest.json", "tokenizer.json", *wanted[kind]}
 
 
 def test_every_fault_in_shards_of_the_hub_is_caught_by_name(downloaded, ready_made):

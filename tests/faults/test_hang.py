@@ -1,26 +1,26 @@
 """A process that stalls is named, and the job ends instead of costing money in silence."""
 
-import os
 import signal
 import time
 
 import pytest
-from conftest import ROOT, log_rows
-from test_distributed import finish, start
+from conftest import log_rows
 
 from common.watch import STALLED, Watch, verdict
+from faults.harness import server, until
 
 PATIENT = "--step_timeout=0.05"  # minutes
+STALLING = "tests/faults/stalling.py"
 
 
 @pytest.mark.parametrize("asleep", [0, 1])
 def test_a_process_that_falls_asleep_is_named(pipeline, tmp_path, asleep):
     began = time.monotonic()
-    jobs = start(2, ROOT / "tests" / "faults" / "stalling.py", asleep, 3, "pretrain.py",
-                 *pipeline.flags("pretrain"), f"--out={tmp_path}/run", PATIENT)
-    ended = finish(jobs)
-    said = ended[0][0] + ended[1][0]
-    assert [status for _, status in ended] == [STALLED, STALLED], said
+    jobs = server().start_together(2, STALLING, asleep, 3, "pretrain.py",
+                                   *pipeline.flags("pretrain"), f"--out={tmp_path}/run", PATIENT)
+    statuses = [job.wait() for job in jobs]
+    said = jobs[0].said + jobs[1].said
+    assert statuses == [STALLED, STALLED], said
     assert "Traceback" not in said  # of a connection that broke because the other had ended
     assert f"process {asleep} stalls behind the beginning of step 3; the others wait for it" in said
     assert "nothing has moved for 3 seconds" in said
@@ -30,22 +30,17 @@ def test_a_process_that_falls_asleep_is_named(pipeline, tmp_path, asleep):
 
 
 def test_a_process_that_is_stopped_is_named(pipeline, tmp_path):
-    jobs = start(2, ROOT / "tests" / "faults" / "stalling.py", 7, 0, "pretrain.py",
-                 *pipeline.flags("pretrain"), f"--out={tmp_path}/run", "--max_steps=1000000",
-                 "--eval_every=0", "--save_every=0", PATIENT)
+    jobs = server().start_together(2, STALLING, 7, 0, "pretrain.py", *pipeline.flags("pretrain"),
+                                   f"--out={tmp_path}/run", "--max_steps=1000000", "--eval_every=0",
+                                   "--save_every=0", PATIENT)
+    log = tmp_path / "run" / "log.jsonl"
     try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "run" / "log.jsonl").is_file() or len(
-                log_rows(tmp_path / "run")) < 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        os.kill(jobs[1].pid, signal.SIGSTOP)
-        said = jobs[0].communicate(timeout=60)[0]
+        until(lambda: log.exists() and log.read_text().count("\n") > 2, every=0.05)
+        jobs[1].kill(signal.SIGSTOP)
+        assert jobs[0].wait() == STALLED, jobs[0].said
     finally:
-        jobs[1].kill()
-    assert jobs[0].returncode == STALLED
-    assert "process 1 does not answer: it is stopped, or its machine is gone" in said
-    jobs[1].communicate()
+        jobs[1].kill(signal.SIGKILL)
+    assert "process 1 does not answer: it is stopped, or its machine is gone" in jobs[0].said
 
 
 def test_who_is_waited_for():

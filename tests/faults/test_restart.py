@@ -67,6 +67,7 @@ def test_there_are_launchers():
 CASES = scale([("full.sh", [1])], [("full.sh", [0]), ("full.sh", [1, 0]), ("slurm.sh", [1])])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "dies"), CASES)
 def test_a_process_that_is_killed_comes_back_and_the_job_ends_with_the_same_bits(
         pipeline, launcher, dies, tmp_path):
