@@ -178,6 +178,9 @@ still on the shelf? the {colour2} {toy2} is still on the shelf."""
 TALES = [[step.split("|") for step in tale.split("/")] for tale in TALE_TEXT.split("\n\n")]
 
 
+SHOWN = ("{name} has a picture.", "{name} shows {friend} a picture.", "{name} likes this picture.",
+         "look at the picture of {name}.", "on {day} {name} finds a picture.",
+         "{friend} asks {name} about a picture.")
 PICTURES = 0.4  # share of the stories that describe an image and ask about it: the decoder learns
 # to answer such questions from words, before it has to find the answers in images
 
@@ -187,7 +190,7 @@ def story(rng) -> str:
     who, genre = cast(rng), rng.randrange(len(TALES) + 2)
     if rng.random() < PICTURES:
         scene = world.draw_scene(rng, "any")
-        parts = [rng.choice(("{name} has a picture.", "look at the picture of {name}."))]
+        parts = [rng.choice(SHOWN)]
         parts += [world.grammar(world.ask(rng, scene, "describe")[1])]
         parts += [message["content"] for message in world.conversation(rng, scene, 5)]
     elif genre < len(TALES):
