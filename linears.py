@@ -170,10 +170,10 @@ def for_decoding(decoder, precision="auto"):
             kind, dtype = functools.partial(HalfLinear, dtype=dtype), torch.float32
     decoder.to(dtype).requires_grad_(False).eval()
     if precision == "int8" and not processor().vnni and HalfLinear.works(device):
-        # Most of what 8 bits cost comes from these weights, a third of a block's; without VNNI the
-        # bits are not quite 8 (docs/log.md).
+        # Half of what 8 bits cost comes from these weights, a quarter of a block's, and without
+        # VNNI the bits are not quite 8 (docs/log.md).
         for block in decoder.blocks:
-            replace(block.attention, HalfLinear)
+            block.attention.qkv = HalfLinear(block.attention.qkv)
     if kind:
         replace(decoder, kind)
     return decoder
