@@ -23,6 +23,7 @@ try:
     NEWER = "window_size" in inspect.signature(varlen_attn).parameters
 except ImportError:  # a PyTorch that was built without it
     varlen_attn, NEWER = None, False
+WRITTEN_OUT = 200 if processor().instructions == "AMX" else 1024  # positions; see attend
 CAUSAL = {"window_size": (-1, 0)} if NEWER else {"is_causal": True}  # the name before PyTorch 2.11
 
 
@@ -51,9 +52,8 @@ def attend(q, k, v, mask=None, causal=False):
         return attend_apart(q, k, v, mask)
     if mask is not None and mask.dtype == torch.int32:
         return attend_documents(q, k, v, mask)
-    longest = 200 if processor().instructions == "AMX" else 1024  # none longer was measured
     if (q.device.type != "cpu" or not q.requires_grad or q.dtype == torch.float32
-            or q.size(-2) > longest):
+            or q.size(-2) > WRITTEN_OUT):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     scores = (q * q.size(-1) ** -0.5) @ k.mT
     if causal:
