@@ -47,7 +47,7 @@ class Demo:
 
     out: str = "data/demo"  # folder to make
     seed: int = 0  # of everything drawn but the test split
-    test_seed: int = 1002  # of the test split, which is scored once and never tuned on
+    test_seed: int = 1003  # of the test split, which is scored once and never tuned on
     stories: int = 40000  # documents of text
     chats: int = 12000  # chats about text
     captions: int = 16000  # captioned pictures

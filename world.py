@@ -232,7 +232,7 @@ WORDINGS = {  # {} becomes the name of a thing, a noun to count, or a statement
 QUESTION_KINDS = tuple(WORDINGS)
 # How often a chat asks each kind: more often what takes longest to learn (docs/log.md). Validation
 # and test questions are of all kinds alike.
-FREQUENCIES = {"colour": 1, "shape": 1, "size": 1, "count": 2, "where": 1.5, "yes_no": 2.5,
+FREQUENCIES = {"colour": 1, "shape": 1, "size": 1, "count": 2, "where": 1.5, "yes_no": 4,
                "describe": 1}
 OPPOSITE = {"to the left of": "to the right of", "to the right of": "to the left of",
             "above": "below", "below": "above"}
