@@ -807,7 +807,8 @@ def test_no_address_is_ever_asked(server, monkeypatch):
     "file=file:///etc/passwd", f"file={ROOT}", f"file={ROOT}/app.py", "file=app.py",
     f"file={app.UPLOADS}", f"file={app.UPLOADS}/", f"file={app.UPLOADS}/../../etc/passwd",
     "file=.", "file=", "static/../app.py", "deep_link?session_hash=a", "process_recording",
-    "runs", "vibe-code"], ids=lambda address: address.replace(str(ROOT), "ROOT"))
+    "runs", "vibe-code"], ids=lambda address: address.replace(str(ROOT), "ROOT").replace(
+        str(app.UPLOADS), "UPLOADS"))  # the same name in every worker
 def test_neither_a_folder_nor_a_file_of_the_server_is_served(server, address):
     response = server[1].http.get(f"/gradio_api/{address}")
     assert response.status_code in (403, 404, 405) and "root:" not in response.text
