@@ -19,7 +19,6 @@ import pytest
 from conftest import DEMO, ROOT, run
 from PIL import Image
 
-import prepare
 import world
 from common.checkpoint import sums
 from common.config import UserError
@@ -777,7 +776,7 @@ def named(text):
     return found | {(c, s) for s, c in re.findall(rf"\b({S}) (?:is )?({C})\b", text)}
 
 
-def test_the_same_seed_gives_the_same_bytes_in_any_process_on_any_number_of_cores(world_data, tmp_path):
+def test_the_same_seed_gives_the_same_bytes_on_one_core_and_on_all(world_data, tmp_path):
     command = [sys.executable, ROOT / "prepare.py", "demo", f"--out={tmp_path}/again", *DEMO]
     pinned = {min(os.sched_getaffinity(0))}
     subprocess.run(command, check=True, capture_output=True,
