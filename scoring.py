@@ -61,59 +61,66 @@ def share(marks, chance=None):
 
 
 def score(name, cfg, machine, split):
-    """All scores that a checkpoint and the data's `split` allow, as {name: Score}; prints them."""
+    """All scores that a checkpoint and the data's `split` allow, as {name: Score}; prints each as
+    soon as it is known."""
+    scores = {}
+    for found in groups_of_scores(name, cfg, machine, split):
+        for label, figure in found.items():
+            print(figure.line(label), flush=True)
+        scores |= found
+    return scores
+
+
+def groups_of_scores(name, cfg, machine, split):
+    """Yield what `score` returns, a few at a time."""
     model, tokenizer, info = open_model(name, machine.device)
-    data, items, stage, scores = Path(cfg.data), cfg.items, info["stage"], {}
+    data, items, stage = Path(cfg.data), cfg.items, info["stage"]
     if info["kind"] == "clip":
-        scores |= clip_scores(model, tokenizer, data / "captions", cfg, machine, split)
+        yield clip_scores(model, tokenizer, data / "captions", cfg, machine, split)
     elif cfg.zero_shot and not cfg.report:
         raise UserError(f"--zero_shot={cfg.zero_shot} is for a CLIP, which {name} is not")
     if stage == "pretrain" or (info["kind"] != "clip" and (data / "text").is_dir()):
         check_tokenizer(data / "text", tokenizer)
         found = text_loss(model, tokenizer, data / "text", items, machine, split=split)
-        scores |= {label + f"/{stage}" * (stage != "pretrain"): x for label, x in found.items()}
+        yield {label + f"/{stage}" * (stage != "pretrain"): x for label, x in found.items()}
     if stage in ("sft", "vision_sft"):
         check_tokenizer(data / "chats", tokenizer)
         chats = Chats(data / "chats", split)
         packed = Packed([Held(chats, items, tokenizer)], model.config.max_positions, tokenizer)
-        scores["chat_loss"] = loss_of(nats_by_chat(machine, model, packed, 8), tokenizer)
+        yield {"chat_loss": loss_of(nats_by_chat(machine, model, packed, 8), tokenizer)}
     if info["kind"] == "vision":
-        scores |= looking_scores(model, tokenizer, data, stage, items, machine, split)
+        yield looking_scores(model, tokenizer, data, stage, items, machine, split)
     if info["kind"] != "clip":  # losses are done: from here on the model only answers
         ready_to_chat(model)
     if stage in ("sft", "vision_sft"):
-        scores["chat_exact"] = share(exact(model, tokenizer, chats, items)[0])
+        yield {"chat_exact": share(exact(model, tokenizer, chats, items)[0])}
     if info["kind"] == "vision" and (data / "captions" / split).is_dir():
         check_tokenizer(data / "captions", tokenizer)
-        chats = Chats(data / "captions", split)
-        scores["caption_choice32"] = caption_choice(model, tokenizer, chats, items)
+        found = caption_choice(model, tokenizer, Chats(data / "captions", split), items)
+        yield {"caption_choice32": found}
     if stage == "vision_sft":
-        scores |= answer_scores(model, tokenizer, data / "scenes", items, split)
-    for label, found in scores.items():
-        print(found.line(label))
-    return scores
+        yield from answer_scores(model, tokenizer, data / "scenes", items, split)
 
 
 def answer_scores(model, tokenizer, folder, items, split):
-    """Exact answers about pictures, all and by kind of question.
+    """Yield exact answers about images, all and by kind of question.
 
-    Guessing is what the model gets right with the pictures shuffled among the questions.
+    Guessing is what the model gets right with the images shuffled among the questions.
     """
-    chats, pairs = Chats(folder, split), f"{split}_pairs"
-    marks = {"vqa_exact": exact(model, tokenizer, chats, items),
-             "vqa_shuffled": exact(model, tokenizer, chats, items, "other"),
-             "vqa_blind": exact(model, tokenizer, chats, items, "none")}
-    if (folder / pairs).is_dir():  # only the demo's scenes have held-out pairs
-        marks["vqa_heldout_pairs"] = exact(model, tokenizer, Chats(folder, pairs), items)
-    scores = {}
-    for label, (right, kinds) in marks.items():
-        named = {label: right} | {f"{label}/{kind}": kinds[kind] for kind in sorted(kinds)}
-        scores |= {name: share(some) for name, some in named.items()}
-    for name, found in scores.items():
-        guess = scores.get(name.replace("vqa_exact", "vqa_shuffled"))
-        if name.startswith("vqa_exact") and guess:
-            found.chance = guess.value
-    return scores
+    asked = {"vqa_shuffled": (split, "other"), "vqa_exact": (split, "own"),
+             "vqa_blind": (split, "none"), "vqa_heldout_pairs": (f"{split}_pairs", "own")}
+    guesses = {}
+    for label, (part, images) in asked.items():
+        if not (folder / part).is_dir():  # only the demo's scenes have held-out pairs
+            continue
+        marks, kinds = exact(model, tokenizer, Chats(folder, part), items, images)
+        found = {"": share(marks)} | {f"/{kind}": share(kinds[kind]) for kind in sorted(kinds)}
+        if label == "vqa_shuffled":
+            guesses = {kind: figure.value for kind, figure in found.items()}
+        if label == "vqa_exact":
+            for kind, figure in found.items():
+                figure.chance = guesses.get(kind)
+        yield {label + kind: figure for kind, figure in found.items()}
 
 
 def looking_scores(model, tokenizer, data, stage, items, machine, split):

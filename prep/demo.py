@@ -42,11 +42,16 @@ class Artist:
         self.pool.shutdown(cancel_futures=kind is not None)
 
     def draw(self, job, seed, n, *args, first=0):
-        """Yield n results of job(rng, *args), in an order that the seed alone decides."""
+        """An iterator over n results of job(rng, *args), in an order that the seed alone decides.
+
+        All of them are queued at once, so that no core waits while this process writes others."""
         sizes = [min(CHUNK, n - start) for start in range(0, n, CHUNK)]
         seeds = [f"{seed} {first + number}" for number in range(len(sizes))]
         columns = zip(*((job, *args),) * len(sizes), strict=True)
-        for chunk in self.pool.map(draw_chunk, seeds, sizes, *columns):
+        return self.counted(self.pool.map(draw_chunk, seeds, sizes, *columns))
+
+    def counted(self, chunks):
+        for chunk in chunks:
             yield from chunk
             self.count(len(chunk))
 
@@ -127,10 +132,31 @@ def write_demo(out, cfg):
         stories = texts_of(artist, cfg, tales.story, "stories", {**n, "train": cfg.stories})
         chats = texts_of(artist, cfg, text_chat, "chats", {**n, "train": cfg.chats})
         chats = {split: list(map(json.loads, some)) for split, some in chats.items()}
-        spelt = itertools.chain.from_iterable(artist.draw(words, f"{cfg.seed} words", 4000))
-        said = (message["content"] for chat in chats["train"][:4000] for message in chat)
-        tokenizer = train(itertools.chain(stories["train"][:8000], said, spelt), cfg.vocabulary)
+        spelt = list(artist.draw(words, f"{cfg.seed} words", 4000))
+        size, captions, scenes = cfg.image_size, {}, {}
+        for split in SPLITS:
+            seed = seed_of(cfg, split)
+            captions[split] = artist.draw(captioned, f"{seed} captions {split}",
+                                          n[split] or cfg.captions, "train", size)
+            if split == "train":
+                scenes[split] = artist.draw(questioned, f"{seed} scenes {split}",
+                                            cfg.conversations, "train", size, cfg.questions)
+                continue
+            for folder, pairs in ((split, "train"), (f"{split}_pairs", "held_out")):
+                scenes[folder] = artist.draw(asked, f"{seed} scenes {folder}", n[split], pairs,
+                                             size)
 
+        said = (message["content"] for chat in chats["train"][:4000] for message in chat)
+        tokenizer = train(itertools.chain(stories["train"][:8000], said, *spelt), cfg.vocabulary)
+        for split, items in captions.items():
+            write_chats(out / "captions" / split, tokenizer, items)
+        for split, items in scenes.items():
+            kinds = []
+            write_chats(out / "scenes" / split, tokenizer, noted(items, kinds))
+            if kinds:
+                write_json(out / "scenes" / split / "groups.json", kinds)
+        for split, some in chats.items():
+            write_chats(out / "chats" / split, tokenizer, ((chat, ()) for chat in some))
         (out / "text").mkdir()
         tokens = {}
         for split, documents in stories.items():
@@ -142,32 +168,20 @@ def write_demo(out, cfg):
             shards.close()
             tokens[f"{split}_tokens"] = shards.tokens
         write_manifest(out / "text", tokenizer, **tokens)
-        for split, some in chats.items():
-            write_chats(out / "chats" / split, tokenizer, ((chat, ()) for chat in some))
-        write_manifest(out / "chats", tokenizer)
-
-        size = cfg.image_size
-        for split in SPLITS:
-            seed = seed_of(cfg, split)
-            captions = artist.draw(captioned, f"{seed} captions {split}",
-                                   n[split] or cfg.captions, "train", size)
-            write_chats(out / "captions" / split, tokenizer, captions)
-            if split == "train":
-                chats = artist.draw(questioned, f"{seed} scenes {split}", cfg.conversations,
-                                    "train", size, cfg.questions)
-                write_chats(out / "scenes" / split, tokenizer, chats)
-                continue
-            for folder, pairs in ((split, "train"), (f"{split}_pairs", "held_out")):
-                items = list(artist.draw(asked, f"{seed} scenes {folder}", n[split], pairs, size))
-                write_chats(out / "scenes" / folder, tokenizer, (item[:2] for item in items))
-                write_json(out / "scenes" / folder / "groups.json", [item[2] for item in items])
-        for kind in "captions", "scenes":
+        for kind in "captions", "scenes", "chats":
             write_manifest(out / kind, tokenizer)
     rng = random.Random(f"{cfg.seed} images")
     (out / "pictures").mkdir()
     for i in range(8):
         world.paint(world.draw_scene(rng, "held_out"), 256).save(out / f"pictures/{i}.png")
     return tokens["train_tokens"]
+
+
+def noted(items, kinds):
+    """The (messages, images) of items; the kinds of those that have one are added to a list."""
+    for messages, images, *kind in items:
+        kinds += kind
+        yield messages, images
 
 
 def texts_of(artist, cfg, job, kind, counts):
