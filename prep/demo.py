@@ -161,7 +161,7 @@ def write_demo(out, cfg):
         tokens = {}
         for split, documents in stories.items():
             shards = Shards(out / "text", split, 100_000_000)
-            parts = [documents[i : i + CHUNK] for i in range(0, len(documents), CHUNK)]
+            parts = [documents[i : i + 2000] for i in range(0, len(documents), 2000)]
             for ids in artist.pool.map(encode, itertools.repeat(tokenizer), parts):
                 for document in ids:
                     shards.append(document)

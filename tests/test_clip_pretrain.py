@@ -109,16 +109,17 @@ def test_any_number_of_processes_and_micro_batches_takes_the_same_steps(runs, pi
 
 
 def test_fp16_scales_the_gradients_of_pieces_as_well(pipeline, tmp_path):
-    """Halved from 65,536 until they fit: the first steps are too large and change nothing."""
+    """Halved from 65,536 until they fit: the first steps are too large and change nothing. Pieces
+    may fit one step earlier, so the steps here are too small for that to matter."""
     for name, pieces in (("whole", 0), ("pieces", 4)):
         said = pipeline.run_stage("clip_pretrain", tmp_path / name, "--precision=fp16", *ADAMW,
-                                  "--max_steps=5", f"--micro_pairs={pieces}")
+                                  "--lr=1e-9", "--max_steps=6", f"--micro_pairs={pieces}")
         assert "step 0 changed nothing: " in said
     found, whole = ({place: figure for place, figure in
                      logged(tmp_path / name, "loss", "grad_norm").items() if math.isfinite(figure)}
                     for name in ("pieces", "whole"))
-    assert (4, "grad_norm") in whole
-    assert found == pytest.approx(whole, rel=0.02)
+    assert {(step, "grad_norm") for step in (4, 5)} <= whole.keys() <= found.keys()
+    assert {place: found[place] for place in whole} == pytest.approx(whole, rel=0.02)
 
 
 @pytest.mark.parametrize(("flag", "complaint"), [

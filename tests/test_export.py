@@ -341,7 +341,7 @@ def test_pipelines_answer_what_a_conversation_answers(both):
     for chat, said in zip(ours.talk, found["said"], strict=True):
         expected = ours.says(chat)
         for mark in SPECIALS:  # a hardly trained model says them; pipelines leave them out
-            expected = expected.replace(mark, "")
+            expected = expected.replace(mark, "").rstrip("\ufffd")
         if ours.stage == "pretrain":  # the pipeline repeats the prompt
             said = said.removeprefix(chat)
         assert said.rstrip("\ufffd") == expected

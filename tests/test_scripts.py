@@ -28,10 +28,10 @@ SCRIPTS = [(f"{name}.py",) for name in ("prepare", *STAGES, "sample", "app", "ev
 COMMANDS = [("prepare.py", name) for name in ("demo", "text", "chat", "images", "fineweb")]
 
 
-def run_alone(*argv, stdin=""):
+def run_alone(*argv):
     """Run a script in a process of its own, from another folder."""
     command = [sys.executable, ROOT / argv[0], *map(str, argv[1:])]
-    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120,
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120,
                           cwd=ROOT.parent, env={**os.environ, "COLUMNS": "80"})
     return Result(done.returncode, done.stdout, done.stderr)
 
@@ -237,7 +237,7 @@ def test_a_mistake_gets_one_line_that_names_it(mistake, pipeline, things, tmp_pa
 
 
 def test_a_value_of_the_wrong_type_is_named():
-    result = run_alone("sft.py", "--max_steps=many")
+    result = run("sft.py", "--max_steps=many")
     assert result.status == 2 and "Traceback" not in result.out + result.err
     assert "max_steps" in result.out + result.err and "many" in result.out + result.err
 
@@ -381,7 +381,7 @@ def test_a_conversation_can_be_piped(pipeline):
              "/reset", "Is it red?", "/reset", "What do you see?", "/photo", "/image no.png", "",
              "/quit", "Is anyone there?"]
     argv = ("sample.py", pipeline.folder / "vision_sft", f"--image={pictures}/0.png", *SHORT)
-    result = run_alone(*argv, stdin="\n".join(lines))
+    result = run(*argv, stdin="\n".join(lines))
     said = answers(result)
     assert len(said) == 5 and "Is anyone there?" not in result.out
     one = run(*argv, "--prompt=What do you see?")

@@ -352,6 +352,7 @@ def test_a_name_that_no_repository_can_have_is_refused(repo, hub, pipeline):
 # ----------------------------------------------------------------------------------------- a Space
 
 
+@pytest.mark.slow
 def test_a_pushed_space_runs_by_itself(hub, tmp_path, pipeline, monkeypatch):
     """It goes the way that uploads take today, a connection that breaks once included; then its
     app.py runs in an empty environment."""
@@ -533,6 +534,7 @@ def test_a_card_shows_a_picture_and_what_the_model_says_of_it(cards, pipeline):
     assert f"**What do you see?** {answer.strip()}" in card
 
 
+@pytest.mark.slow
 def test_the_code_of_a_card_runs_where_ours_is_not(cards, hub):
     """That of a text model, of one that chats, and of one that sees."""
     shutil.copy(cards / "vision_sft" / "example.png", cards / "picture.jpg")

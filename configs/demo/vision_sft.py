@@ -14,6 +14,6 @@ momentum = 0.9
 lr = 3e-3
 projector_lr = 4
 cooldown = 0.7
-eval_every = 160
+eval_every = 214
 text_share = 0.3
 log_every = 10
