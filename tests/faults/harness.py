@@ -10,7 +10,6 @@ session, runs the script as `python script.py ...` would, and SIGKILL is SIGKILL
 import atexit
 import contextlib
 import functools
-import gc
 import importlib
 import itertools
 import json
@@ -214,13 +213,11 @@ def serve():
 def import_all():
     """What the scripts import, so that a child need not; no thread may be running after."""
     for name in ("clip_pretrain", "pretrain", "sft", "vision_pretrain", "vision_sft", "prepare",
-                 "tyro", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+                 "tyro", "matplotlib.figure"):
         importlib.import_module(name)
     import common.run
 
     common.run.peak_flops = lambda machine: 1e12  # not measured, as in the other tests
-    gc.collect()
-    gc.freeze()  # or each child's first collection would copy all of it: a quarter of a short run
     with contextlib.suppress(FileNotFoundError):
         assert len(os.listdir("/proc/self/task")) == 1  # or a fork would not be a whole process
 
