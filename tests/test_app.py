@@ -289,7 +289,7 @@ class Brake:
 
         def held(*args, **more):
             if steps := self.steps:
-                steps.acquire(timeout=60)
+                assert steps.acquire(timeout=60)
             return step(*args, **more)
 
         patch.setattr(Decoding, "step", held)
@@ -413,9 +413,10 @@ def test_words_arrive_one_by_one_and_a_follow_up_knows_the_picture(visit, brake,
 def test_two_visitors_at_once_get_their_own_answers(visit, shown, brake, seeing):
     visitors = visit(), visit()
     brake.hold()
-    for i, visitor in enumerate(visitors):
-        visitor.ask(SEE, picture(i))
-    until(lambda: shown[0].engine.requests.qsize())  # the first answer waits, the second question
+    visitors[0].ask(SEE, picture(0))
+    visitors[0].wait_for_words(1, 1)
+    visitors[1].ask(SEE, picture(1))
+    until(lambda: shown[0].engine.requests.qsize())  # it waits for the step that is held
     brake.let(5)
     early = [visitor.wait_for_words(1, 1) for visitor in visitors]
     assert max(map(len, early)) < LONGEST  # both were still at it

@@ -110,6 +110,19 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
+    def hold(self):
+        """Stop it, and wait until each of its threads stands still: a signal takes its time."""
+        self.kill(signal.SIGSTOP)
+        until(lambda: self.poll() is not None or self.states() <= {"T"})
+
+    def states(self):
+        """Those of its threads, T for stopped."""
+        found = set()
+        for path in Path(f"/proc/{self.pid}/task").glob("*/stat"):
+            with contextlib.suppress(OSError):  # that thread has ended
+                found.add(path.read_text().rpartition(")")[2].split()[0])
+        return found
+
     @property
     def changes(self):
         """What it changed below the folder that was watched, a line each."""

@@ -105,7 +105,7 @@ def stopped_at(jobs, out, step):
     log = out / "log.jsonl"
     until(lambda: log.exists() and log.read_text().count("\n") > step)
     for job in jobs:
-        job.kill(signal.SIGSTOP)
+        job.hold()
 
 
 def read_only(disk, jobs):
@@ -116,7 +116,7 @@ def read_only(disk, jobs):
         go_on(jobs)
         time.sleep(0.005)
         for job in jobs:
-            job.kill(signal.SIGSTOP)
+            job.hold()
     raise AssertionError("they write all the time")
 
 

@@ -146,7 +146,7 @@ def in_a_save(luck, out, hits):
               every=0.0005)
         time.sleep(luck.random() * 0.005)
         for job in jobs:
-            job.kill(signal.SIGSTOP)
+            job.hold()
         hits.append(bool(list(out.glob(".writing-*"))))
 
     return when
@@ -160,21 +160,22 @@ CASES += scale([], [("pretrain", 2, "full"), ("vision_sft", 2, "full")])
 @pytest.mark.parametrize(("stage", "ranks", "shard"), CASES)
 def test_a_stage_killed_again_and_again_ends_with_the_same_bits(
         pipeline, stage, ranks, shard, tmp_path):
-    """Every other time in the middle of a save, else at any time between start and end."""
+    """Every other time in the middle of a save, else at any time between start and end; until
+    there were enough, and one that did hit a save."""
     tries = Tries(pipeline, stage, ranks, tmp_path, f"--shard={shard}")
     luck = chance(stage, ranks, shard)
     killed, hits = 0, []
     for number in itertools.count():
-        if killed == scale(2, 20):
+        enough = killed >= scale(2, 20)
+        if enough and any(hits):
             break
         assert number < 100, "it ends before it can be killed"
-        aimed = in_a_save(luck, tries.out, hits) if killed % 2 == 0 else at_random(
+        aimed = in_a_save(luck, tries.out, hits) if enough or killed % 2 == 0 else at_random(
             luck, tries.seconds)
         killed += tries.kill(aimed)
     tries.finish()
     print(f"{stage}, {ranks} processes, --shard={shard}: killed {killed} times, "
           f"{sum(hits)} of them in a save, {tries.round} runs finished")
-    assert any(hits)  # or the tests of a save test nothing
 
 
 @pytest.mark.parametrize("stage", scale([], STAGES))  # among the others, test_distributed.py does
