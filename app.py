@@ -43,13 +43,13 @@ from starlette.middleware import Middleware  # noqa: E402
 from starlette.middleware.base import BaseHTTPMiddleware  # noqa: E402
 from starlette.responses import PlainTextResponse  # noqa: E402
 
-from card import held_out_pictures  # noqa: E402
-from chat import Conversation, decoder_of, open_for_chat, pick_precision  # noqa: E402
 from common.config import UserError, parse, run_main  # noqa: E402
-from common.distributed import pick_device  # noqa: E402
-from decode import Sampler, Sampling  # noqa: E402
-from pictures import read_image  # noqa: E402
-from serving import Engine  # noqa: E402
+from common.device import pick_device  # noqa: E402
+from common.images import read_image  # noqa: E402
+from export.model_card import held_out_pictures  # noqa: E402
+from inference.conversation import Conversation, decoder_of, open_for_chat, pick_precision  # noqa: E402
+from inference.engine import Engine  # noqa: E402
+from inference.generate import Sampler, Sampling  # noqa: E402
 
 SESSIONS = 256  # conversations remembered; the one silent longest is forgotten first
 UPLOADS_KEPT = 3600  # seconds that a picture outlives a page that never said goodbye

@@ -14,10 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from attention import attend, compute_dtype
-from model import init_weights
-
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
+from common.images import MEAN, STD
+from model import attend, compute_dtype, init_weights
 
 
 @dataclass
@@ -290,44 +288,3 @@ def mean_and_std(device):
     """Both as tensors, made once a device: bringing them to a GPU makes the host wait."""
     with torch.inference_mode(False):
         return torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
-
-
-@torch.no_grad()
-def features_of(model, pairs, machine, n, batch=256):
-    """(pictures (n, E), captions (n, E), keys) of the first n of a packing.Captions, n at most."""
-    images, texts, keys = [], [], []
-    n = min(n, len(pairs))
-    for start in range(0, n, batch):
-        part = pairs.batch(range(start, min(start + batch, n))).to(machine.device)
-        with machine.autocast():
-            images.append(model.image_features(normalise(part.pixels)))
-            texts.append(model.text_features(part.ids))
-        keys += part.keys.tolist()
-    return torch.cat(images), torch.cat(texts), keys
-
-
-def caption_choice(model, pairs, machine, n=2048, choices=32, batch=256):
-    """(share of pictures whose own caption, of `choices` different ones, is the nearest; the
-    cross-entropy of that choice in nats), over the first n of a packing.Captions."""
-    marks, loss = choose_captions(model, *features_of(model, pairs, machine, n, batch), choices)
-    return sum(marks) / len(marks), loss
-
-
-@torch.no_grad()
-def choose_captions(model, images, texts, keys, choices=32):
-    """(whether each picture chose its own caption, the cross-entropy) of what features_of found."""
-    marks, losses = [], []
-    for group in groups_of_different(keys, choices):
-        logits = model.scale() * images[group] @ texts[group].T
-        targets = torch.arange(len(group), device=logits.device)
-        marks += (logits.argmax(-1) == targets).tolist()
-        losses.append(F.cross_entropy(logits, targets).item())
-    return marks, sum(losses) / len(losses)
-
-
-def groups_of_different(keys, size):
-    """Lists of `size` numbers into keys, no key twice in all of them; one list of fewer if there
-    are no more different ones."""
-    unlike = list({key: i for i, key in enumerate(keys)}.values())  # one row of each caption
-    size = min(size, len(unlike))
-    return [unlike[i : i + size] for i in range(0, len(unlike) - size + 1, size)]

@@ -15,15 +15,16 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from clip import CLIP, CLIPConfig, caption_choice, feature_pulls, normalise
+from clip import CLIP, CLIPConfig, feature_pulls, normalise
 from common.config import TrainSettings, UserError, parse, run_main
-from common.optim import make_optimizer
 from common.report import Sample
-from common.run import Run
-from data import Loader, check_tokenizer
-from packing import Captions, Chats
+from data import Chats, check_tokenizer
+from evals.zero_shot import Labelled, caption_choice, zero_shot
+from train.loader import Loader
+from train.optim import make_optimizer
+from train.packing import Captions
+from train.run import Run
 from vision import describe
-from zero_shot import Labelled, zero_shot
 
 
 @dataclass

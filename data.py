@@ -1,30 +1,28 @@
-"""Token shards, and the loader that feeds every stage.
-
-Which rows a step reads is a pure function of (seed, step), the same for any number of processes, so
-going on at any step needs no state. A data set has a length and `batch(rows)`; the one Loader asks
-for this process's share of each step and has the next batch ready before it is wanted: made by a
-thread, or by worker processes where pictures have to be decoded for a GPU.
+"""What a batch, a document and a chat are, and how they lie on disk.
 
     text/     *train*.npy, *val*.npy      1-D uint16 token shards, documents behind <|endoftext|>
 
-packing.py reads chats, with and without pictures.
+    chats/    {train,val}/ ids.npy, supervised.npy, offsets.npy    chats end to end
+              images_*.bin, image_offsets.npy, first_image.npy     where there are pictures: their
+              encoded bytes end to end, or their names where they stayed elsewhere; one <|image|> id
+              stands for a picture
+
+Beside the splits of chats lies a manifest.json of counts and sha256 sums. prepare.py makes all of
+it; train/packing.py packs chats into rows, train/loader.py hands them out.
 """
 
 import os
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
-from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 import tokenizer as tokenizers
-from common import hub
-from common.config import UserError, one_line, read_sealed
-from common.intact import check_together
+from common import archives, hub
+from common.checksums import check_together
+from common.config import UserError, one_line, read_json, read_sealed
+from common.images import read_image
 
 
 @dataclass
@@ -64,173 +62,6 @@ class Batch:
             if isinstance(value, torch.Tensor):
                 setattr(self, name, change(value))
         return self
-
-
-class Loader:
-    """Batches of a step, for this process. rows: how many the whole job reads a step.
-
-    workers: processes that make batches; with 0 a thread does.
-    """
-
-    def __init__(self, dataset, rows, micro_rows, run, seed, workers=0):
-        if len(dataset) == 0:
-            raise UserError(f"the data set {dataset.name} is empty")
-        self.dataset, self.rows, self.run, self.seed = dataset, rows, run, seed
-        self.accumulate, self.micro_rows = run.split(rows, micro_rows)
-        run.loader = self
-        self.workers, self.worker = workers, ThreadPoolExecutor(1)
-        self.ahead = {}  # (step, micro) -> the future of its batch
-        self.stream, self.stream_at = None, None  # of the workers: batches, the next one's number
-
-    def step(self, step):
-        """Yield this process's micro-batches of `step`."""
-        for micro in range(self.accumulate):
-            if self.workers:
-                batch = self._from_workers(step * self.accumulate + micro)
-            else:
-                self._submit(step, micro)
-                last = micro + 1 == self.accumulate
-                self._submit(*((step + 1, 0) if last else (step, micro + 1)))
-                batch = self._wait(step, micro)
-            if getattr(batch, "lost", None):
-                self.run.lost(batch.lost)
-            yield batch
-
-    def close(self):
-        """End the workers: no more batches are wanted."""
-        self.stream, self.stream_at = None, None
-
-    def _from_workers(self, number):
-        """The micro-batch of that number, counted from the beginning of the run.
-
-        Workers leave the group of processes that a Ctrl-C or a batch system's wish to stop goes to:
-        the process that they serve still needs batches until it has saved.
-        """
-        if number != self.stream_at:
-            rows = (self._rows(*divmod(n, self.accumulate)) for n in count(number))
-            self.stream = iter(DataLoader(
-                RowLists(self.dataset), batch_size=None, sampler=rows, num_workers=self.workers,
-                pin_memory=self.run.device.type == "cuda", generator=torch.Generator(),
-                worker_init_fn=leave_group))
-        self.stream_at = number + 1
-        try:
-            batch = next(self.stream)
-        except RuntimeError as error:  # of PyTorch, when a worker was killed
-            if self.run.wants_to_stop():  # by what stops this process as well
-                self.run.stop_early(number // self.accumulate - 1, together=False)
-            raise UserError(f"a process that decodes pictures ended: {error} --workers=0 decodes "
-                            "without; in a container more shared memory (--shm-size=2g) may be "
-                            "what is missing") from None
-        batch.n_targets = self.dataset.n_targets(self.rows_of(number // self.accumulate))
-        return batch.to(self.run.device)
-
-    def _submit(self, step, micro):
-        if (step, micro) not in self.ahead:
-            self.ahead[step, micro] = self.worker.submit(self._make, step, micro)
-
-    def _wait(self, step, micro):
-        """The batch, once its data have arrived; a run asked to stop meanwhile saves and ends."""
-        said = False
-        while True:
-            try:
-                return self.ahead.pop((step, micro)).result()
-            except hub.NotYet as missing:
-                if not said:
-                    self.run.log.say(f"waiting for {missing}")
-                said = True
-            self.run.watch.waits()
-            if self.run.wants_to_stop():
-                self.run.stop_early(step - 1, together=False)
-            time.sleep(0.2)
-            self._submit(step, micro)
-
-    def _make(self, step, micro):
-        batch = self.dataset.batch(self._rows(step, micro))
-        batch.n_targets = self.dataset.n_targets(self.rows_of(step))
-        return batch.to(self.run.device)
-
-    def _rows(self, step, micro):
-        """The rows (list of int) of this process's micro-batch."""
-        share = self.rows_of(step).reshape(self.accumulate, self.run.ranks, self.micro_rows)
-        return share[micro, self.run.machine.rank].tolist()
-
-    def rows_of(self, step):
-        """The rows (numpy) that the whole job reads in `step`; every epoch has its own order.
-
-        A data set with `groups`, row numbers that begin with 0 and end with its length, is shuffled
-        within each group, and the groups come one after the other.
-        """
-        n = len(self.dataset)
-        groups = getattr(self.dataset, "groups", (0, n))
-        epochs, places = np.divmod(np.arange(step * self.rows, (step + 1) * self.rows), n)
-        numbers = np.searchsorted(groups, places, side="right") - 1
-        found = np.empty_like(places)
-        for epoch, group in set(zip(epochs.tolist(), numbers.tolist(), strict=True)):
-            mine = (epochs == epoch) & (numbers == group)
-            first, last = groups[group], groups[group + 1]
-            seed = (self.seed, epoch, group)
-            found[mine] = first + shuffled(places[mine] - first, last - first, seed)
-        return found
-
-
-class RowLists:
-    """What PyTorch's DataLoader asks of a data set: a batch for each list of rows."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, rows):
-        return self.dataset.batch(rows)
-
-
-def leave_group(_worker):
-    os.setsid()
-
-
-def shuffled(places, n, seed):
-    """What stands at `places` (integers) of a shuffled range(n): a permutation in no memory.
-
-    A Feistel network, as ciphers are made of, permutes all numbers of 2 * half bits, n at least;
-    a result beyond n goes through once more until it is none (Black and Rogaway, 2002).
-    """
-    half = np.uint64(max(1, -(-(int(n) - 1).bit_length() // 2)))
-    low = (np.uint64(1) << half) - np.uint64(1)
-    keys = np.random.default_rng(seed).integers(2**63, size=8, dtype=np.uint64)
-    found = np.array(places, dtype=np.uint64)
-    beyond = np.ones(len(found), bool)
-    while beyond.any():
-        left, right = found[beyond] >> half, found[beyond] & low
-        for key in keys:
-            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
-            mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-            left, right = right, left ^ (mixed >> np.uint64(32) & low)
-        found[beyond] = left << half | right
-        beyond = found >= n
-    return found.astype(np.int64)
-
-
-def validation_loss(machine, dataset, micro_rows, loss_of, max_rows=512):
-    """Mean loss in nats over the first rows of `dataset`, the same ones every time.
-
-    loss_of(batch) gives the loss summed over the batch's supervised positions.
-    """
-    n = min(len(dataset), max_rows)
-    if n == 0:
-        raise UserError(f"{dataset.name} has nothing to validate on")
-    total = torch.zeros(2, dtype=torch.float64)
-    for start in range(0, n, machine.ranks * micro_rows):
-        mine = start + machine.rank * micro_rows
-        rows = list(range(mine, min(mine + micro_rows, n)))
-        batch = dataset.batch(rows or [0]).to(machine.device)  # sharded weights need every process
-        with torch.no_grad(), machine.autocast():
-            loss = loss_of(batch)
-        if rows:
-            total += torch.tensor([loss.item(), batch.targets.numel()])
-    total = machine.sum(total.to(machine.device) if machine.device.type == "cuda" else total)
-    if total[1] == 0:
-        raise UserError(f"{dataset.name}: nothing of it can be validated on: "
-                        f"{(*batch.lost, 'it has no answers')[0]}")
-    return (total[0] / total[1]).item()
 
 
 # ------------------------------------------------------------------------------------------- text
@@ -338,3 +169,135 @@ def check_tokenizer(folder, tokenizer=None):
         raise UserError(f"the data in {folder} was made with another tokenizer than the model's; "
                         "prepare it again with --tokenizer pointing at the model's")
     return tokenizer
+
+
+# ------------------------------------------------------------------------------------------ chats
+
+
+class Chats:
+    """Chats of one split as ids, with their pictures; prepare.py writes it, see the top.
+
+    manifest: what prepare.py says of the data set; empty for one made by hand.
+    """
+
+    def __init__(self, folder, split):
+        self.root, self.split, self.folder = Path(folder), split, Path(folder) / split
+        self.ids = read_array(self.folder / "ids.npy", np.uint16)
+        self.supervised = read_array(self.folder / "supervised.npy", np.bool_)
+        self.offsets = read_array(self.folder / "offsets.npy", np.int64)
+        self.manifest = manifest_of(self.root / "manifest.json")
+        shards = sorted(self.folder.glob("images_*.bin"))
+        self.has_images = bool(shards)
+        if not shards and (self.folder / "first_image.npy").exists():
+            raise UserError(f"the pictures images_*.bin of {self.folder} are not there: an older "
+                            "prepare.py made it, or they were lost; prepare it again")
+        if self.has_images:
+            self.first_image = read_array(self.folder / "first_image.npy", np.int64)
+            self.image_offsets = read_array(self.folder / "image_offsets.npy", np.int64)
+            self.shards = [open(path, "rb", buffering=0) for path in shards]  # noqa: SIM115
+            self.shard_starts = np.cumsum([0, *(path.stat().st_size for path in shards)])
+            if self.shard_starts[-1] != self.image_offsets[-1]:
+                raise UserError(f"the pictures in {self.folder} are {self.shard_starts[-1]} bytes, "
+                                f"and {self.image_offsets[-1]} were written; prepare them again")
+            self.find = None if self.stored.get("copied", True) else self._find_in(
+                self.stored["root"])
+
+    def __reduce__(self):  # other processes open the files again
+        return Chats, (self.root, self.split)
+
+    @property
+    def stored(self):
+        """How the pictures are stored: size, fit, copied, root; empty where nobody says."""
+        return self.manifest.get("pictures", {})
+
+    def _find_in(self, root):
+        try:
+            return archives.open_pictures(root)
+        except UserError as error:
+            raise UserError(f"the pictures of {self.root} are not where they were ({error}); put "
+                            "them back or prepare it again") from None
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def chat(self, i):
+        """(ids, supervised) of chat i, one <|image|> id a picture."""
+        part = slice(self.offsets[i], self.offsets[i + 1])
+        return self.ids[part].astype(np.int64), self.supervised[part]
+
+    def n_images(self, i):
+        return int(self.first_image[i + 1] - self.first_image[i]) if self.has_images else 0
+
+    def images(self, i, size=0, how="pad"):
+        """The pictures of chat i, as PIL images; size and how as in pictures.read_image."""
+        numbers = range(*self.first_image[i : i + 2]) if self.has_images else ()
+        found = []
+        for n in numbers:
+            source, name = self._bytes(n), f"picture {n} of {self.folder}"
+            if self.find is not None:
+                name = source.decode()
+                source = self.find(name)
+            found.append(read_image(source, name, size, how))
+        return found
+
+    def _bytes(self, n):
+        """What is stored of picture n, read rather than mapped: pages of a map would count."""
+        start, end = self.image_offsets[n : n + 2].tolist()
+        shard = int(np.searchsorted(self.shard_starts, start, side="right")) - 1
+        file = self.shards[shard].fileno()
+        return os.pread(file, end - start, start - int(self.shard_starts[shard]))
+
+
+def manifest_of(path):
+    """What a data set's manifest.json says; {} if there is none, a UserError if it makes no sense.
+    """
+    manifest = read_json(path) if path.is_file() else {}
+    stored = manifest.get("pictures", {}) if isinstance(manifest, dict) else None
+    kinds = {"size": int, "fit": str, "copied": bool, "root": str}
+    if not isinstance(stored, dict) or any(
+            name in stored and not isinstance(stored[name], kind) for name, kind in kinds.items()):
+        raise UserError(f"{path} is not of the form that prepare.py writes it in: pictures should "
+                        "be like {\"size\": 224, \"fit\": \"pad\", \"copied\": true}; correct it")
+    if not stored.get("copied", True) and "root" not in stored:
+        raise UserError(f"{path} says that the pictures were not copied, but not where they are; "
+                        "add their folder as pictures.root")
+    return manifest
+
+
+class Documents:
+    """Windows of plain text in the place of chats, all of it to be learnt. length: positions."""
+
+    has_images, manifest = False, {}
+
+    def __init__(self, folder, split, length, tokenizer):
+        self.folder, self._text = Path(folder), Text(folder, split, length, tokenizer.n_vocab)
+
+    def __len__(self):
+        return len(self._text)
+
+    def chat(self, i):
+        ids = self._text.window(i).astype(np.int64)
+        return ids, np.arange(len(ids)) > 0
+
+    def images(self, i, size=0, how="pad"):
+        return []
+
+
+class Share:
+    """`count` chats of a Chats, drawn by a seed, some more than once if there are too few."""
+
+    def __init__(self, chats, count, seed):
+        self.folder, self.manifest, self._chats = chats.folder, chats.manifest, chats
+        generator = np.random.default_rng(seed)
+        rounds = -(-count // max(1, len(chats))) if len(chats) else 0
+        order = [generator.permutation(len(chats)) for _ in range(rounds)]
+        self._chosen = np.concatenate(order)[:count] if order else np.empty(0, int)
+
+    def __len__(self):
+        return len(self._chosen)
+
+    def chat(self, i):
+        return self._chats.chat(self._chosen[i])
+
+    def images(self, i, size=0, how="pad"):
+        return self._chats.images(self._chosen[i], size, how)

@@ -7,14 +7,14 @@
     python eval.py out/full/pretrain --tasks=hellaswag:hellaswag_val.jsonl,piqa:piqa.jsonl
     python eval.py out/full/vision_sft --tasks=pope:coco_pope.json --image_root=val2014.zip
 
-What is scored follows from the checkpoint, see scoring.py: losses, exact answers, what the right
-picture saves, captions chosen, classes named. Beside each figure stand its standard error and what
-guessing gives. Later stages have the loss on text and chats again, to show what they forgot. With
---report the checkpoints it came from are scored as well, and report.md and report.json sum up the
-pipeline; a figure NAME of report.json has its error in NAME_error.
-With --tasks instead it is asked the questions of public benchmarks, or of one's own, from local
-files: NAME:FILE, names as in tasks.TASKS. With --out the answer to every question is kept there,
-and a run that was stopped goes on behind them.
+What is scored follows from the checkpoint, see evals/validation.py: losses, exact answers, what
+the right picture saves, captions chosen, classes named. Beside each figure stand its standard
+error and what guessing gives. Later stages have the loss on text and chats again, to show what
+they forgot. With --report the checkpoints it came from are scored as well, and report.md and
+report.json sum up the pipeline; a figure NAME of report.json has its error in NAME_error. With
+--tasks instead it is asked the questions of public benchmarks, or of one's own, from local files:
+NAME:FILE, names as in tasks.TASKS. With --out the answer to every question is kept there, and a
+run that was stopped goes on behind them.
 """
 
 import itertools
@@ -26,18 +26,18 @@ from typing import Literal
 
 from tqdm import tqdm
 
-import compare
-from asking import Asking
-from chat import Conversation, open_for_chat
 from common import checkpoint
 from common.checkpoint import write_json
 from common.config import UserError, parse, read_json, run_main
-from common.distributed import peak_memory_gb, pick_device, setup
-from common.log import duration, lineage_table, price
+from common.device import peak_memory_gb, pick_device, setup
+from common.images import read_image
 from common.report import Page, Picture, Sample, Samples, Table
-from overlap import overlaps, sentence
-from pictures import read_image
-from scoring import Score, score
+from evals import compare
+from evals.contamination import overlaps, sentence
+from evals.runner import Asking
+from evals.validation import Score, score
+from inference.conversation import Conversation, open_for_chat
+from train.log import duration, lineage_table, price
 
 
 @dataclass

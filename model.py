@@ -1,4 +1,4 @@
-"""The GPT decoder: configuration, layers, loss and KV cache.
+"""The GPT decoder: configuration, layers, attention and loss.
 
 20 layers of width 1280 and 10 heads make the reference size: 522 M parameters, 3.06 GFLOP a token.
 Pre-LayerNorm, rotary positions, ReLU, no dropout, untied head. One attention path serves training,
@@ -9,13 +9,25 @@ Letters for shapes: B batch, T positions, C width, H heads, D head size, V vocab
 the cache.
 """
 
+import functools
+import inspect
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from attention import attend, compute_dtype, packed_mask
+from common.device import processor
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    NEWER = "window_size" in inspect.signature(varlen_attn).parameters
+except ImportError:  # a PyTorch that was built without it
+    varlen_attn, NEWER = None, False
+WRITTEN_OUT = 200 if processor().instructions == "AMX" else 1024  # positions; see attend
+CAUSAL = {"window_size": (-1, 0)} if NEWER else {"is_causal": True}  # the name before PyTorch 2.11
 
 # Elements of the logits that exist at a time in training: 128 MB of bf16 on a CPU, 512 on a GPU.
 LOGITS_AT_ONCE = {"cpu": 2**26, "mps": 2**26, "cuda": 2**28}
@@ -108,7 +120,7 @@ class GPT(nn.Module):
         (B, T) holds the id that follows each position. With it, only the N flat positions `where`
         (into B * T) are supervised and targets is (N,): the head sees no other position.
         segments (B, T) number the documents of packed rows, bounds (N + 1,) say where they begin
-        and longest how long they are (attention.packed_mask): no attention crosses them.
+        and longest how long they are (packed_mask): no attention crosses them.
         """
         x = self.token_embedding(ids) if embeddings is None else embeddings
         x = self.hidden(x, positions, packed_mask(segments, bounds, longest, compute_dtype(x)))
@@ -235,88 +247,142 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 
-class Slots(NamedTuple):
-    """A layer's part of a cache: what may be looked at, and where T new positions go."""
-
-    keys: torch.Tensor  # (B, H, S, D)
-    values: torch.Tensor
-    new_keys: torch.Tensor | None  # (B, H, T, D), the same memory; None where rows differ:
-    new_values: torch.Tensor | None
-    positions: torch.Tensor | None  # (B, T) slots of each row
-    fresh: bool  # nothing was there before
-
-    def store(self, k, v):
-        """Put k and v (B, H, T, D) where they belong; returns the (B, H, S, D) to look at."""
-        if self.positions is None:
-            self.new_keys.copy_(k)
-            self.new_values.copy_(v)
-            return (k, v) if self.fresh else (self.keys, self.values)
-        index = self.positions[:, None, :, None].expand_as(k)
-        self.keys.scatter_(2, index, k.to(self.keys.dtype))
-        self.values.scatter_(2, index, v.to(self.values.dtype))
-        return self.keys, self.values
+# -------------------------------------------------------------------------------------- attention
+#
+# Packed rows hold several documents that must not attend to one another. A (T, T) mask works with
+# any kernel, but hidden scores are computed all the same: five sixths of them at 512 positions and
+# documents of 85. Document boundaries save that: recent GPUs have a kernel that takes them;
+# elsewhere documents form a batch, padded to the longest, where that is less work than the mask.
+#
+# S keys, N documents, L positions of the longest of them.
 
 
-class KVCache:
-    """Keys and values of B conversations, a row each. Allocated once, never copied.
+def compute_dtype(x):
+    """What matrix products of x come out in: autocast's type where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
-    Its owner is the caller: no module keeps any, so two users cannot meet in it. lengths[b] counts
-    the slots that row b has used. Cutting it shorter forgets what was behind.
+
+class Apart(NamedTuple):
+    """Documents laid beside each other: in place of a mask."""
+
+    index: torch.Tensor  # (N, L) flat positions into B * T; behind a document's end any
+    back: torch.Tensor  # (B * T,) where in N * L each position is
+
+
+def attend(q, k, v, mask=None, causal=False):
+    """Softmax attention of q (B, H, T, D) over k and v (B, H, S, D); mask (B, 1, T, S) is True
+    where a query may look, or is added to the scores (only where there is no gradient), or comes
+    from packed_mask; causal means T == S and no look ahead.
+
+    In training in half precision on a CPU it is written out: PyTorch's fused kernel takes 1.2 to 5
+    times as long there, forward and backward together; in fp32 it is the faster (docs/log.md).
     """
+    if isinstance(mask, Apart):
+        return attend_apart(q, k, v, mask)
+    if mask is not None and mask.dtype == torch.int32:
+        return attend_documents(q, k, v, mask)
+    if (q.device.type != "cpu" or not q.requires_grad or q.dtype == torch.float32
+            or q.size(-2) > WRITTEN_OUT):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    scores = (q * q.size(-1) ** -0.5) @ k.mT
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:  # added: half the time of masked_fill, whose gradient is another pass
+        scores = scores + scores.new_zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+    return scores.softmax(-1) @ v
 
-    def __init__(self, model, batch=1, slots=None):
-        c, weight = model.config, model.token_embedding.weight
-        shape = (c.n_layer, batch, c.n_head, slots or c.max_positions, c.n_embd // c.n_head)
-        # A CPU takes 5 to 9 times as long for one query over bf16 keys as over fp32 ones.
-        dtype = torch.float32 if weight.device.type == "cpu" else compute_dtype(weight)
-        # Zeros, not empty: what a mask hides is still multiplied by 0, and 0 * NaN is NaN.
-        self.keys = torch.zeros(shape, device=weight.device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
-        self.lengths = [0] * batch
 
-    @property
-    def slots(self):
-        return self.keys.size(3)
+def packed_mask(segments, bounds=None, longest=0, dtype=torch.float32):
+    """What attend takes as the mask of packed rows: query i sees key j of the same document, not
+    later. None for None.
 
-    def rows(self, first, last):
-        """Rows first to last as a cache of their own over the same memory, lengths copied."""
-        part = object.__new__(KVCache)
-        part.keys, part.values = self.keys[:, first:last], self.values[:, first:last]
-        part.lengths = self.lengths[first:last]
-        return part
+    segments (B, T): the number of the document. bounds (N + 1,) int32: where each begins in the
+    B * T positions one after the other, and the end; longest: positions of the longest document.
+    """
+    if segments is None:
+        return None
+    B, T = segments.shape
+    if bounds is not None and takes_bounds(segments.device, dtype):
+        return bounds
+    if longest and 2 * (len(bounds) - 1) * longest**2 < B * T**2:
+        return apart(bounds.long(), longest, B * T)
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    return same & torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
 
-    def extend(self, T):
-        """Make room for T more positions in every row.
 
-        Returns what GPT.hidden needs: (their positions, the attention mask, the Slots by layer).
-        """
-        before, end = self.lengths, max(self.lengths) + T
-        if end > self.slots:
-            raise ValueError(f"{end} positions do not fit a cache of {self.slots}")
-        self.lengths = [n + T for n in before]
-        steps = torch.arange(T, device=self.keys.device)
-        if min(before) < max(before):
-            starts = torch.tensor(before, device=self.keys.device)
-            return self.place(starts[:, None] + steps, end)
-        begin, mask = before[0], None
-        if T > 1 and begin > 0:
-            mask = self.mask(begin + steps[None], end)
-        new = (x[:, :, :, begin:end].unbind() for x in (self.keys, self.values))
-        return slice(begin, end), mask, [
-            Slots(*layer, None, begin == 0) for layer in zip(*self.seen(end), *new, strict=True)]
+def apart(bounds, longest, n):
+    """The Apart of documents with these bounds (N + 1,) among n positions."""
+    steps = torch.arange(longest, device=bounds.device)
+    index = (bounds[:-1, None] + steps).clamp_max(n - 1)
+    positions = torch.arange(n, device=bounds.device)
+    document = torch.searchsorted(bounds, positions, right=True) - 1
+    return Apart(index, document * longest + positions - bounds[document])
 
-    def place(self, positions, end):
-        """As extend, for positions (B, T) on the device, where `end` slots are looked at."""
-        layers = zip(*self.seen(end), strict=True)
-        return positions, self.mask(positions, end), [
-            Slots(*layer, None, None, positions, False) for layer in layers]
 
-    def mask(self, positions, end):
-        """What is added to the scores of `end` slots (B, 1, T, end) for queries at `positions`
-        (B, T): minus infinity for later ones. One of booleans would become this in every layer."""
-        later = torch.arange(end, device=positions.device) > positions[:, None, :, None]
-        return self.keys.new_zeros(later.shape).masked_fill_(later, float("-inf"))
+class Take(torch.autograd.Function):
+    """Rows of x (n, ...) by index; `back` says for each row of x where it went. What index reads
+    besides, behind the ends of documents, is in no result, so its gradient is nothing."""
 
-    def seen(self, end):
-        """The first `end` slots of the keys and of the values, layer by layer (B, H, end, D)."""
-        return self.keys[:, :, :, :end].unbind(), self.values[:, :, :, :end].unbind()
+    @staticmethod
+    def forward(ctx, x, index, back):
+        ctx.save_for_backward(back)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class Return(torch.autograd.Function):
+    """The other way: rows of x by `back`; the gradient of rows that are in no result is zero."""
+
+    @staticmethod
+    def forward(ctx, x, back):
+        ctx.save_for_backward(back)
+        ctx.rows = len(x)
+        return x.index_select(0, back)
+
+    @staticmethod
+    def backward(ctx, grad):
+        found = grad.new_zeros(ctx.rows, *grad.shape[1:])
+        return found.index_copy_(0, ctx.saved_tensors[0], grad), None
+
+
+def attend_apart(q, k, v, documents):
+    """Causal attention inside documents, each a row of its own, padded to the longest."""
+    B, H, T, D = q.shape
+    N, L = documents.index.shape
+    index = documents.index.flatten()
+    q, k, v = (Take.apply(x.transpose(1, 2).reshape(B * T, H * D), index, documents.back)
+               .view(N, L, H, D).transpose(1, 2) for x in (q, k, v))
+    y = attend(q, k, v, causal=True).transpose(1, 2).reshape(N * L, H * D)
+    return Return.apply(y, documents.back).view(B, T, H, D).transpose(1, 2)
+
+
+def attend_documents(q, k, v, bounds):
+    """Causal attention inside documents; q, k, v (B, H, T, D), bounds (N + 1,) over B * T."""
+    B, H, T, D = q.shape
+    q, k, v = (x.transpose(1, 2).reshape(B * T, H, D) for x in (q, k, v))
+    y = varlen_attn(q, k, v, bounds, bounds, T, T, **CAUSAL)
+    return y.view(B, T, H, D).transpose(1, 2)
+
+
+@functools.cache
+def takes_bounds(device, dtype):
+    """Whether attend_documents works here: the kernel is for half precision on GPUs since Ampere,
+    and young, so it is tried once on a small example."""
+    if varlen_attn is None or device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    q = torch.randn(3, 1, 2, 8, 64, device=device, dtype=dtype)
+    segments = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 0]], device=device)
+    bounds = torch.tensor([0, 3, 7, 8], device=device, dtype=torch.int32)
+    try:
+        with torch.enable_grad():
+            found = attend_documents(*q.requires_grad_().unbind(), bounds)
+            found.sum().backward()
+    except Exception as error:  # whatever a kernel that does not fit may raise
+        print(f"packed rows use a mask: the kernel for documents fails here ({error})", flush=True)
+        return False
+    expected = attend(*q.detach().unbind(), packed_mask(segments))
+    return torch.allclose(found.float(), expected.float(), atol=0.05)

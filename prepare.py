@@ -1,4 +1,4 @@
-"""Data sets on disk, in the form that data.py and packing.py read, each with a manifest.
+"""Data sets on disk, in the form that data.py and train/packing.py read, each with a manifest.
 
     python prepare.py demo                                    # the picture world, into data/demo
     python prepare.py text --files='books/*.jsonl' --out=data/books
@@ -26,16 +26,16 @@ import numpy as np
 import tokenizer as tokenizers
 from common.checkpoint import write_json
 from common.config import UserError, parse, run_main, seal
-from common.distributed import peak_memory_gb
+from common.device import peak_memory_gb
 from prep.check import Check, check, data_first
-from prep.conversations import write_chats_about_pictures, write_chats_about_text
-from prep.demo import write_demo
+from prep.convert import write_chats_about_pictures, write_chats_about_text
 from prep.fineweb import fetch_shards
-from prep.journal import Record, digest, read_all
-from prep.rows import text_of, texts_of
+from prep.resumable import Record, digest, read_all
+from prep.schema import text_of, texts_of
 from prep.sources import at_least, pieces, sources_of
 from prep.splits import splits_of
-from prep.storage import NewFolder, Shards, check_size, write_manifest
+from prep.toy_dataset import write_demo
+from prep.writers import NewFolder, Shards, check_size, write_manifest
 
 SMALLEST_VOCABULARY = 256 + len(tokenizers.SPECIALS)  # every byte, and the specials
 VOCABULARY_TEXT = 200_000_000  # characters that a vocabulary is trained on, at most

@@ -11,13 +11,14 @@ that sft.py starts from.
 from dataclasses import dataclass
 from typing import Literal
 
-from chat import sample_texts
 from common import hub
 from common.config import TrainSettings, UserError, parse, run_main
-from common.optim import make_optimizer
-from common.run import Run
-from data import Loader, Text, check_tokenizer, validation_loss
+from data import Text, check_tokenizer
+from inference.conversation import sample_texts
 from model import GPT, GPTConfig
+from train.loader import Loader, validation_loss
+from train.optim import make_optimizer
+from train.run import Run
 from vision import describe, open_model
 
 

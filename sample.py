@@ -23,13 +23,13 @@ from typing import Annotated, Literal
 
 from tyro.conf import UseAppendAction
 
-from batch import answer_file
-from chat import BLIND, Conversation, decoder_of, open_for_chat, pick_precision
 from common.config import UserError, parse, run_main
-from common.distributed import pick_device
-from decode import Decoding, Sampler, Sampling
-from pictures import read_image
-from prep.rows import MAX_PICTURES
+from common.device import pick_device
+from common.images import read_image
+from inference.batch_inference import answer_file
+from inference.conversation import BLIND, Conversation, decoder_of, open_for_chat, pick_precision
+from inference.generate import Decoding, Sampler, Sampling
+from prep.schema import MAX_PICTURES
 from tokenizer import IMAGE_MARK
 
 HELP = """/image FILE ...    start over with this picture, or these

@@ -10,13 +10,14 @@ Starts from pretrain.py's checkpoint; vision_pretrain.py goes on from here.
 
 from dataclasses import dataclass
 
-from chat import sample_answers
 from common.checkpoint import lineage
 from common.config import TrainSettings, parse, run_main
-from common.optim import make_optimizer
-from common.run import Run
-from data import Loader, check_tokenizer, validation_loss
-from packing import Chats, Packed
+from data import Chats, check_tokenizer
+from inference.conversation import sample_answers
+from train.loader import Loader, validation_loss
+from train.optim import make_optimizer
+from train.packing import Packed
+from train.run import Run
 from vision import describe, open_model
 
 

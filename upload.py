@@ -24,11 +24,11 @@ from typing import Literal
 
 import torch
 
-from card import card, example, held_out_pictures
 from common import checkpoint
 from common.checkpoint import file_sum
 from common.config import UserError, parse, run_main
-from export import CHAT_TEMPLATE, write_folder
+from export.model_card import card, example, held_out_pictures
+from export.to_transformers import CHAT_TEMPLATE, write_folder
 from vision import open_model
 
 HERE = Path(__file__).resolve().parent
@@ -71,7 +71,7 @@ def main():
     if cfg.import_original:
         if not cfg.out or name or any(wishes[:-1]):
             raise UserError("--import_original=FILE goes with --out=FOLDER and nothing else")
-        from original import import_original
+        from export.from_original import import_original
 
         return import_original(cfg.import_original, cfg.out, cfg.overwrite)
     if not name:
@@ -204,7 +204,7 @@ def imported(path, found=None):
 
 def write_llama(name, cfg):
     """Write a text model as one GGUF file."""
-    from gguf_file import write_gguf
+    from export.to_gguf import write_gguf
 
     path = Path(cfg.gguf)
     if path.exists() and not cfg.overwrite:

@@ -11,14 +11,15 @@ sees. Starts from an sft.py and a clip_pretrain.py checkpoint; vision_sft.py goe
 from dataclasses import dataclass
 from typing import Literal
 
-from chat import sample_answers
 from common.checkpoint import lineage
 from common.config import TrainSettings, parse, run_main
-from common.optim import make_optimizer
-from common.run import Run
-from data import Loader, check_tokenizer
-from looking import Looking, blind
-from packing import Chats, Packed
+from data import Chats, check_tokenizer
+from evals.image_ablation import Looking, blind
+from inference.conversation import sample_answers
+from train.loader import Loader
+from train.optim import make_optimizer
+from train.packing import Packed
+from train.run import Run
 from vision import describe, join
 
 

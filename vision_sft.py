@@ -11,14 +11,15 @@ Starts from vision_pretrain.py's checkpoint.
 
 from dataclasses import dataclass
 
-from chat import sample_answers
 from common.checkpoint import lineage
 from common.config import TrainSettings, parse, run_main
-from common.optim import make_optimizer
-from common.run import Run
-from data import Loader, check_tokenizer, validation_loss
-from looking import Looking, blind
-from packing import Chats, Documents, Packed, Share
+from data import Chats, Documents, Share, check_tokenizer
+from evals.image_ablation import Looking, blind
+from inference.conversation import sample_answers
+from train.loader import Loader, validation_loss
+from train.optim import make_optimizer
+from train.packing import Packed
+from train.run import Run
 from vision import describe, open_model
 
 

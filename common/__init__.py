@@ -1,1 +1,1 @@
-"""The plumbing that is nobody's lesson: settings, processes, checkpoints, optimizers, logs."""
+"""Settings, files, devices, images: used everywhere, imports nothing above."""

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.checkpoint import file_sum, write_json
+from common.checksums import damaged
 from common.config import UserError, read_json, read_sealed, seal
-from common.intact import damaged
 
 PREFIX = "hf://"  # what a data setting begins with to name a data set of the hub
 BESIDE = ("manifest.json", "tokenizer.json")  # what prepare.py writes beside shards

@@ -1,1 +1,1 @@
-"""What prepare.py is made of: reading rows, what they mean, going on after a stop, writing."""
+"""From people's files and hub data sets to the data sets of data.py, for prepare.py."""

@@ -19,12 +19,12 @@ import numpy as np
 
 from common.checkpoint import write_json
 from common.config import UserError
-from common.distributed import cores
-from packing import pack
-from prep.journal import Progress, batches
+from common.device import cores
 from prep.look import COPY, NO_PICTURE, Made, Originals, measured
 from prep.report import draw_sheet, print_figures, print_tokens
+from prep.resumable import Progress, batches
 from prep.sources import Refused, at_least
+from train.packing import pack
 
 QUANTILES = {"min": 0, **{f"{q} %": q for q in (5, 25, 50, 75, 95, 99)}, "max": 100}
 TILES = 16  # rows on the contact sheet

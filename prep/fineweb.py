@@ -12,7 +12,7 @@ from common import hub
 from common.checkpoint import file_sum, write_json
 from common.config import UserError, seal
 from data import read_array
-from prep.storage import NewFolder
+from prep.writers import NewFolder
 
 
 def fetch_shards(cfg):

@@ -14,15 +14,15 @@ import numpy as np
 from PIL import Image
 
 import tokenizer as tokenizers
-from archives import open_pictures
+from common.archives import open_pictures
+from common.checksums import check_sums
 from common.config import UserError, read_sealed
-from common.intact import check_sums
-from data import check_tokenizer
-from packing import Chats, Packed
-from pictures import PictureError, read_image
-from prep.rows import ask_shortly, messages_of, pictures_of
+from common.images import PictureError, read_image
+from data import Chats, check_tokenizer
+from prep.schema import ask_shortly, messages_of, pictures_of
 from prep.sources import parsed, source_of
 from prep.unpack import unpacked
+from train.packing import Packed
 
 NO_PICTURE, SEVERAL = "no picture: a chat about text", "more than one picture"
 UNMARKED = "a picture without <image> in the text: it goes to the start of the first question"

@@ -11,7 +11,7 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from archives import identity_of, local_paths
+from common.archives import identity_of, local_paths
 from common.config import UserError, one_line
 
 BLOCK = 1 << 20  # how much of a long file is read at once

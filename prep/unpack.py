@@ -5,9 +5,9 @@ import io
 import os
 import time
 
-from archives import BLOCK, Joined, identity_of
+from common.archives import BLOCK, Joined, identity_of
 from common.config import UserError
-from prep.journal import SAY_SECONDS
+from prep.resumable import SAY_SECONDS
 
 RATIO, ROOM = 100, 1 << 30  # an archive that grows to more than RATIO times and ROOM is a trap
 

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from conftest import ROOT, run
 
 sys.path.insert(0, str(ROOT))
-import common.run
+import train.run
 
-common.run.peak_flops = lambda machine: 1e12  # not measured, as in conftest.py
+train.run.peak_flops = lambda machine: 1e12  # not measured, as in conftest.py
 dist.destroy_process_group = lambda: None  # the next command goes on with the same group
 for argv in json.loads(sys.argv[1]):
     argv = [argument.replace("RANK", os.environ.get("RANK", "")) for argument in argv]

@@ -11,11 +11,12 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from clip import CLIP, CLIPConfig, caption_choice, contrast, features_of, normalise
+from clip import CLIP, CLIPConfig, contrast, normalise
 from common.config import UserError
-from common.distributed import Machine
-from packing import Pairs
-from pictures import to_pixels
+from common.device import Machine
+from common.images import to_pixels
+from evals.zero_shot import caption_choice, features_of
+from train.packing import Pairs
 from vision import read_transformers_clip
 
 MACHINE = Machine(torch.device("cpu"), torch.float32)
@@ -337,7 +338,7 @@ def test_a_model_that_knows_everything_is_always_right():
 
 def test_retrieval_counts_equal_captions_as_right_and_guessing_as_it_is():
     """80 pictures, 10 of each caption, of a model that knows all; and of one that knows nothing."""
-    from scoring import lucky, retrieval
+    from evals.validation import lucky, retrieval
 
     knowing = retrieval(*features_of(Knowing(), Listed(80, repeats=10), MACHINE, 80))
     assert all(score.value == 1 for score in knowing.values()) and len(knowing) == 6

@@ -12,16 +12,16 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import data
 import tokenizer as tokenizers
 from common.checkpoint import write_json
 from common.config import UserError
-from common.distributed import Machine
-from common.run import Run
-from data import Loader, Text, check_tokenizer, shuffled
-from packing import Captions, Chats, Documents, Packed, Share, pack
-from prep.storage import ChatWriter, write_manifest, write_text
+from common.device import Machine
+from data import Chats, Documents, Share, Text, check_tokenizer
+from prep.writers import ChatWriter, write_manifest, write_text
 from tokenizer import render
+from train.loader import Loader, shuffled, validation_loss
+from train.packing import Captions, Packed, pack
+from train.run import Run
 
 WORDS = ["the cat sat on the mat", "a dog saw it", "and then the cat ran to the dog and sat", "no"]
 
@@ -143,7 +143,8 @@ def test_memory_does_not_grow_with_what_was_read(tmp_path):
     program = f"""
 import resource, sys
 import torch
-from data import Loader, Text
+from data import Text
+from train.loader import Loader
 sys.path.insert(0, 'tests')
 from test_data import Job
 def peak():
@@ -201,7 +202,7 @@ def test_rows_that_processes_cannot_share_evenly_are_refused(numbers):
 def test_the_validation_loss_is_the_mean_over_the_same_first_rows(numbers):
     """Each row counts alike, also in the last batch, which is shorter."""
     def mean_id(rows):
-        return data.validation_loss(Job().machine, numbers, rows, lambda b: b.targets.sum(), 10)
+        return validation_loss(Job().machine, numbers, rows, lambda b: b.targets.sum(), 10)
     expected = np.mean([numbers.window(i)[1:] for i in range(10)])
     assert [mean_id(n) for n in (10, 4, 3)] == pytest.approx([expected] * 3)
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-import attention
 import model as gpt
-from model import GPT, GPTConfig, KVCache
+from inference.kv_cache import KVCache
+from model import GPT, GPTConfig
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 the_head_loss = gpt.head_loss
@@ -279,8 +279,8 @@ def test_bounds_of_documents_say_what_the_mask_says(monkeypatch):
     bounds = torch.tensor([0, 4, 7, 9, 18], dtype=torch.int32)
     where = torch.tensor([0, 1, 2, 5, 9, 12, 17])
     expected = model(ids, ids.flatten()[where], where, segments=segments, bounds=bounds)
-    monkeypatch.setattr(attention, "varlen_attn", documents_apart)
-    monkeypatch.setattr(attention, "takes_bounds", lambda device, dtype: True)
+    monkeypatch.setattr(gpt, "varlen_attn", documents_apart)
+    monkeypatch.setattr(gpt, "takes_bounds", lambda device, dtype: True)
     found = model(ids, ids.flatten()[where], where, segments=segments, bounds=bounds)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -298,10 +298,10 @@ def test_documents_beside_each_other_attend_as_behind_a_mask(T):
         bounds += [b * T + at for at in [*starts, *range(starts[-1] + T // 6, T, T // 6)]]
     bounds = torch.tensor([*bounds, 2 * T], dtype=torch.int32)
     qkv = torch.randn(3, 2, 2, T, 8, requires_grad=True)
-    masks = attention.packed_mask(segments), attention.packed_mask(segments, bounds, T // 6)
-    assert isinstance(masks[1], attention.Apart) and not isinstance(masks[0], attention.Apart)
+    masks = gpt.packed_mask(segments), gpt.packed_mask(segments, bounds, T // 6)
+    assert isinstance(masks[1], gpt.Apart) and not isinstance(masks[0], gpt.Apart)
     some = (segments > 0)[:, None, :, None]
-    found = [attention.attend(*qkv.unbind(), mask) * some for mask in masks]
+    found = [gpt.attend(*qkv.unbind(), mask) * some for mask in masks]
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
     gradients = [torch.autograd.grad(y.square().sum(), qkv)[0] for y in found]
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-3)
@@ -315,7 +315,7 @@ def test_attention_written_out_is_that_of_the_fused_kernel(masked):
     qkv = torch.randn(3, 2, 2, 12, 8).bfloat16()
 
     def attended(qkv):
-        y = attention.attend(*qkv.requires_grad_().unbind(), mask, causal=not masked)
+        y = gpt.attend(*qkv.requires_grad_().unbind(), mask, causal=not masked)
         return y, torch.autograd.grad(y.square().sum(), qkv)[0]
 
     for found, expected in zip(attended(qkv.clone()), attended(qkv.float()), strict=True):
@@ -324,4 +324,4 @@ def test_attention_written_out_is_that_of_the_fused_kernel(masked):
 
 
 def test_a_cpu_takes_a_mask():
-    assert not attention.takes_bounds(torch.device("cpu"), torch.bfloat16)
+    assert not gpt.takes_bounds(torch.device("cpu"), torch.bfloat16)

@@ -21,8 +21,8 @@ from tokenizers.models import WordLevel
 
 import prepare
 from common.config import UserError
-from common.run import Run
 from pretrain import Config
+from train.run import Run
 
 SCRIPTS = [(f"{name}.py",) for name in ("prepare", *STAGES, "sample", "app", "eval", "bench")]
 COMMANDS = [("prepare.py", name) for name in ("demo", "text", "chat", "images", "fineweb")]

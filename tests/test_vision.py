@@ -5,12 +5,12 @@ import torch
 from PIL import Image
 
 import tokenizer as tokenizers
-from clip import MEAN, CLIPConfig, normalise
+from clip import CLIPConfig, normalise
 from common import checkpoint
 from common.config import UserError
+from common.images import MEAN, PADDING, fit, read_image, to_pixels
 from data import Batch
 from model import GPT, GPTConfig
-from pictures import PADDING, fit, read_image, to_pixels
 from vision import VisionLanguageModel, describe, join
 
 TEXT = GPTConfig(vocab_size=64, n_layer=2, n_head=2, n_embd=32, max_positions=64)

@@ -1,4 +1,5 @@
-"""Our recipe at the size of configs/recipe_reference, on half of its tokens: runs/recipe.py."""
+"""Our recipe at the size of configs/recipe_reference, on half of its tokens: experiments/recipe.py.
+"""
 
 out = "out/recipe/pretrain"
 data = "data/recipe"

@@ -1,4 +1,4 @@
-"""The recipe this project started from, scaled down to minutes on a CPU: see runs/recipe.py.
+"""The recipe this project started from, scaled down to minutes on a CPU: see experiments/recipe.py.
 
 3.3 M tokens with the learning rate that suits it best of 5e-4, 1e-3 and 2e-3.
 """

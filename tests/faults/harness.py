@@ -228,9 +228,9 @@ def import_all():
     for name in ("clip_pretrain", "pretrain", "sft", "vision_pretrain", "vision_sft", "prepare",
                  "tyro", "matplotlib.figure"):
         importlib.import_module(name)
-    import common.run
+    import train.run
 
-    common.run.peak_flops = lambda machine: 1e12  # not measured, as in the other tests
+    train.run.peak_flops = lambda machine: 1e12  # not measured, as in the other tests
     with contextlib.suppress(FileNotFoundError):
         assert len(os.listdir("/proc/self/task")) == 1  # or a fork would not be a whole process
 

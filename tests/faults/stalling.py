@@ -8,13 +8,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-import common.run  # noqa: E402
-import common.watch  # noqa: E402
+import train.run  # noqa: E402
+import train.watchdog  # noqa: E402
 
 rank, step, script = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-common.run.peak_flops = lambda machine: 1e12
-common.watch.OTHERS = 3.0
-forward, seen = common.run.Run.forward, []
+train.run.peak_flops = lambda machine: 1e12
+train.watchdog.OTHERS = 3.0
+forward, seen = train.run.Run.forward, []
 
 
 def sleepy_forward(run, micro):
@@ -31,7 +31,7 @@ def late_least(found):
     return least(found)
 
 
-common.run.Run.forward = sleepy_forward
-least, common.watch.least = common.watch.least, late_least
+train.run.Run.forward = sleepy_forward
+least, train.watchdog.least = train.watchdog.least, late_least
 sys.argv = sys.argv[3:]
 runpy.run_path(str(ROOT / script), run_name="__main__")

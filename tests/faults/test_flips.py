@@ -15,13 +15,13 @@ import torch
 from conftest import ROOT
 
 import tokenizer as tokenizers
-from common import checkpoint, hub, intact
+from common import checkpoint, checksums, hub
 from common.checkpoint import file_sum, write_json
 from common.config import UserError, read_sealed, seal
 from data import check_tokenizer
 from faults.conftest import scale
 from model import GPT, GPTConfig
-from prep.storage import write_manifest
+from prep.writers import write_manifest
 from vision import describe
 
 FLIPS = scale(60, 200)  # over the files of each folder, one file after the other
@@ -163,9 +163,9 @@ def test_a_damaged_data_set_stops_a_stage(world_data, pipeline, tmp_path):
 @pytest.fixture
 def large(tmp_path, monkeypatch):
     """A data set whose shards count as large; and the names of the files that get summed."""
-    monkeypatch.setattr(intact, "SMALL", 1000)
+    monkeypatch.setattr(checksums, "SMALL", 1000)
     summed = []
-    monkeypatch.setattr(intact, "file_sum", lambda p: summed.append(p.name) or file_sum(p))
+    monkeypatch.setattr(checksums, "file_sum", lambda p: summed.append(p.name) or file_sum(p))
     np.save(tmp_path / "a_train_0.npy", np.arange(4000, dtype=np.uint16))
     np.save(tmp_path / "a_val_0.npy", np.arange(100, dtype=np.uint16))
     write_manifest(tmp_path, tokenizers.load("gpt2"))
@@ -188,7 +188,7 @@ def test_large_files_are_summed_once_and_small_ones_every_time(large):
 @pytest.mark.parametrize("notes", ["{", "[]", '{"a_train_0.npy": 5}', '{"a_train_0.npy": ["x"]}'])
 def test_notes_that_make_no_sense_are_not_believed(large, notes):
     folder, summed = large
-    (folder / intact.NOTED).write_text(notes)
+    (folder / checksums.NOTED).write_text(notes)
     check_tokenizer(folder)
     assert "a_train_0.npy" in summed
 
@@ -199,10 +199,10 @@ def test_a_folder_that_nobody_may_write_is_checked_every_time(large, monkeypatch
     def refuse(path, value):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(intact, "write_json", refuse)
+    monkeypatch.setattr(checksums, "write_json", refuse)
     check_tokenizer(folder)
     check_tokenizer(folder)
-    assert summed.count("a_train_0.npy") == 2 and not (folder / intact.NOTED).exists()
+    assert summed.count("a_train_0.npy") == 2 and not (folder / checksums.NOTED).exists()
 
 
 def test_only_the_first_process_of_a_machine_looks(large, monkeypatch):

@@ -6,8 +6,8 @@ import time
 import pytest
 from conftest import log_rows
 
-from common.watch import STALLED, Watch, verdict
 from faults.harness import server, until
+from train.watchdog import STALLED, Watch, verdict
 
 PATIENT = "--step_timeout=0.05"  # minutes
 STALLING = "tests/faults/stalling.py"

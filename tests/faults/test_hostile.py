@@ -16,12 +16,12 @@ from conftest import ROOT, run
 from PIL import Image
 
 import tokenizer as tokenizers
-from archives import open_pictures
 from common import checkpoint, hub
+from common.archives import open_pictures
 from common.config import UserError
+from common.images import PictureError, read_image
 from data import read_array
-from original import import_original
-from pictures import PictureError, read_image
+from export.from_original import import_original
 from prep import unpack
 
 # ------------------------------------------------------------------------ nothing from outside runs
@@ -31,7 +31,7 @@ UNPICKLES = {"pickle", "cPickle", "dill", "marshal", "shelve", "joblib", "torch.
 FORBIDDEN = ("yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen",
              "subprocess.getoutput", "shutil.unpack_archive", "pickle.load", "pickle.loads",
              "pickle.Unpickler", "runpy.run_path", "torch.jit.load", "torch.hub.load")
-OUR_OWN_NAMES = {"common/log.py"}  # __import__ of libraries that it lists itself
+OUR_OWN_NAMES = {"train/log.py"}  # __import__ of libraries that it lists itself
 
 
 def project_files():

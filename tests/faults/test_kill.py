@@ -14,9 +14,9 @@ import torch
 from conftest import ROOT, STAGES, log_rows, newest
 
 from common import checkpoint
-from common.log import COSTS
 from faults.conftest import FULL, scale
 from faults.harness import chance, server, until
+from train.log import COSTS
 
 LONG = ("--max_steps=24", "--save_every=3", "--eval_every=8")
 CLOCK = ("ms", "mfu", "dollars", "tok_per_s", "img_per_s")  # figures of a row that no run repeats

@@ -20,7 +20,7 @@ from faults.test_kill import assert_same_run, plain
 
 # ------------------------------------------------------------------------------------- prepare.py
 
-OFTEN = (("prep.journal.COMMIT_SECONDS", 0), ("prep.journal.BATCH_ROWS", 16))  # as in long work
+OFTEN = (("prep.resumable.COMMIT_SECONDS", 0), ("prep.resumable.BATCH_ROWS", 16))  # as in long work
 
 
 @pytest.fixture(params=scale(["chat"], ["demo", "text", "chat", "images"]))

@@ -25,13 +25,13 @@ import sft
 import tokenizer as tokenizers
 import vision_pretrain
 import vision_sft
-from archives import open_pictures
+from common.archives import open_pictures
 from common.config import UserError, parse
+from common.images import PictureError, read_image, to_pixels
 from data import read_array
 from faults.conftest import scale
 from faults.mutants import Tally, limited, mutated, mutated_value
-from pictures import PictureError, read_image, to_pixels
-from prep.rows import messages_of, pictures_of
+from prep.schema import messages_of, pictures_of
 from prep.sources import Files, parsed
 
 STAGES = (pretrain, sft, vision_pretrain, vision_sft, clip_pretrain)

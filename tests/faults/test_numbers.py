@@ -9,9 +9,10 @@ import torch
 from conftest import log_rows, logged, reseal, run
 
 from common.config import UserError
-from common.guard import IN_A_ROW, LEAST, Guard
-from common.run import Run
-from data import Loader, Text
+from data import Text
+from train.anomaly import IN_A_ROW, LEAST, Guard
+from train.loader import Loader
+from train.run import Run
 
 STEPS, POISONED = 120, 50
 LONG = (f"--max_steps={STEPS}", "--save_every=1000", "--eval_every=1000", "--log_every=10",

@@ -13,10 +13,10 @@ import pytest
 from conftest import STAGES, newest
 
 from common import checkpoint
-from common.run import STOPPED_EARLY
 from faults.conftest import scale
 from faults.harness import chance, ended, server, torchrun, until, worker
 from faults.test_kill import Tries
+from train.run import STOPPED_EARLY
 
 LINES = re.compile(r"^step +\d+ \| loss", re.MULTILINE)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -11,7 +11,7 @@ from test_stages import assert_same_weights
 
 from common import checkpoint
 from common.config import UserError
-from common.saving import Saver
+from train.async_save import Saver
 
 
 def test_what_is_written_is_the_state_at_the_save_whatever_happens_to_it_after():

@@ -1,0 +1,1 @@
+"""Timing, for bench.py."""

@@ -1,0 +1,260 @@
+"""Other people's training steps beside ours: in one process, in turn, on the same numbers.
+
+    python bench.py --peer=nanoGPT/model.py                                   # a decoder
+    python bench.py configs/small/vision_pretrain.py --peer=transformers      # a model with eyes
+
+A "kind" is a function that builds a model and returns `prepare(i)`, which gets step i ready off the
+clock and returns what takes it and waits for the device.
+"""
+
+import gc
+import importlib.util
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from clip import normalise
+from common import device as system
+from common.config import TrainSettings, UserError
+from export.to_transformers import llava_config
+from model import GPT, GPTConfig
+from train.optim import make_optimizer
+
+REPEATS = 5  # every figure is the median of so many
+WARM = 2  # steps before them that do not count
+
+
+def measure(kinds, device, alone, warm=WARM):
+    """({name: seconds of each repeat}, {name: peak memory in GB, of the names in `alone`})."""
+    peaks = {name: peak_gb(kinds[name], device) for name in alone}
+    prepares = {name: make() for name, make in kinds.items()}
+    seconds = {name: [] for name in kinds}
+    for i in range(warm + REPEATS):
+        for name, prepare in prepares.items():
+            step = prepare(i)
+            began = time.perf_counter()
+            step()
+            if i >= warm:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds, peaks
+
+
+def peak_gb(make, device):
+    """Peak memory of a model's second step, with nothing else there: the GPU's, or the process's
+    on a CPU."""
+    prepare = make()
+    prepare(0)()
+    gc.collect()
+    system.release_free_memory()
+    system.reset_peak_memory()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    prepare(1)()
+    gpu, host = system.peak_memory_gb(device)
+    del prepare
+    gc.collect()
+    return gpu if device.type == "cuda" else host
+
+
+# ----------------------------------------------------------------------------------------- nanoGPT
+
+
+def beside_nanogpt(path):
+    """Our training step and that of nanoGPT's model.py at `path`, on the CPU.
+
+    6 layers of width 256, 4 heads, 16 rows of 256 tokens, GPT-2's padded vocabulary, AdamW there
+    and Muon here, gradients clipped. Ours is in the processor's own precision; bf16 is there only
+    where it is native. Peak memory is measured with one model alone.
+    """
+    if not Path(path).is_file() or Path(path).suffix != ".py":
+        raise UserError(f"--peer={path} is no Python file; it should be nanoGPT's model.py, or "
+                        "the word transformers")
+    machine, ids = system.setup("cpu"), torch.randint(50257, (16, 257))
+    kinds = {"ours": lambda: our_text_step(machine, ids),
+             "eager": lambda: nanogpt_step(path, ids, compiled=False, bf16=False),
+             "compiled": lambda: nanogpt_step(path, ids, compiled=True, bf16=False)}
+    if machine.dtype == torch.bfloat16:
+        kinds["compiled_bf16"] = lambda: nanogpt_step(path, ids, compiled=True, bf16=True)
+    seconds, peaks = measure(kinds, machine.device, ("ours", "eager"), warm=1)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    return {"machine": machine.name, "precision": system.precision_name(machine.dtype),
+            **{f"{name}_peak_gb": peak for name, peak in peaks.items()},
+            **{f"{name}_tok_per_s": 16 * 256 / median for name, median in medians.items()},
+            **{f"times_{name}": median / medians["ours"] for name, median in medians.items()
+               if name != "ours"},
+            "memory_of_eager": peaks["ours"] / peaks["eager"]}
+
+
+def our_text_step(machine, ids):
+    model, cfg = GPT(GPTConfig(50304, 6, 4, 256, 256)), TrainSettings()
+    optimizer = make_optimizer(model, cfg)
+
+    def step():
+        with machine.autocast():
+            loss = model(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        optimizer.step(skip=~torch.isfinite(norm))
+        optimizer.zero_grad()
+
+    return lambda i: step
+
+
+def nanogpt_step(path, ids, compiled, bf16):
+    spec = importlib.util.spec_from_file_location("peer", path)
+    peer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(peer)
+    model = peer.GPT(peer.GPTConfig(block_size=256, vocab_size=50304, n_layer=6, n_head=4,
+                                    n_embd=256, dropout=0.0, bias=False))
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    net = torch.compile(model) if compiled else model
+    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def step():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            _, loss = net(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return lambda i: step
+
+
+# ------------------------------------------------------------------------------------ transformers
+
+
+def beside_transformers(make_ours):
+    """Our training step of a vision stage and that of the same model made of transformers' parts.
+
+    make_ours() is a bench.Training. Every step both get the same chats and pictures in the same
+    micro-batches, in the same precision. Ours is packed, its pictures are decoded beside the
+    training; theirs are rows of one chat, padded to the longest, their pictures ready as
+    pixel_values before the clock starts: that is in their favour, and so is the fused AdamW.
+    """
+    load_transformers()  # before any memory is measured
+    example = make_ours()
+    cfg, machine, stage = example.run.cfg, example.run.machine, example.run.stage
+    if machine.ranks > 1:
+        raise UserError("--peer is measured in one process; start it without torchrun")
+    configs = example.model.config, example.model.clip_config
+    image_id = example.dataset.tokenizer.image
+    steps = [[unpack(batch) for batch in example.loader.step(i)] for i in range(WARM + REPEATS)]
+    ours_positions = example.per_step
+    del example
+
+    def make_theirs():
+        model = llava_of(*configs, image_id)
+        freeze(model, stage)
+        return llava_step(model.to(machine.device).train(), cfg, machine, steps)
+
+    kinds = {"ours": lambda: our_packed_step(make_ours()), "transformers": make_theirs}
+    seconds, peaks = measure(kinds, machine.device, list(kinds))
+    images = [sum(len(part["pixels"]) for part in parts) for parts in steps]
+    positions = [sum(part["input_ids"].numel() for part in parts) for parts in steps]
+    rates = {name: statistics.median(n / s for n, s in zip(images[WARM:], times, strict=True))
+             for name, times in seconds.items()}
+    return {"stage": stage, "machine": machine.name, "precision": str(machine.dtype)[6:],
+            "img_per_step": statistics.mean(images), "ours_positions": ours_positions,
+            "transformers_positions": statistics.mean(positions),
+            **{f"{name}_ms": statistics.median(s) * 1e3 for name, s in seconds.items()},
+            **{f"{name}_img_per_s": rate for name, rate in rates.items()},
+            "times_transformers": rates["ours"] / rates["transformers"],
+            **{f"{name}_peak_gb": peak for name, peak in peaks.items()},
+            "memory_of_transformers": peaks["ours"] / peaks["transformers"]}
+
+
+def our_packed_step(training):
+    """prepare(i) of a bench.Training. A step ends when the next one's data are there too, or the
+    loader's thread would decode them on the peer's time (as worker processes do, where a GPU has
+    them: on cores of their own)."""
+
+    def prepare(i):
+        def step():
+            training.take([i])
+            for batch in training.loader.ahead.values():
+                batch.result()
+
+        return step
+
+    return prepare
+
+
+def load_transformers():
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("--peer=transformers needs that package: "
+                        "pip install -r requirements-dev.txt") from None
+    return transformers
+
+
+def llava_of(decoder, clip, image_id):
+    """`LlavaForConditionalGeneration` with the sizes of our two configs, its weights initial."""
+    transformers = load_transformers()
+    return transformers.LlavaForConditionalGeneration._from_config(
+        llava_config(decoder, clip, image_id), attn_implementation="sdpa")
+
+
+def freeze(model, stage):
+    """Let learn what learns in `stage`: the projector, later the decoder too, never the CLIP."""
+    model.requires_grad_(stage == "vision_sft")
+    model.model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+
+
+def unpack(batch):
+    """A packed data.Batch as it is mostly fed to a model: one chat a row, padded on the right.
+
+    Returns input_ids, attention_mask and labels, all (chats, longest), and the uint8 pixels.
+    """
+    targets = torch.full_like(batch.ids, -100)
+    targets.view(-1)[batch.where] = batch.targets
+    chats, labels = [], []
+    for ids, wanted, segments in zip(batch.ids, targets, batch.segments, strict=True):
+        for number in range(1, int(segments.max()) + 1):
+            here = segments == number
+            chats.append(torch.cat((ids[here], wanted[here][-1:])))  # the last id is only a target
+            labels.append(torch.cat((wanted.new_full((1,), -100), wanted[here])))
+    known = [torch.ones_like(chat) for chat in chats]
+    return {"input_ids": pad_sequence(chats, batch_first=True),
+            "attention_mask": pad_sequence(known, batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+            "pixels": batch.pixels}
+
+
+def llava_step(model, cfg, machine, steps):
+    """prepare(i) for the unpacked micro-batches in steps[i]; the settings are ours where both have
+    them."""
+    if cfg.compile:
+        for layer in (*model.model.vision_tower.encoder.layers, *model.model.language_model.layers):
+            layer.repeated = True  # compiled as ours are
+        system.compile_blocks(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
+                                  weight_decay=cfg.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+
+    def prepare(i):
+        ready = [{**part, "pixel_values": normalise(part["pixels"])} for part in steps[i]]
+        n_targets = sum(int((part["labels"] != -100).sum()) for part in ready)
+
+        def step():
+            for part in ready:
+                part.pop("pixels")
+                with machine.autocast():
+                    loss = model(**part, num_items_in_batch=n_targets, use_cache=False).loss
+                scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            return loss.item()  # waits for the device
+
+        return step
+
+    return prepare

@@ -1,0 +1,1 @@
+"""Metrics and benchmarks, for eval.py and for validation during training."""

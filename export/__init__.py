@@ -1,0 +1,1 @@
+"""Other formats: transformers folders, GGUF, model cards, and the original's checkpoints."""

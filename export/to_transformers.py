@@ -1,0 +1,217 @@
+"""Our models in the terms of `transformers`: the decoder is exactly a GPT-NeoX, with eyes a LLaVA.
+
+`write_folder` makes a folder that AutoModelForCausalLM, or AutoModelForImageTextToText and
+AutoProcessor, open without any code of ours.
+
+Letters for shapes: C width, H heads, D head size.
+"""
+
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
+
+from common.checkpoint import write_json
+from common.config import UserError, read_json
+from common.images import MEAN, STD
+from tokenizer import SPECIALS, gpt2_files
+
+# The chat template of tokenizer.render, for Jinja. A message is a string, or a list of parts whose
+# images stand where they are. Nobody can type a special token here either: a character that no text
+# has parts what spells one, and the tokenizer drops it after it has looked for special tokens.
+APART = "\ufdd0"
+CHAT_TEMPLATE = """{{- '<|endoftext|>' -}}
+{%- for message in messages -%}
+{%- if message['role'] not in ['system', 'user', 'assistant'] -%}
+{{- raise_exception('unknown role ' + message['role']) -}}
+{%- endif -%}
+{{- '<|' + message['role'] + '|>' -}}
+{%- if message['content'] is string -%}
+{{- message['content'].replace('<|', '<APART|') -}}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] in ['image', 'image_url'] -%}
+{{- '<|image|>' -}}
+{%- else -%}
+{{- 'APART' + part['text'].replace('<|', '<APART|') -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|assistant|>' -}}
+{%- endif -%}
+""".replace("APART", APART)
+
+
+def neox_config(config):
+    """The arguments of `transformers.GPTNeoXConfig` for a GPTConfig."""
+    return dict(
+        vocab_size=config.vocab_size, hidden_size=config.n_embd,
+        intermediate_size=4 * config.n_embd, num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head, hidden_act="relu", use_parallel_residual=False,
+        max_position_embeddings=config.max_positions, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta,
+                         "partial_rotary_factor": 1.0})  # the default turns a quarter of a head
+
+
+def neox_weights(weights, config, body="gpt_neox."):
+    """Weights of a GPT (its state dict) under the names of a `GPTNeoXForCausalLM`.
+
+    There q, k and v are interleaved head by head, and every product has a bias: ours are zero.
+    body: the prefix of all but the head.
+    """
+    C, named = config.n_embd, {
+        f"{body}embed_in.weight": weights["token_embedding.weight"],
+        f"{body}final_layer_norm.weight": weights["final_norm.weight"],
+        f"{body}final_layer_norm.bias": weights["final_norm.bias"],
+        "lm_head.weight": weights["head.weight"]}
+    for i in range(config.n_layer):
+        own, theirs = f"blocks.{i}.", f"{body}layers.{i}."
+        qkv = weights[f"{own}attention.qkv.weight"]
+        qkv = qkv.view(3, config.n_head, -1, C).transpose(0, 1)  # (H, 3, D, C)
+        named[f"{theirs}attention.query_key_value.weight"] = qkv.reshape(3 * C, C)
+        named[f"{theirs}attention.query_key_value.bias"] = qkv.new_zeros(3 * C)
+        for kind in ("weight", "bias"):
+            named |= {f"{theirs}input_layernorm.{kind}": weights[f"{own}norm1.{kind}"],
+                      f"{theirs}post_attention_layernorm.{kind}": weights[f"{own}norm2.{kind}"],
+                      f"{theirs}attention.dense.{kind}": weights[f"{own}attention.out.{kind}"]}
+        for name, layer, width in (("dense_h_to_4h", "up", 4 * C), ("dense_4h_to_h", "down", C)):
+            named[f"{theirs}mlp.{name}.weight"] = weights[f"{own}mlp.{layer}.weight"]
+            named[f"{theirs}mlp.{name}.bias"] = qkv.new_zeros(width)
+    return named
+
+
+def llava_config(decoder, clip, image_id):
+    """A `transformers.LlavaConfig` for our two configs."""
+    import transformers
+
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=clip.vision_width, intermediate_size=4 * clip.vision_width,
+        num_hidden_layers=clip.vision_layers, num_attention_heads=clip.vision_heads,
+        image_size=clip.image_size, patch_size=clip.patch_size, hidden_act=clip.activation)
+    return transformers.LlavaConfig(
+        vision_config=vision, text_config=transformers.GPTNeoXConfig(**neox_config(decoder)),
+        image_token_index=image_id, image_seq_length=clip.n_patches, projector_hidden_act="gelu",
+        vision_feature_layer=-2, vision_feature_select_strategy="default",
+        tie_word_embeddings=False)
+
+
+def llava_weights(weights, config):
+    """Weights of a VisionLanguageModel under the names of `LlavaForConditionalGeneration`."""
+    def part(prefix):
+        return {name.removeprefix(prefix): w for name, w in weights.items()
+                if name.startswith(prefix)}
+
+    named = neox_weights(part("decoder."), config, "model.language_model.")
+    for own, theirs in (("vision_tower.", "model.vision_tower."),
+                        ("projector.", "model.multi_modal_projector.")):
+        named |= {theirs + name: weight for name, weight in part(own).items()}
+    return named
+
+
+def their_model(model, tokenizer, dtype=torch.float32):
+    """The GPTNeoXForCausalLM or LlavaForConditionalGeneration with the weights of ours."""
+    import transformers
+
+    weights = model.state_dict()
+    if hasattr(model, "decoder"):
+        config = llava_config(model.config, model.clip_config, tokenizer.image)
+        weights = llava_weights(weights, model.config)
+        theirs = transformers.LlavaForConditionalGeneration(config)
+    else:
+        weights = neox_weights(weights, model.config)
+        theirs = transformers.GPTNeoXForCausalLM(
+            transformers.GPTNeoXConfig(**neox_config(model.config)))
+    theirs.load_state_dict(weights, strict=True)
+    return theirs.to(dtype).eval()
+
+
+def in_files(weights):
+    """Weights under their names in files: a LLaVA's are those of llava-hf's on the hub, which every
+    version of `transformers` reads."""
+    if "model.multi_modal_projector.linear_1.weight" not in weights:
+        return weights
+    names = {"model.language_model.": "language_model.model.",
+             "lm_head.": "language_model.lm_head.",
+             "model.vision_tower.": "vision_tower.vision_model.",
+             "model.multi_modal_projector.": "multi_modal_projector."}
+    return {theirs + name.removeprefix(own): weight for name, weight in weights.items()
+            for own, theirs in names.items() if name.startswith(own)}
+
+
+def their_tokenizer(tokenizer, chats=True, longest=1024):
+    """A fast tokenizer of `transformers` with our ids, and the chat template if it is for chats."""
+    import transformers
+
+    if tokenizer.name == "gpt2":
+        fast = FastTokenizer(models.BPE.from_file(*map(str, gpt2_files())))
+        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        fast.decoder = decoders.ByteLevel()
+    else:
+        fast = FastTokenizer.from_str(tokenizer.source)
+    fast.normalizer = normalizers.Replace(APART, "")
+    fast.add_special_tokens([AddedToken(name, special=True, normalized=False)
+                             for name in SPECIALS])
+    for name, i in tokenizer.specials.items():
+        if fast.token_to_id(name) != i:
+            raise UserError(f"the vocabulary has another id for {name} than {i}")
+    ending = "<|end|>" if chats else "<|endoftext|>"
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token="<|endoftext|>", eos_token=ending,
+        pad_token="<|endoftext|>", additional_special_tokens=list(SPECIALS[1:]),
+        clean_up_tokenization_spaces=False, padding_side="left", model_max_length=longest,
+        model_input_names=["input_ids", "attention_mask"],
+        chat_template=CHAT_TEMPLATE if chats else None)
+
+
+def their_processor(tokenizer, clip):
+    """A LlavaProcessor that makes the squares that the model was trained on. pictures.fit makes
+    padded ones of pictures 16 times as wide in two steps; there a pixel may differ a little."""
+    import transformers
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    size = clip.image_size
+    same = dict(size={"shortest_edge": size}, crop_size={"height": size, "width": size},
+                image_mean=list(MEAN), image_std=list(STD))
+    images = (LlavaImageProcessorPil(do_pad=True, **same) if clip.fit == "pad"
+              else CLIPImageProcessorPil(**same))
+    return transformers.LlavaProcessor(
+        images, tokenizer, patch_size=clip.patch_size, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, image_token="<|image|>", chat_template=CHAT_TEMPLATE)
+
+
+def write_folder(model, tokenizer, stage, to, dtype=torch.float32, max_shard_size="2GB"):
+    """Write what `transformers` needs of a decoder or vision model into the folder `to`."""
+    chats = stage != "pretrain"
+    theirs = their_model(model, tokenizer, dtype)
+    end = tokenizer.end if chats else tokenizer.end_of_text
+    for config in theirs.config, theirs.config.get_text_config(), theirs.generation_config:
+        config.bos_token_id = config.pad_token_id = tokenizer.end_of_text
+        config.eos_token_id = end
+    theirs.generation_config.max_new_tokens = 256
+    theirs.generation_config.do_sample = False  # or pipelines draw, as ours do only if asked to
+    theirs.save_pretrained(to, state_dict=in_files(theirs.state_dict()), save_original_format=False,
+                           max_shard_size=max_shard_size)
+    fast = their_tokenizer(tokenizer, chats, model.config.max_positions)
+    if hasattr(model, "decoder"):
+        their_processor(fast, model.clip_config).save_pretrained(to)
+    else:
+        fast.save_pretrained(to)
+    name_for_version_4(to, model.config.rope_theta)
+
+
+def name_for_version_4(folder, rope_theta):
+    """Say in the files of an export what `transformers` 4 reads under other names than 5, which
+    takes these, too. Without them, it would turn a quarter of each head by other angles."""
+    file = Path(folder) / "config.json"
+    config = read_json(file)
+    config.get("text_config", config).update(rotary_pct=1.0, rotary_emb_base=rope_theta)
+    write_json(file, config)
+    file = Path(folder) / "tokenizer_config.json"
+    config = read_json(file)
+    config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    write_json(file, config | {"tokenizer_class": "PreTrainedTokenizerFast"})

@@ -1,0 +1,1 @@
+"""Token generation: KV cache, sampling, quantized weights, conversations, batched serving."""

@@ -1,0 +1,113 @@
+"""Chats from rows to a data folder, with pictures or without."""
+
+import io
+import os
+import warnings
+
+import numpy as np
+
+import tokenizer as tokenizers
+from common import hub
+from common.archives import open_pictures
+from common.config import UserError
+from common.images import fit, read_image
+from prep.resumable import Record, read_all
+from prep.schema import ask_shortly, check_quality, messages_of, pictures_of
+from prep.sources import sources_of
+from prep.splits import splits_of
+from prep.unpack import unpacked
+from prep.writers import ChatWriter, NewFolder, check_size, write_manifest
+
+
+def write_chats_about_text(cfg):
+    """Tokenise chats, but those that their own columns call poor."""
+
+    def read(row):
+        messages = messages_of(row)
+        check_quality(row, cfg)
+        return messages, []
+
+    # Turns are so short that threads would only wait for Python's lock: two take 1.6 times as long.
+    write_conversations(cfg, lambda folder: (read, []), workers=1)
+
+
+def write_chats_about_pictures(cfg):
+    """Tokenise chats about pictures, and fit the pictures, or where they are not copied look at
+    each once."""
+    said = {"size": cfg.image_size, "fit": cfg.fit, "copied": cfg.copy}
+    if not cfg.copy:
+        if not cfg.image_root:
+            raise UserError("--copy=False leaves the pictures where they are: say --image_root")
+        said["root"] = ",".join(absolute(part.strip()) for part in cfg.image_root.split(","))
+
+    def reader(folder):
+        def unpack(paths, codec):
+            return unpacked(paths, codec, folder.unpacked)
+
+        find = open_pictures(cfg.image_root, unpack if cfg.copy else None)
+
+        def read(row):
+            messages = messages_of(row)
+            images = [prepared(source, find, cfg) for source in pictures_of(row, messages)]
+            return ask_shortly(messages) if cfg.short_answers else messages, images
+
+        return read, find.identity
+
+    with warnings.catch_warnings():  # here, because threads share what read_image sets for itself
+        warnings.simplefilter("ignore")
+        write_conversations(cfg, reader, cfg.shard_bytes, pictures=said)
+
+
+def absolute(path):
+    return path if path.startswith(hub.PREFIX) else os.path.abspath(path)
+
+
+def prepared(source, find, cfg):
+    """What is written down of a picture given by its name or bytes: a JPEG, or where to find it."""
+    if isinstance(source, bytes) and not cfg.copy:
+        raise UserError("there are pictures inside the rows, where training does not look: "
+                        "--copy=False needs pictures in files; say --copy=True")
+    content, name = (source, "a picture") if isinstance(source, bytes) else (find(source), source)
+    image = read_image(content, name, cfg.image_size, cfg.fit)
+    if not cfg.copy:
+        return find.name_of(source).encode()
+    file = io.BytesIO()
+    fit(image, cfg.image_size, cfg.fit).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def write_conversations(cfg, reader, shard_bytes=0, workers=None, **manifest):
+    """Tokenise chats. manifest: what else manifest.json should say.
+
+    reader(folder) gives a function from a row to (messages, encoded pictures), and the identity of
+    the archives that those come from.
+    """
+    tokenizer = tokenizers.load(cfg.tokenizer)
+    check_size(tokenizer, cfg)
+    sources, folder = sources_of(cfg), NewFolder(cfg.out)
+
+    with folder as out:
+        read, archives = reader(folder)
+
+        def make(row):
+            messages, images = read(row)
+            chat = tokenizers.render(tokenizer, messages, len(images))
+            return Record(np.array(chat.ids, np.uint16), chat.supervised, images)
+
+        journals, refused = read_all(folder, cfg, sources, tokenizer, make, cfg.max_chats, workers,
+                                     archives)
+        splits = splits_of(cfg, journals, cfg.max_chats)
+        if len(splits["train"][1]) == 0:
+            raise UserError(f"{sources['rows'].name} holds no chat that can be used")
+        if len(splits["val"][1]) == 0:
+            raise UserError("no chat is left for validation (those about one picture stay "
+                            "together); say --val_files or a --val_share")
+        for split, (journal, numbers) in splits.items():
+            writer = ChatWriter(out / split, shard_bytes=shard_bytes)
+            for i in np.sort(numbers):  # the loader shuffles; here reading in order is quicker
+                writer.append(journal.ids(i), journal.supervised(i), journal.images(i))
+            manifest[split] = writer.close()
+        write_manifest(out, tokenizer, **manifest, left_out=refused.table())
+    for split, count in ((split, manifest[split]) for split in splits):
+        print(f"{cfg.out}/{split}: {count['chats']} chats, {count['tokens']:,} tokens, "
+              f"{count['images']} pictures")

@@ -1,0 +1,365 @@
+"""The picture world: pictures drawn from a seed, their captions, and questions about them.
+
+A picture shows one to three coloured shapes on a grid of three by three places. Because we drew it,
+we know everything about it, so this file also writes its caption, asks questions about it and
+knows the right answers. Nothing is downloaded, and all chance comes from the `random.Random` that
+you pass in (`rng`), so the same seed gives the same data everywhere. Six pairs of colour and shape
+(`HELD_OUT`) are never drawn or named with training pictures: a model that names them right has
+learnt colour apart from shape. prep/toy_stories.py writes the text that needs no pictures.
+
+    python prep/toy_images.py                      # world.png, and a chat about its last picture
+    python prep/toy_images.py --out=sheet.png --seed=7
+"""
+import argparse
+import math
+import random
+import re
+import textwrap
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+# ---- scenes -------------------------------------------------------------------------------------
+
+COLOURS = {"red": (214, 28, 36), "orange": (250, 132, 10), "yellow": (248, 222, 40),
+           "green": (28, 140, 48), "cyan": (40, 208, 220), "blue": (30, 62, 214),
+           "purple": (146, 48, 196), "pink": (255, 146, 196)}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SIZES = {"small": 13, "large": 19}  # pixels across in a picture of 64; a place is 21 pixels wide
+PLACES = (("at the top left", "at the top", "at the top right"),
+          ("on the left", "in the middle", "on the right"),
+          ("at the bottom left", "at the bottom", "at the bottom right"))
+BACKGROUNDS = ("plain", "gradient", "stripes", "noise")
+PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+HELD_OUT = frozenset({("green", "circle"), ("yellow", "square"), ("purple", "triangle"),
+                      ("blue", "star"), ("red", "cross"), ("pink", "ring")})
+TRAIN_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One coloured shape: what it is, and where."""
+
+    colour: str
+    shape: str
+    size: str
+    row: int  # 0 is the top
+    column: int  # 0 is the left
+    dx: float  # where in its place, -1 to 1
+    dy: float
+    scale: float  # no two large things are quite equally large
+    rgb: tuple  # the colour as painted
+
+    @property
+    def pair(self):
+        return self.colour, self.shape
+
+    @property
+    def place(self):
+        return PLACES[self.row][self.column]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is in a picture: all that is painted, and all that is true of it."""
+
+    things: tuple  # in reading order: row by row, left to right
+    background: str
+    light: tuple  # the two colours of the background
+    dark: tuple
+    seed: int  # of its pattern
+
+
+def shifted(rng, rgb, by):
+    """The colour (three of 0 to 255) with up to `by` added to or taken from each channel."""
+    return tuple(min(255, max(0, c + rng.randint(-by, by))) for c in rgb)
+
+
+def draw_scene(rng, pairs="train") -> Scene:
+    """A scene of one to three things, no two alike in (colour, shape), each in its own place.
+
+    pairs: "train" has no held-out pair, "held_out" has at least one, "any" takes what comes.
+    """
+    pool = {"train": TRAIN_PAIRS, "held_out": PAIRS, "any": PAIRS}[pairs]
+    chosen = rng.sample(pool, rng.randint(1, 3))
+    if pairs == "held_out" and not HELD_OUT.intersection(chosen):
+        chosen[0] = rng.choice(sorted(HELD_OUT))
+    things = []
+    for (colour, shape), cell in zip(chosen, rng.sample(range(9), len(chosen)), strict=True):
+        things.append(Thing(colour, shape, rng.choice(list(SIZES)), cell // 3, cell % 3,
+                            rng.uniform(-0.6, 0.6), rng.uniform(-0.6, 0.6), rng.uniform(0.95, 1.05),
+                            shifted(rng, COLOURS[colour], 10)))
+    things.sort(key=lambda thing: (thing.row, thing.column))
+    # Pale or dark, never a middle grey and never a strong colour: every thing stands out from it.
+    grey = rng.choice((rng.randint(15, 45), rng.randint(195, 240)))
+    light = shifted(rng, (grey, grey, grey), 8)
+    return Scene(tuple(things), rng.choice(BACKGROUNDS), light, shifted(rng, light, 14),
+                 rng.randrange(2**32))
+
+
+# ---- painting -----------------------------------------------------------------------------------
+
+POLYGONS = {  # corners (x, y) in a square from -1 to 1; y points down
+    "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
+    "triangle": [(0, -0.95), (1, 0.85), (-1, 0.85)],
+    "star": [(math.sin(math.pi * k / 5) * r, -math.cos(math.pi * k / 5) * r)
+             for k, r in enumerate((1, 0.42) * 5)],  # ten corners, far out and close in by turns
+    "cross": [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3),
+              (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)]}
+
+
+def circle_of(thing, size):
+    """(x, y, radius) of a thing in a picture `size` pixels across: always inside its place."""
+    place, radius = size / 3, SIZES[thing.size] * thing.scale * size / 64 / 2
+    slack = 0.7 * (place / 2 - radius)  # all of it would let things in neighbouring places touch
+    return ((thing.column + 0.5) * place + thing.dx * slack,
+            (thing.row + 0.5) * place + thing.dy * slack, radius)
+
+
+def paint_background(scene, size):
+    """An RGB picture without things: the two background colours, mixed by a pattern."""
+    light, dark = (Image.new("RGB", (size, size), rgb) for rgb in (scene.light, scene.dark))
+    if scene.background == "plain":
+        return light
+    rng, resampling = random.Random(scene.seed), Image.Resampling.NEAREST
+    if scene.background == "gradient":
+        mask, resampling = Image.linear_gradient("L"), Image.Resampling.BILINEAR
+    elif scene.background == "stripes":
+        n = rng.randint(3, 8)
+        mask = Image.frombytes("L", (1, 2 * n), bytes((0, 255)) * n)
+    else:
+        mask = Image.frombytes("L", (32, 32), rng.randbytes(32 * 32))
+    if rng.random() < 0.5:
+        mask = mask.transpose(Image.Transpose.ROTATE_90)
+    return Image.composite(dark, light, mask.resize((size, size), resampling))
+
+
+def paint(scene, size=64) -> Image.Image:
+    """The scene as an RGB picture, `size` pixels square."""
+    big = 4 * size  # painted four times as large and shrunk at the end: smooth edges
+    image = paint_background(scene, size).resize((big, big), Image.Resampling.NEAREST)
+    pen = ImageDraw.Draw(image)
+    for thing in scene.things:
+        x, y, r = circle_of(thing, big)
+        edge, width = tuple(c // 2 for c in thing.rgb), max(1, big // 100)
+        box, hole = ((x - s, y - s, x + s, y + s) for s in (r, 0.5 * r))
+        if thing.shape in POLYGONS:
+            corners = [(x + r * u, y + r * v) for u, v in POLYGONS[thing.shape]]
+            pen.polygon(corners, fill=thing.rgb)
+            pen.line([*corners, *corners[:2]], fill=edge, width=width, joint="curve")  # closed
+        elif thing.shape == "circle":
+            pen.ellipse(box, fill=thing.rgb, outline=edge, width=width)
+        else:  # a ring is a circle that one can look through
+            pen.ellipse(box, outline=thing.rgb, width=math.ceil(r / 2))
+            pen.ellipse(box, outline=edge, width=width)
+            pen.ellipse(hole, outline=edge, width=width)
+    return image.reduce(4)
+
+
+# ---- words --------------------------------------------------------------------------------------
+
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def grammar(text):
+    """'a orange' -> 'an orange', and a capital letter at the start of every sentence."""
+    text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+    start = r'(^"?|[.!?] "?|\." "?|[?!]" ")([a-z])'  # not the "asked" in '"Where?" asked Mia'
+    return re.sub(start, lambda match: match[1] + match[2].upper(), text)
+
+
+def listed(parts):
+    """["a", "b", "c"] -> 'a, b and c'."""
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def plural(noun):
+    """'cross' -> 'crosses'; knows the nouns used here, not English."""
+    return noun + ("es" if noun.endswith("s") else "s")
+
+
+def phrase(thing, size=True, place=True, colour=True):
+    """'a large red circle at the top left', or less where size, place or colour is False."""
+    words = ("a", size and thing.size, colour and thing.colour, thing.shape, place and thing.place)
+    return " ".join(word for word in words if word)
+
+
+def relations(thing, other):
+    """Yield what is true beyond doubt of thing as seen from other: 'above', 'to the left of'."""
+    if thing.column != other.column:
+        yield "to the left of" if thing.column < other.column else "to the right of"
+    if thing.row != other.row:
+        yield "above" if thing.row < other.row else "below"
+
+
+CAPTION_REQUESTS = ("Write a caption.", "Give this picture a caption.", "Caption this picture.")
+
+
+def caption(rng, scene) -> str:
+    """One sentence that names every shape; three in five also every colour, size and place.
+
+    The rest leave out colours and most places: only the shapes then tell the picture from others,
+    or an encoder that has to match them would never need to learn shapes (docs/log.md).
+    """
+    things = rng.sample(scene.things, len(scene.things))
+    style = rng.random()
+    if style < 0.2:  # places first
+        parts = [f"{t.place} there is {phrase(t, place=False)}" for t in things]
+        return grammar(listed(parts) + ".")
+    parts = [phrase(t) for t in things]
+    if style >= 0.6:
+        size, place = rng.random() < 0.4, rng.random() < 0.5
+        parts = [phrase(t, size, place, colour=False) for t in things]
+    elif style >= 0.5 and len(things) > 1:
+        how = rng.choice(list(relations(things[1], things[0])))
+        parts[1] = f"{phrase(things[1], place=False)} {how} it"
+    opening = rng.choice(("", "there is ", "a picture of ", "this picture shows ", "we can see "))
+    return grammar(opening + listed(parts) + ".")
+
+
+# ---- questions ----------------------------------------------------------------------------------
+
+WORDINGS = {  # {} becomes the name of a thing, a noun to count, or a statement
+    "colour": ("What colour is {}?", "Which colour is {}?", "Tell me the colour of {}."),
+    "shape": ("What shape is {}?", "Which shape is {}?", "Tell me the shape of {}.", "What is {}?"),
+    "size": ("How big is {}?", "What size is {}?", "Is {} small or large?"),
+    "count": ("How many {} are there?", "How many {} do you see?", "Count the {}."),
+    "where": ("Where is {}?", "Where do you see {}?", "Tell me where {} is."),
+    "yes_no": ("Is {}?", "Is it true that {}?"),
+    "describe": ("What do you see?", "Describe the picture.", "What is in the picture?",
+                 "Tell me what you see.")}
+QUESTION_KINDS = tuple(WORDINGS)
+# How often a chat asks each kind: more often what takes longest to learn (docs/log.md). Validation
+# and test questions are of all kinds alike.
+FREQUENCIES = {"colour": 1, "shape": 1, "size": 1, "count": 2, "where": 1.5, "yes_no": 4,
+               "describe": 1}
+OPPOSITE = {"to the left of": "to the right of", "to the right of": "to the left of",
+            "above": "below", "below": "above"}
+
+
+def names(scene, thing, hide):
+    """All phrases that mean this thing and no other in the scene, like "the red ring".
+
+    hide: the kind of question they are for; none tells its answer. There is always one, because
+    the place alone is enough, and so are colour and shape together.
+    """
+    found = [] if hide == "where" else [f"the thing {thing.place}"]
+    for keys in (["shape"], ["colour"], ["colour", "shape"], ["size", "shape"]):
+        words = [getattr(thing, key) for key in keys]
+        alike = [t for t in scene.things if [getattr(t, key) for key in keys] == words]
+        if hide not in keys and len(alike) == 1:
+            found.append(" ".join(["the", *words, *(["thing"] if "shape" not in keys else [])]))
+    return found
+
+
+def decoy(rng, options, tempting):
+    """One of the wrong options; every second time one that the picture itself suggests."""
+    tempting = [option for option in options if option in tempting]
+    return rng.choice(tempting if tempting and rng.random() < 0.5 else options)
+
+
+def statement(rng, scene, truth):
+    """(subject, rest) of a yes-or-no question, like ("the circle", "red"), true or not.
+
+    What is wrong is drawn from the same pool as what is right, so that the words of a question
+    alone do not give its answer away, and held-out pairs are not named where they are not drawn.
+    """
+    here = [thing.pair for thing in scene.things]
+    pool = PAIRS if HELD_OUT.intersection(here) else TRAIN_PAIRS
+    thing, *others = rng.sample(scene.things, len(here))
+    colours, shapes = zip(*here, strict=True)
+    places = [place for row in PLACES for place in row if place != thing.place]
+    near = [(c, s) for c, s in pool if (c, s) not in here and (c in colours or s in shapes)]
+    name = {hide: rng.choice(names(scene, thing, hide)) for hide in ("colour", "size", "where")}
+    cases = [  # subject, what is true of it, all that is not, the part of it that is tempting
+        (name["colour"], thing.colour,
+         [c for c, s in pool if s == thing.shape and c != thing.colour], colours),
+        (name["size"], thing.size, [size for size in SIZES if size != thing.size], ()),
+        (name["where"], thing.place, places, [other.place for other in others]),
+        ("there", f"a {thing.shape}", [f"a {s}" for s in SHAPES if s not in shapes], ()),
+        ("there", f"a {thing.colour} thing",
+         [f"a {c} thing" for c, s in pool if c not in colours], ()),
+        ("there", f"a {thing.colour} {thing.shape}", [f"a {c} {s}" for c, s in near],
+         [f"a {c} {s}" for c, s in near if c in colours and s in shapes])]
+    if others:
+        other = rng.choice(names(scene, others[0], "where"))
+        how = rng.choice(list(relations(thing, others[0])))
+        cases.append((name["where"], f"{how} {other}", [f"{OPPOSITE[how]} {other}"], ()))
+    subject, right, wrong, tempting = rng.choice(cases)
+    return subject, right if truth else decoy(rng, wrong, tempting)
+
+
+def ask(rng, scene, kind):
+    """(what fills a wording of this kind, answer); for "yes_no" the filling is a statement()."""
+    thing = rng.choice(scene.things)
+    if kind == "describe":
+        return "", f"There is {listed([phrase(t) for t in scene.things])}."
+    if kind == "yes_no":
+        truth = rng.random() < 0.5
+        return statement(rng, scene, truth), "Yes." if truth else "No."
+    if kind == "count":
+        each = [(t.shape, f"{t.colour} thing", f"{t.size} thing", "thing") for t in scene.things]
+        some = rng.choice(each)
+        none = (rng.choice(SHAPES), f"{rng.choice(list(COLOURS))} thing")  # mostly not there
+        what = rng.choice(rng.choice((some, some, none)))
+        n = sum(what in kinds for kinds in each)
+        answer = f"is one {what}" if n == 1 else f"are {NUMBERS[n]} {plural(what)}"
+        return plural(what), f"There {answer}."
+    name = rng.choice(names(scene, thing, kind))
+    subject = f"the {thing.shape}" if thing.shape in name else "it"
+    return name, {"colour": f"{subject} is {thing.colour}.", "shape": f"It is a {thing.shape}.",
+                  "size": f"It is {thing.size}.", "where": f"It is {thing.place}."}[kind]
+
+
+def question(rng, scene, kind) -> tuple:
+    """(question, answer), kind being one of QUESTION_KINDS; the answer has only one wording."""
+    content, answer = ask(rng, scene, kind)
+    wording = rng.choice(WORDINGS[kind])
+    if kind == "yes_no":  # "Is the ring red?", but "Is it true that the ring is red?"
+        content = (" " if wording == "Is {}?" else " is ").join(content)
+    text = wording.format(content).replace("What is the thing ", "What is ")  # ... the top?"
+    return grammar(text), grammar(answer)
+
+
+def turns(*pairs):
+    """(question, answer) pairs -> the messages of a chat, as {"role", "content"}."""
+    return [{"role": role, "content": content} for pair in pairs
+            for role, content in zip(("user", "assistant"), pair, strict=True)]
+
+
+def conversation(rng, scene, n_questions) -> list:
+    """The messages of a chat about the picture: n_questions different ones, see FREQUENCIES.
+
+    A description comes first or at the end: what follows it can be answered without looking.
+    """
+    asked = {}  # question -> (answer, kind)
+    while len(asked) < n_questions:
+        [kind] = rng.choices(list(FREQUENCIES), FREQUENCIES.values())
+        text, answer = question(rng, scene, kind)
+        asked.setdefault(text, (answer, kind))
+    pairs = [(text, *found) for text, found in asked.items()]
+    pairs[1:] = sorted(pairs[1:], key=lambda pair: pair[2] == "describe")
+    return turns(*(pair[:2] for pair in pairs))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Look at the picture world.")
+    parser.add_argument("--out", default="world.png", help="where the sheet of 32 pictures goes")
+    parser.add_argument("--seed", type=int, default=0, help="of everything drawn")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    sheet = Image.new("RGB", (8 * 210, 4 * 300), "white")
+    for k in range(32):
+        scene, x, y = draw_scene(rng), k % 8 * 210 + 9, k // 8 * 300 + 8
+        sheet.paste(paint(scene).resize((192, 192), Image.Resampling.NEAREST), (x, y))
+        text = caption(rng, scene)
+        ImageDraw.Draw(sheet).text((x, y + 196), textwrap.fill(text, 33), fill="black")
+    sheet.save(args.out)
+    print(f"{args.out}: 32 pictures. The last one:\n\n{text}\n")
+    for message in conversation(rng, scene, 4):
+        print(f"{message['role']}: {message['content']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""How a data set is written down: a folder that appears when it is whole, token shards, chats.
+
+Everything is appended to files as it comes, so a data set of any size takes the same memory.
+data.py and train/packing.py read what this writes, and say what the files mean.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+import tokenizer as tokenizers
+from common.checkpoint import flush, sums, write_json
+from common.config import UserError, seal
+
+
+class NewFolder:
+    """A folder that appears under its name when it is whole, replacing an older one.
+
+        folder = NewFolder("data/books")
+        with folder as out:      # out is an empty folder, put in place at the end
+
+    Beside `out`, folder.writing can hold journals (journal.py), and archives unpacked into
+    folder.unpacked (unpack.py). Where something ends the block early, those and the journals that
+    have rows stay, and the same command goes on from them. With keep, what is in `out` stays too.
+    """
+
+    def __init__(self, path, keep=False):
+        self.keep = keep
+        self.path = Path(path).absolute()
+        self.writing = self.path.with_name(f".writing-{self.path.name}")
+        self.whole, self.unpacked = self.writing / "whole", self.writing / "unpacked"
+        self.older = self.writing / "older"
+        if self.path.exists() and not (self.path / "manifest.json").is_file():
+            raise UserError(f"{path} is there already and is no data set of prepare.py's, so it is "
+                            "not replaced; choose another --out")
+
+    def __enter__(self):
+        try:
+            self.writing.mkdir(parents=True, exist_ok=True)
+            self.lock = os.open(self.writing, os.O_RDONLY)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it at our end
+            shutil.rmtree(self.older, ignore_errors=True)
+            if not self.keep:
+                shutil.rmtree(self.whole, ignore_errors=True)
+            self.whole.mkdir(exist_ok=True)
+        except BlockingIOError:
+            os.close(self.lock)
+            raise UserError(f"another prepare.py is making {self.path} at this moment; wait for "
+                            "it, or choose another --out") from None
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}; choose another --out "
+                            "or put that right") from None
+        return self.whole
+
+    def __exit__(self, kind, error, _):
+        try:
+            if kind is None:
+                flush(self.whole)
+                if self.path.exists():
+                    self.path.rename(self.older)
+                self.whole.rename(self.path)
+                flush(self.path.parent, deep=False)
+            elif any(any(self.writing.glob(pattern)) for pattern in (
+                    "whole/*" if self.keep else "*/progress.json", "unpacked/*")):
+                print(f"what is done so far is kept in {self.writing}; "
+                      "the same command goes on from there", flush=True)
+                return self._as_user_error(error)
+            shutil.rmtree(self.writing, ignore_errors=True)
+        finally:
+            os.close(self.lock)
+        return self._as_user_error(error)
+
+    def _as_user_error(self, error):
+        """A full disk is the user's to put right; anything else goes its way (False)."""
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {self.path}: {error}") from None
+        return False
+
+
+def write_manifest(folder, tokenizer, **counts):
+    """manifest.json of a data folder, and the tokenizer beside it."""
+    tokenizer.save(folder)
+    write_json(folder / "manifest.json", seal({
+        "tokenizer_name": tokenizer.name, "tokenizer": tokenizer.fingerprint,
+        **counts, "sha256": sums(folder),
+    }))  # fmt: skip
+
+
+def check_size(tokenizer, cfg):
+    """UserError if the ids of the tokenizer that cfg names do not fit into a data set."""
+    if tokenizer.n_vocab > 65536:
+        raise UserError(f"the tokenizer {cfg.tokenizer} has {tokenizer.n_vocab} ids, and data sets "
+                        "hold 16-bit ids: at most 65536")
+
+
+class Array:
+    """A 1-D .npy file that grows; once closed it is what np.save would have written."""
+
+    def __init__(self, path, dtype):
+        self.dtype, self.size = np.dtype(dtype), 0
+        self.file = open(path, "wb", buffering=1 << 18)  # noqa: SIM115 (closed by close)
+        self._write_header()
+
+    def append(self, values):
+        values = np.asarray(values, self.dtype)
+        self.file.write(values.tobytes())
+        self.size += len(values)
+
+    def close(self):
+        self.file.seek(0)
+        self._write_header()
+        self.file.close()
+
+    def _write_header(self):  # NumPy leaves room for the length to grow in place
+        np.lib.format.write_array_header_1_0(self.file, {
+            "descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False,
+            "shape": (self.size,)})
+
+
+class Shards:
+    """Ids end to end in the files <split>_000000.npy, ..., of shard_tokens ids each."""
+
+    def __init__(self, folder, split, shard_tokens):
+        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
+        self.shard, self.n_shards, self.tokens = None, 0, 0
+
+    def append(self, ids):
+        while len(ids):
+            if self.shard is None or self.shard.size == self.shard_tokens:
+                self.close()
+                name = f"{self.split}_{self.n_shards:06d}.npy"
+                self.shard = Array(self.folder / name, np.uint16)
+                self.n_shards += 1
+            part = ids[: self.shard_tokens - self.shard.size]
+            self.shard.append(part)
+            self.tokens += len(part)
+            ids = ids[len(part) :]
+
+    def close(self):
+        if self.shard is not None:
+            self.shard.close()
+
+
+def write_text(folder, split, documents, tokenizer, shard_tokens=100_000_000):
+    """Shards of `documents` (strings), each behind <|endoftext|>; returns the number of tokens."""
+    with contextlib.closing(Shards(folder, split, shard_tokens)) as shards:
+        for document in documents:
+            shards.append([tokenizer.end_of_text, *tokenizer.encode(document)])
+    return shards.tokens
+
+
+class ImageShards:
+    """Pictures' bytes end to end in the files images_000000.bin, ..., of shard_bytes at most.
+
+    A picture is never split over two files; one that is larger than that has a file of its own.
+    """
+
+    def __init__(self, folder, shard_bytes):
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.shard, self.n_shards, self.bytes = None, 0, 0
+
+    def append(self, image):
+        if self.shard is None or self.shard.tell() + len(image) > self.shard_bytes:
+            self.close()
+            path = self.folder / f"images_{self.n_shards:06d}.bin"
+            self.shard = open(path, "wb")  # noqa: SIM115 (closed by close)
+            self.n_shards += 1
+        self.shard.write(image)
+        self.bytes += len(image)
+
+    def close(self):
+        if self.shard is not None:
+            self.shard.close()
+
+
+class ChatWriter:
+    """Writes chats and their pictures' encoded bytes into the files that packing.Chats reads."""
+
+    def __init__(self, folder, tokenizer=None, shard_bytes=1_000_000_000):
+        self.folder, self.tokenizer = folder, tokenizer
+        folder.mkdir(parents=True)
+        dtypes = {"ids": np.uint16, "supervised": np.bool_, "offsets": np.int64,
+                  "first_image": np.int64, "image_offsets": np.int64}
+        self.arrays = {name: Array(folder / f"{name}.npy", dtype)
+                       for name, dtype in dtypes.items()}
+        for name in "offsets", "first_image", "image_offsets":
+            self.arrays[name].append([0])
+        self.images = ImageShards(folder, shard_bytes)
+
+    def add(self, messages, images=()):
+        """Append a chat given as messages."""
+        chat = tokenizers.render(self.tokenizer, messages, len(images))
+        self.append(chat.ids, chat.supervised, images)
+
+    def append(self, ids, supervised, images=()):
+        """Append a rendered chat."""
+        self.arrays["ids"].append(ids)
+        self.arrays["supervised"].append(supervised)
+        self.arrays["offsets"].append([self.arrays["ids"].size])
+        for image in images:
+            self.images.append(image)
+            self.arrays["image_offsets"].append([self.images.bytes])
+        self.arrays["first_image"].append([self.arrays["image_offsets"].size - 1])
+
+    def close(self):
+        """Complete the files; returns counts for the manifest."""
+        self.images.close()
+        for array in self.arrays.values():
+            array.close()
+        n_images = self.arrays["image_offsets"].size - 1
+        if n_images == 0:
+            for name in "first_image.npy", "image_offsets.npy":
+                (self.folder / name).unlink()
+        return {"chats": self.arrays["offsets"].size - 1, "tokens": self.arrays["ids"].size,
+                "images": n_images}
+
+
+def write_chats(folder, tokenizer, items):
+    """A split folder from (messages, encoded images) pairs; returns its counts."""
+    writer = ChatWriter(folder, tokenizer)
+    for messages, images in items:
+        writer.add(messages, images)
+    return writer.close()

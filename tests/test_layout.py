@@ -1,0 +1,60 @@
+"""The layout that docs/design.md promises: few files to read, imports that run one way."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("clip_pretrain", "pretrain", "sft", "vision_pretrain", "vision_sft")
+TOOLS = ("prepare", "sample", "app", "eval", "upload", "bench")
+# Each may import from those before it, and from itself where it is a folder.
+ORDER = (("common",), ("model",), ("tokenizer",), ("clip",), ("vision",), ("data",), ("train",),
+         ("prep",), ("inference",), ("evals",), STAGES, ("export",), ("benchmarks",), TOOLS)
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
+           for name in RANK for path in (*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/*.py"))}
+
+
+def imports(path):
+    """The modules of this project that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            yield from (name for item in node.names for name in
+                        (node.module, f"{node.module}.{item.name}") if name in MODULES)
+        elif isinstance(node, ast.Import):
+            yield from (item.name for item in node.names if item.name in MODULES)
+
+
+def test_the_root_holds_sixteen_files():
+    roots = {path.stem for path in ROOT.glob("*.py")}
+    assert roots == {name for name in RANK if not (ROOT / name).is_dir()} and len(roots) == 16
+
+
+def test_imports_run_downward():
+    for module, path in MODULES.items():
+        for name in imports(path):
+            own, other = module.split(".")[0], name.split(".")[0]
+            assert RANK[other] < RANK[own] or (own == other and "." in module), f"{module}: {name}"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    below, open_ = {}, []
+
+    def visit(module):
+        assert module not in open_, " -> ".join([*open_, module])
+        if module not in below:
+            open_.append(module)
+            below[module] = [visit(name) for name in imports(MODULES[module])]
+            open_.pop()
+
+    for module in MODULES:
+        visit(module)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [name for name in MODULES if "__init__" not in name])
+def test_every_module_can_be_imported_alone(module):
+    subprocess.run([sys.executable, "-c", f"import {module}"], cwd=ROOT, check=True)

@@ -1,0 +1,1 @@
+"""The training loop that all stages share: optimizer, schedule, checkpoints, resume, logging."""
