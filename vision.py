@@ -1,10 +1,10 @@
-"""Eyes: picture -> pixels -> CLIP features -> projector -> image tokens among the text's.
+"""The vision-language model: image -> CLIP features -> projector -> image tokens in the text.
 
-The projector is LLaVA's (Linear, GELU, Linear), and so are the features: every patch of the last
-layer but one, without the class token. With the decoder and CLIP this is
-`LlavaForConditionalGeneration` of `transformers` under other names.
+As in LLaVA, the projector is Linear, GELU, Linear and its input every patch of the second-last
+layer, without the class token. With the decoder and CLIP this is `LlavaForConditionalGeneration` of
+`transformers` under other names.
 
-Letters for shapes: B rows, T positions, C the decoder's width, M images, P patches, S pixels.
+Shapes: B rows, T positions, C the decoder's width, M images, P patches, S pixels.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from model import GPT, GPTConfig
 
 
 class Projector(nn.Module):
-    """CLIP's width to the decoder's, patch by patch."""
+    """Maps patch features (..., CLIP width) to token embeddings (..., C)."""
 
     def __init__(self, clip_width, width):
         super().__init__()
@@ -38,7 +38,7 @@ class Projector(nn.Module):
 
 
 class VisionLanguageModel(nn.Module):
-    """A decoder that reads pictures as P embeddings each. The CLIP tower is always frozen."""
+    """A decoder in which an image is P token embeddings. The CLIP encoder is always frozen."""
 
     def __init__(self, decoder_config, clip_config):
         super().__init__()
@@ -50,33 +50,33 @@ class VisionLanguageModel(nn.Module):
         self.pictures = clip_config.n_patches, clip_config.image_size, clip_config.fit
 
     def forward(self, batch):
-        """Cross-entropy of a data.Batch, in nats, summed over its supervised positions."""
+        """Cross-entropy of a data.Batch in nats, summed over its supervised positions."""
         embeddings = self.embed(batch.ids, batch.pixels, batch.image_positions)
         return self.decoder(None, batch.targets, batch.where, batch.positions, batch.segments,
                             batch.bounds, batch.longest, embeddings)
 
     def embed(self, ids, pixels=None, image_positions=None):
-        """Ids (B, T) to embeddings (B, T, C), image tokens replaced by the pictures' features.
+        """Ids (B, T) -> embeddings (B, T, C), with image tokens replaced by projected features.
 
         pixels: uint8 (M, S, S, 3) or None; image_positions: the (M * P) flat positions, into
-        B * T, of the <|image|> ids, picture by picture.
+        B * T, of the <|image|> ids, image by image.
         """
         x = self.decoder.token_embedding(ids)
-        if pixels is None:  # keep the projector in the graph, or other processes wait for it
+        if pixels is None:  # keep the projector in the graph, or DDP hangs
             return x + 0 * sum(p.sum() for p in self.projector.parameters()).to(x.dtype)
         features = self.image_tokens(pixels).flatten(0, 1).to(x.dtype)
         return x.flatten(0, 1).index_copy(0, image_positions, features).view_as(x)
 
     def image_tokens(self, pixels):
-        """uint8 pixels (M, S, S, 3) to the decoder's embeddings (M, P, C) of the pictures."""
+        """uint8 pixels (M, S, S, 3) -> the images' token embeddings (M, P, C)."""
         with torch.inference_mode():
             pixels = normalise(pixels).to(self.projector.linear_1.weight.dtype)
             features = self.vision_tower.patches(pixels)
-        return self.projector(features.clone())  # no gradient may pass what inference mode made
+        return self.projector(features.clone())  # inference tensors cannot be saved for backward
 
 
 def open_model(name, device="cpu", kinds=("decoder", "vision", "clip"), dtype=None):
-    """(model, tokenizer, info) of any checkpoint, in evaluation mode; info as checkpoint.read."""
+    """(model, tokenizer, info) of any checkpoint, in eval mode; info from checkpoint.read."""
     info, weights, _ = checkpoint.read(name, kinds)
     model = build(info)
     checkpoint.load_weights(model, weights, info["folder"])
@@ -85,7 +85,7 @@ def open_model(name, device="cpu", kinds=("decoder", "vision", "clip"), dtype=No
 
 
 def build(info):
-    """The model that a checkpoint's config.json describes, with initial weights."""
+    """A newly initialised model as described by a checkpoint's config.json."""
     decoder = GPTConfig(**info["decoder"]) if "decoder" in info else None
     clip = CLIPConfig(**info["clip"]) if "clip" in info else None
     if info["kind"] == "vision":
@@ -94,16 +94,16 @@ def build(info):
 
 
 def tokenizer_of(info):
-    """The tokenizer that a checkpoint was trained with."""
+    """The tokenizer of a checkpoint; UserError if its files do not match the training's."""
     name = info["tokenizer_name"]
     found = tokenizers.load("gpt2" if name == "gpt2" else info["folder"])
     if found.fingerprint != info["tokenizer"]:
-        raise UserError(f"{info['folder']} was trained with another tokenizer than it holds")
+        raise UserError(f"{info['folder']} does not hold the tokenizer it was trained with")
     return found
 
 
 def describe(model):
-    """What config.json says of a model, enough to build it again."""
+    """The model's entry in config.json, from which build() makes it."""
     if isinstance(model, VisionLanguageModel):
         return dict(kind="vision", decoder=dataclasses.asdict(model.config),
                     clip=dataclasses.asdict(model.clip_config))
@@ -112,12 +112,11 @@ def describe(model):
 
 
 def join(decoder_name, clip_name, fit=""):
-    """A new VisionLanguageModel from two checkpoints, its projector untrained.
+    """A VisionLanguageModel from a decoder and a CLIP checkpoint, with a new projector.
 
-    clip_name: one of clip_pretrain.py's, or a CLIP of `transformers` by folder or hub name. fit:
-    how pictures become squares for it (pictures.fit), empty for what it was trained with; OpenAI's
-    are padded, as in LLaVA.
-    Returns (model, tokenizer, [info of the decoder, info of the CLIP]).
+    clip_name: a checkpoint of clip_pretrain.py, or a CLIP of `transformers` by folder or hub name.
+    fit: "pad" or "crop" (common.images.fit), empty for what CLIP was trained with ("pad", as in
+    LLaVA, for OpenAI's). Returns (model, tokenizer, [decoder's info, CLIP's info]).
     """
     decoder_info, decoder_weights, _ = checkpoint.read(decoder_name, ("decoder",))
     folder = checkpoint.locate(clip_name)
@@ -136,7 +135,7 @@ def join(decoder_name, clip_name, fit=""):
 
 
 def read_transformers_clip(folder):
-    """(info, weights) of a CLIP in the files of `transformers`, such as OpenAI's on the hub."""
+    """(info, weights) of a CLIP in `transformers` format, such as OpenAI's on the hub."""
     config = read_json(folder / "config.json")
     if config.get("model_type") != "clip":
         raise UserError(f"{folder} holds a {config.get('model_type')} model, not a CLIP")
@@ -144,8 +143,8 @@ def read_transformers_clip(folder):
               "num_attention_heads": 12, "hidden_act": "quick_gelu"} | config["vision_config"]
     text = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8,
             "max_position_embeddings": 77, "vocab_size": 49408, "eos_token_id": 49407
-            } | config["text_config"]  # transformers leaves out what equals its defaults
-    end_id = 49407 if text["eos_token_id"] == 2 else text["eos_token_id"]  # 2: an old export's slip
+            } | config["text_config"]  # transformers omits default values
+    end_id = 49407 if text["eos_token_id"] == 2 else text["eos_token_id"]  # 2: old exports
     clip = CLIPConfig(
         vision["image_size"], vision["patch_size"], vision["hidden_size"],
         vision["num_hidden_layers"], vision["num_attention_heads"], text["hidden_size"],
