@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline on one small machine: an estimate, data, CLIP, text, chat, projector, images,
+# The complete pipeline on one small machine: estimate, data, CLIP, text, chat, projector, images,
 # scores. Run again after an interruption, it resumes. STEPS=0.2 takes a fifth of the steps.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -205,7 +205,7 @@ def test_the_first_user_turn_gets_the_image_that_has_no_mark(gpt2):
 @pytest.mark.parametrize(("messages", "n", "complaint"), [
     (say("user", "<image> <image>"), 1, r"1 image\(s\), but <image> occurs 2 time\(s\)"),
     (say("user", "<image>", "user", "<image>"), 3, r"3 image\(s\), but <image> occurs 2 time"),
-    (say("user", "<image>"), 2, r"2 image\(s\), but <image> stands 1 time"),
+    (say("user", "<image>"), 2, r"2 image\(s\), but <image> occurs 1 time"),
     (say("assistant", "<image>"), 1, "no user turn"),
 ])
 def test_images_and_marks_that_do_not_match_are_refused(gpt2, messages, n, complaint):
