@@ -1,4 +1,4 @@
-"""The claims of clip.py: OpenAI's CLIP under its own names, and the loss that trains one."""
+"""clip.py: the same function and names as transformers' CLIP; the contrastive loss."""
 
 import math
 import shutil
@@ -26,7 +26,7 @@ TINY = CLIPConfig(image_size=8, patch_size=4, vision_width=16, vision_layers=2, 
 
 
 def new_clip(config, seed=0):
-    """A CLIP without a single weight at its initial value, and its twin of `transformers`."""
+    """A CLIP with all weights random, and the same model in `transformers`."""
     torch.manual_seed(seed)
     ours, c = CLIP(config).eval(), config
     with torch.no_grad():
@@ -49,12 +49,12 @@ def new_clip(config, seed=0):
 
 @pytest.fixture(scope="module")
 def large():
-    """ViT-L/14's shape, cut to two layers a tower."""
+    """ViT-L/14 with two layers per encoder."""
     return new_clip(CLIPConfig(vision_layers=2, text_layers=2))
 
 
 def same(found, expected, scale):
-    """Equal to 1e-4, and of a size at which that says something."""
+    """Equal to 1e-4, which is small against the values' scale."""
     assert expected.std() > scale
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
@@ -65,7 +65,7 @@ def random_images(n, size, seed=0):
     return torch.randint(256, (n, size, size, 3), generator=generator, dtype=torch.uint8)
 
 
-# ----------------------------------------------------------------------------------------- openai's
+# ------------------------------------------------------------------------------- as in transformers
 
 
 def test_parameters_have_the_names_and_shapes_of_transformers(large):
@@ -83,7 +83,7 @@ def test_image_features_are_those_of_transformers(large):
 
 
 @torch.no_grad()
-def test_patch_features_are_those_of_the_last_layer_but_one(large):
+def test_patch_features_are_those_of_the_second_last_layer(large):
     ours, theirs = large
     pixels = normalise(random_images(1, 224))
     hidden = theirs.vision_model(pixels, output_hidden_states=True).hidden_states
@@ -92,7 +92,7 @@ def test_patch_features_are_those_of_the_last_layer_but_one(large):
 
 
 @torch.no_grad()
-def test_text_features_are_those_of_transformers_whatever_follows_the_first_end(large):
+def test_text_features_ignore_what_follows_the_first_end_id(large):
     ours, theirs = large
     start, end = 49406, 49407
     ids = torch.tensor([[start, 320, 1125, 539, 550, end, end, end],  # padded, as OpenAI does
@@ -105,7 +105,7 @@ def test_text_features_are_those_of_transformers_whatever_follows_the_first_end(
 
 
 @torch.no_grad()
-def test_a_clip_trained_with_gelu_opens_there_too():
+def test_a_clip_with_gelu_opens_in_transformers():
     ours, theirs = new_clip(CLIPConfig(**{**vars(TINY), "activation": "gelu"}))
     pixels, ids = normalise(random_images(2, 8)), torch.tensor([[1, 2, 3, 49], [4, 49, 49, 49]])
     found = theirs(input_ids=ids, pixel_values=pixels)
@@ -114,8 +114,8 @@ def test_a_clip_trained_with_gelu_opens_there_too():
 
 
 def draw_weight(name, p):
-    """Random values at which every layer says something: products of unit variance give attention
-    preferences, while the initial values of transformers leave it all but uniform."""
+    """Random weights with unit-variance products, so that attention is far from uniform (which it
+    is with the initial values of transformers)."""
     if p.ndim < 2:
         p.uniform_(-0.2, 0.2).add_(float("norm" in name and "weight" in name))
         return
@@ -127,7 +127,7 @@ def draw_weight(name, p):
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    """All of ViT-L/14 as transformers writes it to a folder: (ours read from there, theirs)."""
+    """ViT-L/14 at full size, written by transformers: (ours read from the folder, theirs)."""
     shared = {"projection_dim": 768}
     config = transformers.CLIPConfig(
         **shared,
@@ -160,7 +160,7 @@ def alike(found, expected):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_the_whole_vit_l_14_gives_the_features_of_transformers_in_fp32_and_in_bf16(full):
+def test_vit_l_14_features_equal_those_of_transformers_in_fp32_and_bf16(full):
     ours, theirs = full
     assert sum(p.numel() for p in ours.parameters()) == 427_616_513  # OpenAI's
     pixels = normalise(random_images(1, 224))
@@ -168,7 +168,7 @@ def test_the_whole_vit_l_14_gives_the_features_of_transformers_in_fp32_and_in_bf
     hidden = theirs.vision_model(pixels, output_hidden_states=True)
     patches, image = hidden.hidden_states[-2][:, 1:], theirs.visual_projection(hidden.pooler_output)
     text = theirs.get_text_features(ids).pooler_output
-    assert F.cosine_similarity(*text, dim=0) < 0.9  # they do differ among themselves
+    assert F.cosine_similarity(*text, dim=0) < 0.9
     assert F.cosine_similarity(patches[0, :-1], patches[0, 1:], dim=-1).mean() < 0.9
     for dtype, lowest in ((torch.float32, 0.9999), (torch.bfloat16, 0.999)):
         with Machine(torch.device("cpu"), dtype).autocast():
@@ -179,8 +179,8 @@ def test_the_whole_vit_l_14_gives_the_features_of_transformers_in_fp32_and_in_bf
 
 @pytest.mark.parametrize("patch_size", [32, 16])
 @torch.no_grad()
-def test_smaller_clips_open_from_what_transformers_writes_of_them(patch_size, tmp_path):
-    """B/32 is its default, most of which it leaves out of config.json; here of two layers."""
+def test_smaller_clips_of_transformers_open(patch_size, tmp_path):
+    """B/32 is the default, most of which is omitted in config.json; here with two layers."""
     torch.manual_seed(0)
     two = {"num_hidden_layers": 2}
     theirs = transformers.CLIPModel(transformers.CLIPConfig(
@@ -201,7 +201,7 @@ def test_smaller_clips_open_from_what_transformers_writes_of_them(patch_size, tm
 
 @pytest.mark.parametrize("files", [("pytorch_model.bin",), (
     "model.safetensors.index.json", "model-00001-of-00002.safetensors")])
-def test_weights_in_files_that_are_not_read_are_one_sentence(files, tmp_path):
+def test_other_weight_files_are_refused(files, tmp_path):
     transformers.CLIPConfig().save_pretrained(tmp_path)
     for name in files:
         (tmp_path / name).write_text("{}")
@@ -214,8 +214,8 @@ SIZES = [(640, 480), (333, 500), (225, 224), (224, 225), (224, 224), (1000, 100)
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("how", ["crop", "pad"])
-def test_pictures_are_prepared_as_clip_and_llava_do(how, size):
-    """Cut to the middle as CLIP, or padded as LLaVA: to the last bit."""
+def test_images_are_preprocessed_as_in_clip_and_llava(how, size):
+    """Center-cropped as in CLIP or padded as in LLaVA, exactly."""
     processor = CLIPImageProcessorPil() if how == "crop" else LlavaImageProcessorPil(do_pad=True)
     width, height = size
     shades = random_images(1, 40)[0].numpy()
@@ -226,8 +226,7 @@ def test_pictures_are_prepared_as_clip_and_llava_do(how, size):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_pixels_are_centred_and_scaled_as_clip_expects():
-    """By CLIP's mean and deviation of each channel, written out here once more."""
+def test_pixels_are_normalised_by_hand():
     images = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
     images[0, 0, 1] = torch.tensor([255, 51, 102])  # row 0, column 1
     found = normalise(images)
@@ -239,8 +238,7 @@ def test_pixels_are_centred_and_scaled_as_clip_expects():
     assert found[0, :, 0, 1].tolist() == pytest.approx(coloured, abs=1e-5)
 
 
-def test_padding_is_what_clip_sees_as_zero():
-    """A wide black picture is fitted between bars that are as good as not there."""
+def test_padding_is_zero_after_normalisation():
     pixels = normalise(to_pixels([Image.new("RGB", (40, 10))], 40))
     assert pixels[0, :, 20].max() < -1.4 and pixels[0, :, 0].abs().max() < 0.02
 
@@ -253,7 +251,7 @@ def test_padding_is_what_clip_sees_as_zero():
 ])
 @torch.no_grad()
 def test_contrastive_loss_by_hand(keys, logit_scale):
-    """All pictures of one caption are its positives, in equal parts; the scale ends at 100."""
+    """All images of one caption are its positives, in equal parts; the scale is at most 100."""
     model, _ = new_clip(TINY)
     model.logit_scale.fill_(logit_scale)
     pixels = normalise(random_images(3, 8))
@@ -277,7 +275,7 @@ def test_contrastive_loss_by_hand(keys, logit_scale):
     assert loss.item() == pytest.approx(by_hand / 6, abs=1e-3)
 
 
-def test_the_loss_trains_both_towers_and_their_scale():
+def test_both_encoders_and_the_scale_get_gradients():
     model, _ = new_clip(TINY)
     ids = torch.tensor([[1, 2, 49], [3, 4, 49], [5, 49, 49], [6, 7, 49]])
     contrast(*model(normalise(random_images(4, 8)), ids), torch.arange(4)).backward()
@@ -289,7 +287,7 @@ def test_the_loss_trains_both_towers_and_their_scale():
 
 
 class Listed:
-    """n pictures whose red says which caption is theirs; the first `repeats` come twice."""
+    """n images whose red channel encodes their caption; the first `repeats` come twice."""
 
     def __init__(self, n, repeats=0):
         numbers = torch.tensor([*range(repeats), *range(n - repeats)])
@@ -307,7 +305,7 @@ class Listed:
 
 
 class Knowing(torch.nn.Module):
-    """A model that is always right about Listed pictures, and very sure."""
+    """A model that is always correct and confident about Listed images."""
 
     def __init__(self):
         super().__init__()
@@ -324,20 +322,20 @@ class Knowing(torch.nn.Module):
         return F.one_hot(ids[:, 0] + 48 * ids[:, 1], 256).float()
 
 
-def test_a_model_that_knows_nothing_chooses_one_caption_in_32():
+def test_an_untrained_model_chooses_one_caption_in_32():
     right, loss = caption_choice(new_clip(TINY)[0], Listed(256), MACHINE)
     assert right == pytest.approx(1 / 32, abs=3 * (1 / 32 / 256) ** 0.5)  # three deviations
     assert loss > math.log(32) - 0.1
 
 
-def test_a_model_that_knows_everything_is_always_right():
-    """Of pictures with the same caption one is asked about: 32 captions are 32 different ones."""
+def test_a_perfect_model_chooses_every_caption():
+    """Images with the same caption are used once: 32 captions are 32 different ones."""
     right, loss = caption_choice(Knowing(), Listed(80, repeats=10), MACHINE, batch=33)
     assert right == 1 and loss < 1e-3
 
 
-def test_retrieval_counts_equal_captions_as_right_and_guessing_as_it_is():
-    """80 pictures, 10 of each caption, of a model that knows all; and of one that knows nothing."""
+def test_retrieval_of_equal_captions_and_of_an_untrained_model():
+    """80 images, 10 per caption, with a perfect model; 256 with an untrained one."""
     from evals.validation import lucky, retrieval
 
     knowing = retrieval(*features_of(Knowing(), Listed(80, repeats=10), MACHINE, 80))

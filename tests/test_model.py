@@ -1,4 +1,4 @@
-"""The claims of model.py: an ordinary GPT, exact in every path, packed, cached or batched."""
+"""model.py: the same function as GPT-NeoX; packing, caching and batching do not change it."""
 
 import math
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import model as gpt
+from export.to_transformers import neox_config, neox_weights
 from inference.kv_cache import KVCache
 from model import GPT, GPTConfig
 
@@ -17,7 +18,7 @@ SMALL = GPTConfig(vocab_size=96, n_layer=3, n_head=2, n_embd=32, max_positions=6
 
 
 def new_model(config=SMALL, seed=0):
-    """A model with no weight at its initial value: nothing is zero, no norm the identity."""
+    """A model with all weights random, norms included, so that no layer is the identity."""
     model = GPT(config).eval()
     torch.manual_seed(seed)  # after the initial weights, however many numbers they took
     with torch.no_grad():
@@ -28,7 +29,7 @@ def new_model(config=SMALL, seed=0):
 
 @pytest.fixture(params=["inference", "training"])
 def mode(request):
-    """With and without gradients: attention takes another path where it has to be trained."""
+    """With and without gradients: attention uses another kernel in training."""
     with torch.set_grad_enabled(request.param == "training"):
         yield
 
@@ -39,7 +40,7 @@ def some_ids(*shape, seed=1):
 
 
 def changed(ids, row, position):
-    """A copy of ids (B, T) with another token at one place."""
+    """A copy of ids (B, T) with one token changed."""
     ids = ids.clone()
     ids[row, position] = (ids[row, position] + 1) % SMALL.vocab_size
     return ids
@@ -47,33 +48,8 @@ def changed(ids, row, position):
 
 def neox_of(model):
     """The GPT-NeoX of `transformers` with the weights of `model`."""
-    c = model.config
-    neox = GPTNeoXForCausalLM(GPTNeoXConfig(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, intermediate_size=4 * c.n_embd, hidden_act="relu",
-        max_position_embeddings=c.max_positions, use_parallel_residual=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6,
-                         "partial_rotary_factor": 1.0})).eval()
-    own = model.state_dict()
-    theirs = {"gpt_neox.embed_in.weight": own["token_embedding.weight"],
-              "lm_head.weight": own["head.weight"]}
-    for kind in ("weight", "bias"):
-        theirs[f"gpt_neox.final_layer_norm.{kind}"] = own[f"final_norm.{kind}"]
-        for i in range(c.n_layer):
-            a, b = f"gpt_neox.layers.{i}.", f"blocks.{i}."
-            theirs[f"{a}input_layernorm.{kind}"] = own[f"{b}norm1.{kind}"]
-            theirs[f"{a}post_attention_layernorm.{kind}"] = own[f"{b}norm2.{kind}"]
-            theirs[f"{a}attention.dense.{kind}"] = own[f"{b}attention.out.{kind}"]
-    for i in range(c.n_layer):
-        a, b = f"gpt_neox.layers.{i}.", f"blocks.{i}."
-        qkv = own[f"{b}attention.qkv.weight"].view(3, c.n_head, -1, c.n_embd)  # (3, H, D, C)
-        theirs[f"{a}attention.query_key_value.weight"] = qkv.transpose(0, 1).reshape(-1, c.n_embd)
-        theirs[f"{a}attention.query_key_value.bias"] = torch.zeros(3 * c.n_embd)
-        theirs[f"{a}mlp.dense_h_to_4h.weight"] = own[f"{b}mlp.up.weight"]
-        theirs[f"{a}mlp.dense_h_to_4h.bias"] = torch.zeros(4 * c.n_embd)
-        theirs[f"{a}mlp.dense_4h_to_h.weight"] = own[f"{b}mlp.down.weight"]
-        theirs[f"{a}mlp.dense_4h_to_h.bias"] = torch.zeros(c.n_embd)
-    neox.load_state_dict(theirs, strict=True)
+    neox = GPTNeoXForCausalLM(GPTNeoXConfig(**neox_config(model.config))).eval()
+    neox.load_state_dict(neox_weights(model.state_dict(), model.config), strict=True)
     return neox
 
 
@@ -87,15 +63,15 @@ def cached_logits(model, ids, cuts, cache=None):
 # ------------------------------------------------------------------------------------- architecture
 
 
-def test_with_the_same_weights_it_is_a_gpt_neox(mode):
+def test_logits_equal_those_of_gpt_neox(mode):
     model = new_model()
     ids = some_ids(2, SMALL.max_positions)
     theirs = neox_of(model)(ids).logits
-    assert theirs.std() > 1  # the weights say something
+    assert theirs.std() > 1
     torch.testing.assert_close(model(ids), theirs, atol=1e-4, rtol=0)
 
 
-def test_the_reference_size_is_522_million_parameters_and_3_gigaflop_a_token():
+def test_the_reference_size_is_522_million_parameters_and_3_gflop_per_token():
     with torch.device("meta"):
         model = GPT(GPTConfig())
     assert round(model.n_params() / 1e6) == 522
@@ -103,7 +79,7 @@ def test_the_reference_size_is_522_million_parameters_and_3_gigaflop_a_token():
 
 
 @torch.no_grad()
-def test_a_new_model_has_identity_blocks_and_guesses_evenly():
+def test_a_new_model_has_identity_blocks_and_uniform_predictions():
     torch.manual_seed(0)
     model = GPT(SMALL)
     ids = some_ids(4, 32)
@@ -113,14 +89,14 @@ def test_a_new_model_has_identity_blocks_and_guesses_evenly():
 
 
 @torch.no_grad()
-def test_only_the_states_that_are_wanted_are_returned_and_they_are_the_same():
+def test_hidden_with_where_returns_the_same_states():
     model, ids = new_model(), some_ids(3, 12)
     x, where = model.token_embedding(ids), torch.tensor([30, 0, 11, 12])
     torch.testing.assert_close(model.hidden(x, where=where),
                                model.hidden(x).flatten(0, 1)[where], atol=1e-5, rtol=0)
 
 
-def test_gradient_flows_to_every_parameter():
+def test_every_parameter_gets_a_gradient():
     model = new_model()
     ids = some_ids(8, 32)
     model(ids[:, :-1], ids[:, 1:]).backward()
@@ -128,17 +104,17 @@ def test_gradient_flows_to_every_parameter():
     assert not idle
 
 
-# --------------------------------------------------------------------------------- who may see what
+# ------------------------------------------------------------------------------------ causal masks
 
 
-def test_no_position_sees_the_future(mode):
+def test_attention_is_causal(mode):
     model, ids = new_model(), some_ids(1, 12)
     before, after = model(ids), model(changed(ids, 0, 7))
     assert torch.equal(before[:, :7], after[:, :7])
     assert all((before[:, t] - after[:, t]).abs().max() > 1e-3 for t in range(7, 12))
 
 
-def test_no_document_of_a_packed_row_sees_another(mode):
+def test_documents_in_a_packed_row_do_not_attend_to_each_other(mode):
     model, ids = new_model(), some_ids(1, 12)
     segments = torch.tensor([[1] * 7 + [2] * 5])
     before, after = (model(i, segments=segments) for i in (ids, changed(ids, 0, 2)))
@@ -146,7 +122,7 @@ def test_no_document_of_a_packed_row_sees_another(mode):
     assert all((before[:, t] - after[:, t]).abs().max() > 1e-3 for t in range(2, 7))
 
 
-def test_a_chat_in_a_packed_row_has_the_logits_it_has_alone(mode):
+def test_packing_does_not_change_logits(mode):
     model, ids = new_model(), some_ids(2, 20)
     lengths = [[6, 9, 5], [11, 1, 4]]  # the second row ends in four positions of padding
     positions, segments = torch.zeros(2, 20).long(), torch.zeros(2, 20).int()
@@ -167,7 +143,7 @@ def test_a_chat_in_a_packed_row_has_the_logits_it_has_alone(mode):
 
 
 @torch.no_grad()
-def test_the_loss_is_the_sum_of_nats_over_all_positions():
+def test_loss_is_the_sum_of_cross_entropies():
     model, ids = new_model(), some_ids(3, 10)
     log_p = model(ids[:, :-1]).log_softmax(-1)
     by_hand = -sum(log_p[b, t, ids[b, t + 1]].item() for b in range(3) for t in range(9))
@@ -175,7 +151,7 @@ def test_the_loss_is_the_sum_of_nats_over_all_positions():
 
 
 @torch.no_grad()
-def test_the_loss_at_some_positions_ignores_the_others_and_the_head_never_sees_them(monkeypatch):
+def test_the_head_computes_only_supervised_positions(monkeypatch):
     model, ids, targets = new_model(), some_ids(3, 10), some_ids(3, 10, seed=2)
     where = torch.tensor([2, 3, 9, 17, 29])
     ignored = torch.full((30,), -100)
@@ -193,16 +169,16 @@ def test_the_loss_at_some_positions_ignores_the_others_and_the_head_never_sees_t
     assert seen == [5]
 
 
-@pytest.mark.parametrize("sure", [1.0, 15.0], ids=["unsure", "sure"])
+@pytest.mark.parametrize("scale", [1.0, 15.0], ids=["uncertain", "confident"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_loss_in_pieces_has_the_value_and_gradients_of_the_whole(
-    device, dtype, sure, monkeypatch
+def test_chunked_loss_has_the_value_and_gradients_of_cross_entropy(
+    device, dtype, scale, monkeypatch
 ):
     monkeypatch.setitem(gpt.LOGITS_AT_ONCE, device, 300 * 70)  # 70 of 200 rows at a time
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 32, generator=generator).to(device)
-    weight = torch.randn(300, 32, generator=generator).to(device) * 0.1 * sure
+    weight = torch.randn(300, 32, generator=generator).to(device) * 0.1 * scale
     targets = (x @ weight.T).argmax(-1)
     targets[::3] = torch.arange(len(targets[::3]), device=device)
 
@@ -219,14 +195,14 @@ def test_the_loss_in_pieces_has_the_value_and_gradients_of_the_whole(
     expected, found = gradients(whole, torch.float32), gradients(the_head_loss, dtype)
     ordinary = gradients(whole, dtype)  # no further from the truth than autocast's own error
     assert found[0] == pytest.approx(ordinary[0], rel=1e-4)
-    for mine, right, theirs in zip(found[1:], expected[1:], ordinary[1:], strict=True):
-        error = (mine - right).norm() / right.norm()
-        assert error < 1e-5 + 1.5 * (theirs - right).norm() / right.norm()
+    for mine, exact, theirs in zip(found[1:], expected[1:], ordinary[1:], strict=True):
+        error = (mine - exact).norm() / exact.norm()
+        assert error < 1e-5 + 1.5 * (theirs - exact).norm() / exact.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_loss_of_a_sure_model_keeps_its_digits(dtype):
-    """1,000 others at e^-12 each make 0.0061 nats, however coarse the type."""
+def test_loss_of_a_confident_model_is_exact(dtype):
+    """1,000 other logits at e^-12 give 0.0061 nats in any dtype."""
     weight = torch.zeros(1001, 8)
     weight[7, 0] = 12.0
     x, targets = torch.zeros(1, 8), torch.tensor([7])
@@ -236,7 +212,7 @@ def test_the_loss_of_a_sure_model_keeps_its_digits(dtype):
     assert loss.item() == pytest.approx(math.log1p(1000 * math.exp(-12)), rel=0.01)
 
 
-def test_no_positions_have_no_loss_and_no_gradient():
+def test_no_supervised_positions_give_zero_loss_and_gradient():
     model = new_model()
     ids, none = some_ids(2, 5), torch.zeros(0, dtype=torch.long)
     loss = model(ids, none, none)
@@ -250,16 +226,16 @@ def test_no_positions_have_no_loss_and_no_gradient():
 
 @torch.no_grad()
 @pytest.mark.parametrize("cuts", [[1] * 12, [5, 7], [1, 11], [4, 1, 6, 1], [12]], ids=str)
-def test_a_cache_changes_no_logit(cuts):
+def test_the_cache_does_not_change_logits(cuts):
     model, ids = new_model(), some_ids(2, 12)
     torch.testing.assert_close(cached_logits(model, ids, cuts), model(ids), atol=1e-5, rtol=0)
 
 
-# --------------------------------------------------------------------------- documents by bounds
+# ------------------------------------------------------------------------ attention in documents
 
 
 def documents_apart(q, k, v, bounds, bounds_k, longest, longest_k, **causal):
-    """What PyTorch's kernel for documents promises, one document after the other."""
+    """A reference for PyTorch's varlen_attn: one document after the other."""
     assert bounds is bounds_k and longest == longest_k and causal in (
         {"window_size": (-1, 0)}, {"is_causal": True})
     assert (bounds.diff() > 0).all() and bounds.diff().max() <= longest
@@ -269,10 +245,10 @@ def documents_apart(q, k, v, bounds, bounds_k, longest, longest_k, **causal):
     return torch.cat(parts)
 
 
-def test_bounds_of_documents_say_what_the_mask_says(monkeypatch):
+def test_varlen_attention_equals_the_mask(monkeypatch):
     torch.manual_seed(0)
     model = GPT(GPTConfig(64, 2, 2, 16, 32)).requires_grad_()
-    for block in model.blocks:  # or they are the identity
+    for block in model.blocks:
         torch.nn.init.normal_(block.attention.out.weight, std=0.3)
     ids = torch.randint(64, (2, 9))
     segments = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1] * 9])
@@ -286,8 +262,7 @@ def test_bounds_of_documents_say_what_the_mask_says(monkeypatch):
 
 
 @pytest.mark.parametrize("T", [24, 240])
-def test_documents_beside_each_other_attend_as_behind_a_mask(T):
-    """The last document is padding."""
+def test_documents_in_a_batch_equal_the_mask(T):
     torch.manual_seed(0)
     lengths = [[T // 6, T // 8, T // 6, T // 12], [T // 7] * 3]
     segments, bounds = torch.zeros(2, T, dtype=torch.int32), []
@@ -308,8 +283,8 @@ def test_documents_beside_each_other_attend_as_behind_a_mask(T):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_written_out_is_that_of_the_fused_kernel(masked):
-    """On a CPU it is written out where there is a gradient, in half precision."""
+def test_written_out_attention_equals_the_fused_kernel(masked):
+    """Training in half precision on a CPU uses the written-out formula."""
     torch.manual_seed(0)
     mask = torch.ones(12, 12, dtype=torch.bool).tril()[None, None] if masked else None
     qkv = torch.randn(3, 2, 2, 12, 8).bfloat16()
@@ -323,5 +298,5 @@ def test_attention_written_out_is_that_of_the_fused_kernel(masked):
         assert (found - expected).norm() < 0.01 * expected.norm()
 
 
-def test_a_cpu_takes_a_mask():
+def test_a_cpu_uses_the_mask():
     assert not gpt.takes_bounds(torch.device("cpu"), torch.bfloat16)

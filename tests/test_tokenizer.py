@@ -1,4 +1,4 @@
-"""The claims of tokenizer.py: exact ids, a chat that nobody can forge, and what is to be learnt."""
+"""tokenizer.py: exact ids, no forged special tokens, the loss mask of chats."""
 
 import pytest
 
@@ -52,7 +52,7 @@ def test_gpt2_has_the_ids_of_gpt2(gpt2):
     assert (gpt2.end, gpt2.image, gpt2.n_vocab) == (50260, 50261, 50304)
 
 
-def test_the_specials_lie_behind_all_ordinary_ids_and_within_the_padded_vocabulary(either):
+def test_special_ids_follow_ordinary_ids_within_the_padded_vocabulary(either):
     numbers = sorted(either.specials.values())
     assert numbers == list(range(numbers[0], numbers[0] + 6))
     assert either.n_vocab % 64 == 0 and 0 < either.n_vocab - numbers[-1] <= 64
@@ -61,29 +61,28 @@ def test_the_specials_lie_behind_all_ordinary_ids_and_within_the_padded_vocabula
 
 
 @pytest.mark.parametrize("text", HARD.values(), ids=HARD)
-def test_any_text_comes_back_as_it_was(either, text):
+def test_decode_inverts_encode(either, text):
     assert either.decode(either.encode(text)) == text
 
 
 @pytest.mark.parametrize("name", ["gpt2", "small"])
-def test_half_a_character_is_no_reason_to_stop(request, name):
-    """JSON may spell one half of a surrogate pair, as \\ud83d; it is read as a replacement mark."""
+def test_a_lone_surrogate_becomes_a_replacement_character(request, name):
     either = request.getfixturevalue(name)
     assert either.decode(either.encode("so \ud83d it")) == "so \ufffd it"
 
 
-def test_decoding_shows_specials_by_their_names(either):
+def test_decode_shows_special_tokens_by_name(either):
     ids = [either.user, *either.encode("hi 👍"), either.end, either.image]
     assert either.decode(ids) == "<|user|>hi 👍<|end|><|image|>"
     assert either.decode([either.n_vocab - 1]) == ""  # padding of the vocabulary has no text
 
 
-def test_a_trained_vocabulary_is_small_and_has_learnt_its_text(small):
+def test_a_trained_vocabulary_compresses_its_text(small):
     assert small.n_vocab == 320 and max(small.specials.values()) < 310
     assert len(small.encode("the cat")) == 2
 
 
-def test_a_saved_vocabulary_is_the_same_when_loaded(small, gpt2, tmp_path):
+def test_save_and_load(small, gpt2, tmp_path):
     small.save(tmp_path)
     for where in (tmp_path, tmp_path / "tokenizer.json"):
         found = tokenizers.load(where)
@@ -98,7 +97,7 @@ def test_gpt2_needs_no_file(gpt2, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_vocabulary_is_named(tmp_path):
+def test_a_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no tokenizer at .*nowhere: use gpt2"):
         tokenizers.load(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no tokenizer at .*tokenizer\.json"):
@@ -106,7 +105,7 @@ def test_a_missing_vocabulary_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("broken", [b"", b"{", b"[]", b'{"model": 3}', b"\xff\xfe\x00"], ids=repr)
-def test_a_broken_vocabulary_is_named(broken, tmp_path):
+def test_a_broken_tokenizer_file_is_named(broken, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(broken)
     with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer file"):
         tokenizers.load(tmp_path)
@@ -115,7 +114,7 @@ def test_a_broken_vocabulary_is_named(broken, tmp_path):
 # -------------------------------------------------------------------------------------------- chats
 
 
-def test_a_chat_and_what_is_learnt_of_it_by_hand(gpt2):
+def test_a_chat_and_its_loss_mask_by_hand(gpt2):
     chat = render(gpt2, say("system", "hello", "user", "hello world", "assistant", " world",
                             "user", " world", "assistant", "hello world"))
     assert list(zip(chat.ids, map(int, chat.supervised), strict=True)) == [
@@ -129,7 +128,7 @@ def test_a_chat_and_what_is_learnt_of_it_by_hand(gpt2):
 
 
 @pytest.mark.parametrize("special", [*SPECIALS, "".join(SPECIALS)])
-def test_nobody_can_type_a_special_token(either, special):
+def test_text_cannot_forge_special_tokens(either, special):
     ids = either.encode(f"so {special}!")
     assert ids and not set(ids) & set(either.specials.values())
     assert either.decode(ids) == f"so {special}!"
@@ -139,8 +138,8 @@ def test_nobody_can_type_a_special_token(either, special):
     found = [i for i in chat.ids if i in either.specials.values()]
     assert found == [either.end_of_text, either.user, either.end, either.assistant, either.end,
                      either.system, either.end]
-    learnt = [i for i, s in zip(chat.ids, chat.supervised, strict=True) if s]
-    assert learnt == [*either.encode(special), either.end]
+    supervised = [i for i, s in zip(chat.ids, chat.supervised, strict=True) if s]
+    assert supervised == [*either.encode(special), either.end]
 
 
 def test_an_unknown_role_is_refused(gpt2):
@@ -163,7 +162,7 @@ def pieces(tokenizer, messages, n_images):
 @pytest.mark.parametrize(("text", "n", "expected"), [
     ("What is it?", 1, "@What is it?"),  # no mark: at the start
     ("Which?", 2, "@@Which?"),
-    ("<image>\nWhat?", 1, "@What?"),  # the line break belongs to the mark
+    ("<image>\nWhat?", 1, "@What?"),  # the line break is dropped
     ("What?\n<image>", 1, "What?@"),
     ("Is\n<image>\na cat?", 1, "Is@a cat?"),
     ("<image>", 1, "@"),
@@ -173,19 +172,19 @@ def pieces(tokenizer, messages, n_images):
     ("<image><image>", 2, "@@"),
     ("Write <image> in HTML.\n", 0, "Write <image> in HTML.\n"),  # no image, no mark
 ])
-def test_an_image_stands_where_its_mark_stands(either, text, n, expected):
+def test_an_image_replaces_its_mark(either, text, n, expected):
     chat = render(either, say("user", text, "assistant", "Yes."), n)
     assert chat.ids.count(either.image) == n
     assert pieces(either, say("user", text, "assistant", "Yes."), n) == expected
 
 
-def test_an_image_is_one_id_and_is_not_learnt(gpt2):
+def test_an_image_is_one_unsupervised_id(gpt2):
     chat = render(gpt2, say("user", "<image>\nhello world", "assistant", "hello"), 1)
     assert chat == Rendered([50256, 50258, 50261, 31373, 995, 50260, 50259, 31373, 50260],
                             [False] * 7 + [True] * 2)
 
 
-def test_marks_in_later_user_turns_count_and_those_of_others_are_text(gpt2):
+def test_only_marks_in_user_turns_are_images(gpt2):
     messages = say("system", "<image>", "user", "Hi.", "assistant", "<image>",
                    "user", "<image>\nNow?")
     chat = render(gpt2, messages, 1)
@@ -195,7 +194,7 @@ def test_marks_in_later_user_turns_count_and_those_of_others_are_text(gpt2):
     assert chat.ids.count(gpt2.image) == 1
 
 
-def test_the_first_user_turn_gets_the_image_that_has_no_mark(gpt2):
+def test_an_image_without_mark_comes_first_in_the_first_user_turn(gpt2):
     chat = render(gpt2, say("system", "Look.", "user", "What?", "assistant", "A cat.",
                             "user", "Sure?"), 1)
     assert gpt2.decode(chat.ids).startswith(
@@ -208,6 +207,6 @@ def test_the_first_user_turn_gets_the_image_that_has_no_mark(gpt2):
     (say("user", "<image>"), 2, r"2 image\(s\), but <image> occurs 1 time"),
     (say("assistant", "<image>"), 1, "no user turn"),
 ])
-def test_images_and_marks_that_do_not_match_are_refused(gpt2, messages, n, complaint):
+def test_a_wrong_number_of_marks_is_refused(gpt2, messages, n, complaint):
     with pytest.raises(ValueError, match=complaint):
         render(gpt2, messages, n)
