@@ -35,7 +35,7 @@ from prep.schema import text_of, texts_of
 from prep.sources import at_least, pieces, sources_of
 from prep.splits import splits_of
 from prep.toy_dataset import write_demo
-from prep.writers import NewFolder, Shards, check_size, write_manifest
+from prep.writers import Shards, check_size, new_data_set, write_manifest
 
 SMALLEST_VOCABULARY = 256 + len(tokenizers.SPECIALS)  # every byte, and the specials
 VOCABULARY_TEXT = 200_000_000  # characters that a vocabulary is trained on, at most
@@ -141,7 +141,7 @@ def demo(cfg):
     at_least(cfg, stories=1, chats=1, captions=1, conversations=1, questions=1, held_out=1,
              vocabulary=SMALLEST_VOCABULARY, image_size=8)
     began = time.time()
-    with NewFolder(cfg.out) as out:
+    with new_data_set(cfg.out) as out:
         n_train = write_demo(out, cfg)
         write_json(out / "manifest.json", seal({
             "seconds": time.time() - began, "peak_rss_gb": peak_memory_gb()[1],
@@ -170,7 +170,7 @@ def text(cfg):
     at_least(cfg, shard_tokens=1, max_documents=0)
     if cfg.vocabulary:
         at_least(cfg, vocabulary=SMALLEST_VOCABULARY)
-    sources, folder = sources_of(cfg), NewFolder(cfg.out)
+    sources, folder = sources_of(cfg), new_data_set(cfg.out)
     with folder as out:
         tokenizer = text_tokenizer(cfg, folder, sources["rows"])
         check_size(tokenizer, cfg)
@@ -197,7 +197,7 @@ def text_tokenizer(cfg, folder, source):
     if not cfg.vocabulary:
         return tokenizers.load(cfg.tokenizer)
     wanted = [cfg.vocabulary, cfg.field, source.identity]
-    done, half = folder.writing / f"vocabulary-{digest(wanted)[:16]}", folder.writing / "vocabulary"
+    done, half = folder.work / f"vocabulary-{digest(wanted)[:16]}", folder.work / "vocabulary"
     if not done.is_dir():  # where an earlier start did not train it
         texts = islice(texts_of(source, cfg.field, VOCABULARY_TEXT), cfg.max_documents or None)
         half.mkdir(exist_ok=True)

@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from common.atomic import flush
 from common.config import UserError, one_line, read_json, read_sealed, seal
 
 STEP_FOLDER = re.compile(r"step_(\d{8})$")
@@ -121,14 +122,6 @@ def file_sum(path):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def flush(folder, deep=True):
-    """Force `folder`, and if deep the files below it, to the disk."""
-    for path in [*(Path(folder).rglob("*") if deep else ()), Path(folder)]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
 
 
 def steps_in(run_folder):

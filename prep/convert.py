@@ -16,7 +16,7 @@ from prep.schema import ask_shortly, check_quality, messages_of, pictures_of
 from prep.sources import sources_of
 from prep.splits import splits_of
 from prep.unpack import unpacked
-from prep.writers import ChatWriter, NewFolder, check_size, write_manifest
+from prep.writers import ChatWriter, check_size, new_data_set, write_manifest
 
 
 def write_chats_about_text(cfg):
@@ -42,7 +42,7 @@ def write_chats_about_pictures(cfg):
 
     def reader(folder):
         def unpack(paths, codec):
-            return unpacked(paths, codec, folder.unpacked)
+            return unpacked(paths, codec, folder.work / "unpacked")
 
         find = open_pictures(cfg.image_root, unpack if cfg.copy else None)
 
@@ -84,7 +84,7 @@ def write_conversations(cfg, reader, shard_bytes=0, workers=None, **manifest):
     """
     tokenizer = tokenizers.load(cfg.tokenizer)
     check_size(tokenizer, cfg)
-    sources, folder = sources_of(cfg), NewFolder(cfg.out)
+    sources, folder = sources_of(cfg), new_data_set(cfg.out)
 
     with folder as out:
         read, archives = reader(folder)

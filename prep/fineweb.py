@@ -12,7 +12,7 @@ from common import hub
 from common.checkpoint import file_sum, write_json
 from common.config import UserError, seal
 from data import read_array
-from prep.writers import NewFolder
+from prep.writers import new_data_set
 
 
 def fetch_shards(cfg):
@@ -27,7 +27,7 @@ def fetch_shards(cfg):
         raise UserError(f"{cfg.repository} has {len(kinds['train'])} training and "
                         f"{len(kinds['val'])} validation shards; --shards={cfg.shards} needs more")
     chosen = [*kinds["val"], *kinds["train"][: cfg.shards or None]]
-    folder = NewFolder(cfg.out, keep=True)
+    folder = new_data_set(cfg.out, keep=True)
     tokens = {"train": 0, "val": 0}
     names = [Path(remote.name).name for remote in chosen]
     with folder as out:

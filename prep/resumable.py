@@ -313,11 +313,13 @@ def read_all(folder, cfg, sources, tokenizer, make, limit, workers=None, archive
         for name, source in sources.items():
             settings = {**kept, "tokenizer": tokenizer.fingerprint, "source": source.identity,
                         "archives": archives}
-            journals[name] = Journal(folder.writing / name, settings)
+            journals[name] = Journal(folder.work / name, settings)
             fill(journals[name], source, make, limit if name == "rows" else 0, workers)
             journals[name].open()
     finally:
         for journal in journals.values():
             refused.add_all(journal.refused)
         refused.show()
+    if len(journals["rows"]) == 0:
+        shutil.rmtree(folder.work)  # nothing in it is worth keeping
     return journals, refused

@@ -5,80 +5,22 @@ data.py and train/packing.py read what this writes, and say what the files mean.
 """
 
 import contextlib
-import fcntl
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 
 import tokenizer as tokenizers
-from common.checkpoint import flush, sums, write_json
+from common.atomic import NewFolder
+from common.checkpoint import sums, write_json
 from common.config import UserError, seal
 
 
-class NewFolder:
-    """A folder that appears under its name when it is whole, replacing an older one.
-
-        folder = NewFolder("data/books")
-        with folder as out:      # out is an empty folder, put in place at the end
-
-    Beside `out`, folder.writing can hold journals (journal.py), and archives unpacked into
-    folder.unpacked (unpack.py). Where something ends the block early, those and the journals that
-    have rows stay, and the same command goes on from them. With keep, what is in `out` stays too.
-    """
-
-    def __init__(self, path, keep=False):
-        self.keep = keep
-        self.path = Path(path).absolute()
-        self.writing = self.path.with_name(f".writing-{self.path.name}")
-        self.whole, self.unpacked = self.writing / "whole", self.writing / "unpacked"
-        self.older = self.writing / "older"
-        if self.path.exists() and not (self.path / "manifest.json").is_file():
-            raise UserError(f"{path} is there already and is no data set of prepare.py's, so it is "
-                            "not replaced; choose another --out")
-
-    def __enter__(self):
-        try:
-            self.writing.mkdir(parents=True, exist_ok=True)
-            self.lock = os.open(self.writing, os.O_RDONLY)
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it at our end
-            shutil.rmtree(self.older, ignore_errors=True)
-            if not self.keep:
-                shutil.rmtree(self.whole, ignore_errors=True)
-            self.whole.mkdir(exist_ok=True)
-        except BlockingIOError:
-            os.close(self.lock)
-            raise UserError(f"another prepare.py is making {self.path} at this moment; wait for "
-                            "it, or choose another --out") from None
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; choose another --out "
-                            "or put that right") from None
-        return self.whole
-
-    def __exit__(self, kind, error, _):
-        try:
-            if kind is None:
-                flush(self.whole)
-                if self.path.exists():
-                    self.path.rename(self.older)
-                self.whole.rename(self.path)
-                flush(self.path.parent, deep=False)
-            elif any(any(self.writing.glob(pattern)) for pattern in (
-                    "whole/*" if self.keep else "*/progress.json", "unpacked/*")):
-                print(f"what is done so far is kept in {self.writing}; "
-                      "the same command goes on from there", flush=True)
-                return self._as_user_error(error)
-            shutil.rmtree(self.writing, ignore_errors=True)
-        finally:
-            os.close(self.lock)
-        return self._as_user_error(error)
-
-    def _as_user_error(self, error):
-        """A full disk is the user's to put right; anything else goes its way (False)."""
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {self.path}: {error}") from None
-        return False
+def new_data_set(path, keep=False):
+    """The NewFolder of a data set; UserError if `path` is something else than a data set."""
+    if Path(path).exists() and not (Path(path) / "manifest.json").is_file():
+        raise UserError(f"{path} exists and is not a data set, so it is not replaced; choose "
+                        "another --out")
+    return NewFolder(path, keep)
 
 
 def write_manifest(folder, tokenizer, **counts):

@@ -338,7 +338,7 @@ def test_prepare_replaces_a_data_set_but_nothing_else(things, tmp_path):
 def test_a_crash_leaves_the_folder_that_is_there(tmp_path):
     (tmp_path / "good").mkdir()
     (tmp_path / "good/manifest.json").write_text("{}")
-    with pytest.raises(KeyboardInterrupt), prepare.NewFolder(tmp_path / "good") as out:
+    with pytest.raises(KeyboardInterrupt), prepare.new_data_set(tmp_path / "good") as out:
         (out / "half").write_text("half")
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.rglob("*")] == ["good", "manifest.json"]

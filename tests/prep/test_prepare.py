@@ -527,13 +527,13 @@ def test_ctrl_c_and_errors_leave_what_is_done(vocabulary, tmp_path):
             f"--out={tmp_path}/out"]
     stopped = dies(argv, 4, "SIGINT")
     assert stopped.returncode == 130 and "Traceback" not in stopped.stderr
-    assert "the same command goes on" in stopped.stdout
+    assert "the same command resumes" in stopped.stdout
     assert "going on after 64 rows" in prepared(*argv)
     (tmp_path / "z.parquet").write_bytes(b"not parquet")
     argv = [*argv[:2], f"--files={tmp_path}/a.jsonl,{tmp_path}/z.parquet", f"--out={tmp_path}/new"]
     result = run("prepare.py", *argv)
     assert f"cannot read {tmp_path}/z.parquet" in result.refusal
-    assert "the same command goes on" in result.out and not (tmp_path / "new").exists()
+    assert "the same command resumes" in result.out and not (tmp_path / "new").exists()
     again = run("prepare.py", *argv)
     assert "going on after 400 rows" in again.out and "z.parquet" in again.refusal
 
@@ -548,9 +548,9 @@ def test_the_number_of_cores_changes_no_byte(vocabulary, tmp_path, monkeypatch):
 
 
 def test_two_commands_cannot_make_the_same_folder_at_once(tmp_path):
-    with pytest.raises(ValueError), writers.NewFolder(tmp_path / "out"):
+    with pytest.raises(ValueError), writers.new_data_set(tmp_path / "out"):
         result = run("prepare.py", "demo", f"--out={tmp_path}/out", *DEMO)
-        assert "another prepare.py is making" in result.refusal
+        assert "another process is writing" in result.refusal
         raise ValueError
 
 

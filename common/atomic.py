@@ -1,0 +1,124 @@
+"""Files that survive a kill: folders that are complete or absent, and JSON lines that are resumed.
+
+    with NewFolder("data/books") as folder:     # an empty folder, renamed to data/books at the end
+        (folder / "a.txt").write_text("a")
+
+    append_rows("answers.jsonl", [{"row": 0}])  # a kill may cut its last line:
+    rows, cut = read_rows("answers.jsonl")      # complete rows, and the bytes of a cut last line
+    truncate_rows("answers.jsonl", len(rows))   # drops it, so that append_rows continues
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from itertools import islice
+from pathlib import Path
+
+from common.config import UserError
+
+
+def flush(folder, deep=True):
+    """Force `folder`, and if deep everything below it, to the disk."""
+    for path in [*(Path(folder).rglob("*") if deep else ()), Path(folder)]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def publish(temporary, path):
+    """Rename the finished folder `temporary` to `path` on the same disk, replacing what is there.
+
+    A reader finds the old folder, none for an instant, or the complete new one.
+    """
+    flush(temporary)
+    replaced = path.with_name(f".removing-{path.name}")
+    shutil.rmtree(replaced, ignore_errors=True)  # of an earlier start that was killed
+    if path.exists():
+        path.rename(replaced)
+    temporary.rename(path)
+    flush(path.parent, deep=False)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+class NewFolder:
+    """A context manager: an empty folder that is renamed to `path` when the block ends, replacing
+    an older one, and removed when the block fails. Only one process can make `path` at a time.
+
+    Files in self.work survive an error or a kill for the next start, and are removed at the end;
+    with keep=True the content of the new folder survives too. UserError if it cannot be written.
+    """
+
+    def __init__(self, path, keep=False):
+        self.path, self.keep = Path(path).absolute(), keep
+        self.work = self.path.with_name(f".writing-{self.path.name}")
+        self.new = self.work / "new"
+
+    def __enter__(self):
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            self.lock = os.open(self.work, os.O_RDONLY)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when the process ends
+            if not self.keep:
+                shutil.rmtree(self.new, ignore_errors=True)
+            self.new.mkdir(exist_ok=True)
+        except BlockingIOError:
+            os.close(self.lock)
+            raise UserError(f"another process is writing {self.path}; wait for it, or choose "
+                            "another folder") from None
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
+        return self.new
+
+    def __exit__(self, kind, error, _):
+        try:
+            if kind is None:
+                publish(self.new, self.path)
+            elif self._has_work():
+                print(f"completed work is kept in {self.work}; the same command resumes there",
+                      flush=True)
+                return self._as_user_error(error)
+            shutil.rmtree(self.work, ignore_errors=True)
+        except OSError as failure:
+            self._as_user_error(failure)
+        finally:
+            os.close(self.lock)
+        return self._as_user_error(error)
+
+    def _has_work(self):
+        files = (p for p in self.work.rglob("*") if p.is_file() and p.stat().st_size)
+        return any(self.keep or self.new not in file.parents for file in files)
+
+    def _as_user_error(self, error):
+        """Raise the error of a full or broken disk as a UserError; False for any other."""
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {self.path}: {error}") from None
+        return False
+
+
+# -------------------------------------------------------------------------------------- JSON lines
+
+
+def read_rows(path):
+    """(rows, cut) of a .jsonl file; cut: the bytes after the last line break, of a line that a kill
+    cut short. ([], b"") where there is no file; ValueError if a complete line is not JSON."""
+    if not Path(path).exists():
+        return [], b""
+    *lines, cut = Path(path).read_bytes().split(b"\n")
+    try:
+        return [json.loads(line) for line in lines], cut
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
+
+
+def truncate_rows(path, n):
+    """Cut a .jsonl file after its first n lines."""
+    with open(path, "r+b") as file:
+        file.truncate(sum(map(len, islice(file, n))))
+
+
+def append_rows(path, rows):
+    """Append rows to a .jsonl file, whose last line must be complete; makes the file if needed."""
+    # Half a surrogate pair, which JSON may contain and UTF-8 may not, is escaped as JSON does it.
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
