@@ -19,9 +19,7 @@ import shlex
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
-
-from tyro.conf import UseAppendAction
+from typing import Literal
 
 from common.config import UserError, parse, run_main
 from common.device import pick_device
@@ -48,7 +46,7 @@ UNPRINTABLE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)],
 @dataclass
 class Config(Sampling):
     prompt: str = ""  # what to say, - for standard input; empty: an interactive chat
-    image: Annotated[tuple[str, ...], UseAppendAction] = ()  # a picture to talk about; repeatable
+    image: tuple[str, ...] = ()  # a picture to talk about; repeatable
     max_tokens: int = 256  # longest answer
     input: str = ""  # a JSONL file of questions to answer: rows with a prompt, or chats; see README
     output: str = ""  # the JSONL file for their answers; what is there already is not done again

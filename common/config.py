@@ -2,32 +2,36 @@
 
     python pretrain.py configs/demo/pretrain.py --max_steps=500
 
-A config file is read, never executed: each `name = value` in it becomes the flag one could have
-typed, ahead of the real flags, so that a file and the command line pass the same checks.
+A config file is read, never executed: each `name = value` in it becomes a flag ahead of those of
+the command line. --help is made from the comments of the dataclass: the one on a setting's line
+and those right above it. A comment `# --- name` starts a group.
 """
 
+import argparse
 import ast
 import dataclasses
 import difflib
+import functools
 import hashlib
+import inspect
 import json
 import math
 import os
+import re
 import signal
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 
 class UserError(Exception):
-    """Something the user can put right. The message says what, where and what to do."""
+    """An error that the user can correct. The message says what, where and what to do."""
 
 
 def one_line(error, longest=300):
-    """What a library says of a strange file, fit for a terminal: on one line, without control
-    letters of the file's own, and not all of it where it repeats the file."""
+    """An error message of a library on one line, printable, at most about `longest` characters."""
     words = " ".join(str(error).split()).encode("utf-8", "replace").decode()
     text = "".join(letter if letter.isprintable() else "?" for letter in words)
     return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
@@ -35,86 +39,175 @@ def one_line(error, longest=300):
 
 @dataclass
 class TrainSettings:
-    """What every training stage lets you set."""
+    """Settings of every training stage."""
 
-    out: str = "out/run"  # folder of this run: checkpoints, log.jsonl, loss.png, report.md
-    seed: int = 1337  # of the initial weights and of the data order
-    resume: bool = True  # go on from the newest checkpoint in `out`; False starts the run anew
-
-    max_steps: int = 1000  # optimizer steps in the whole run
-    time_limit: float = 0.0  # minutes after which the run saves and ends early; 0 for no limit
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for the matrices, AdamW for the rest
-    muon_lr: float = 0.02  # peak learning rate of Muon's matrices
-    momentum: float = 0.95  # Muon's memory of the gradient; a short run learns more with 0.9
-    lr: float = 3e-3  # peak learning rate of everything that AdamW trains
+    # --- optimization
+    max_steps: int = 1000  # optimizer steps of the run
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for matrices, AdamW for the rest
+    muon_lr: float = 0.02  # Muon's peak learning rate
+    momentum: float = 0.95  # Muon's momentum; 0.9 is better for short runs
+    lr: float = 3e-3  # AdamW's peak learning rate
     embedding_lr: float = 0.0  # peak learning rate of token embeddings; 0 for the same as lr
-    weight_decay: float = 0.01  # shrinks each weight by this share of its learning rate a step
-    decay: Literal["matrices", "all"] = "matrices"  # all: norms, biases and embeddings decay too
-    beta1: float = 0.9  # AdamW's memory of the gradient
-    beta2: float = 0.95  # AdamW's memory of its square
-    grad_clip: float = 1.0  # longest gradient, in its global norm; 0 for no clipping
-    schedule: Literal["linear", "cosine"] = "linear"  # shape of the way down
-    warmup: float = 0.02  # share of the steps spent rising to the peak
-    cooldown: float = 0.5  # share of the steps, at the end, spent coming down
-    final_lr: float = 0.0  # where the way down ends, as a share of the peak
+    weight_decay: float = 0.01  # decoupled weight decay, multiplied by the learning rate
+    decay: Literal["matrices", "all"] = "matrices"  # all: also norms, biases and embeddings
+    beta1: float = 0.9  # AdamW's beta1
+    beta2: float = 0.95  # AdamW's beta2
+    grad_clip: float = 1.0  # maximum global gradient norm; 0 for no clipping
+    schedule: Literal["linear", "cosine"] = "linear"  # shape of the learning-rate decay
+    warmup: float = 0.02  # fraction of steps used for learning-rate warmup
+    cooldown: float = 0.5  # fraction of steps used for learning-rate decay, at the end
+    final_lr: float = 0.0  # learning rate after the decay, as a fraction of the peak
 
+    # --- run
+    out: str = "out/run"  # run folder: checkpoints, log.jsonl, loss.png, report.md, report.html
+    seed: int = 1337  # seed of the initial weights and of the data order
+    resume: bool = True  # resume from the newest checkpoint in `out`; False restarts the run
+    time_limit: float = 0.0  # minutes after which the run saves and stops; 0 for no limit
     eval_every: int = 250  # steps between evaluations; 0 for only at the end
-    save_every: int = 1000  # steps between checkpoints; there is always one at the end
-    keep_every: int = 0  # checkpoints of every so many steps are never removed; 0 for none
+    save_every: int = 1000  # steps between checkpoints; the last step always saves one
+    keep_every: int = 0  # steps between checkpoints that are kept for good; 0 for none
     log_every: int = 10  # steps between printed lines
-    step_timeout: float = 15.0  # minutes after which a process that stalls is named and the job
-    # ends; 0 for never
-    device: str = "auto"  # auto, cpu, cuda, mps
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: what the device is for
-    # divide weights and optimizer over all GPUs (full) or those of a node (hybrid), by FSDP
-    shard: Literal["none", "full", "hybrid"] = "none"
-    compile: bool = False  # torch.compile: slower to start, faster after (needs a C++ compiler)
     dollars_per_hour: float = 0.0  # price of one device, for the report
-    tracker: Literal["none", "trackio", "wandb"] = "none"  # also send the figures there
+    tracker: Literal["none", "trackio", "wandb"] = "none"  # also log to this experiment tracker
+
+    # --- hardware
+    device: str = "auto"  # auto, cpu, cuda, mps
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: the best for the device
+    # shard weights and optimizer states with FSDP: full over all GPUs, hybrid within each node
+    shard: Literal["none", "full", "hybrid"] = "none"
+    compile: bool = False  # torch.compile: slower start, faster steps (needs a C++ compiler)
+    # minutes without progress after which the stalled process is reported and the job ends;
+    # 0 for never
+    step_timeout: float = 15.0
 
 
-def parse(config_class, argv=None):
+def parse(config_class, argv=None, usage="[CONFIG]"):
     """Settings from `[config file] [--name=value ...]`; --help lists them with their comments.
 
-    Raises UserError for a name that does not exist (with the nearest one) or a broken file; a value
-    of the wrong type ends the program with tyro's message and status 2.
+    usage: what --help shows between the script's name and the settings.
+    Raises UserError for an unknown name (with the nearest one), a value of the wrong type or a
+    broken config file.
     """
-    import tyro
-
-    argv = list(sys.argv[1:] if argv is None else argv)
-    file_flags = []
-    if argv and not argv[0].startswith("-"):
-        file_flags = read_config_file(argv.pop(0), config_class)
-    for flag in argv:
-        if flag.startswith("--") and flag not in ("--help",):
+    flags = list(sys.argv[1:] if argv is None else argv)
+    if has_positional(flags):
+        flags = [*read_config_file(flags[0], config_class), *flags[1:]]
+    for flag in flags:
+        if flag.startswith("--") and flag != "--help":
             check_name(flag[2:].split("=")[0], config_class, "on the command line")
-    for flag in (*file_flags, *argv):
-        if "\0" in flag or any("\ud800" <= letter <= "\udfff" for letter in flag):
-            raise UserError(f"{flag.split('=')[0][:60]!r} is given a letter that is no text")
-    settings = tyro.cli(
-        config_class,
-        args=[*file_flags, *argv],
-        config=(tyro.conf.FlagConversionOff,),
-        use_underscores=True,
-    )
-    check_numbers(settings)
-    return settings
+    parser = Parser(
+        usage=f"python {Path(sys.argv[0]).name} {usage} [--name=value ...]",
+        description=description_of(config_class), allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for title, comments in described_settings(config_class).items():
+        group = parser.add_argument_group(title)
+        for name, comment in comments.items():
+            group.add_argument(f"--{name}", **options_of(fields[name], comment))
+    found = vars(parser.parse_args(flags))
+    return config_class(**{name: tuple(value) if isinstance(value, list) else value
+                           for name, value in found.items()})
 
 
-def check_numbers(settings):
-    """UserError for a number that nothing can be counted or multiplied with."""
-    for name, value in vars(settings).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{name}={value} is no number to compute with")
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise UserError(f"--{name} is too large: computers count to 2^63")
+def parse_checkpoint(config_class, argv=None, default=None):
+    """(checkpoint name, settings) from `CHECKPOINT [config file] [--name=value ...]`.
+
+    default: the name where the command line has none; without a default that is a UserError.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = argv.pop(0) if has_positional(argv) else default
+    settings = parse(config_class, argv, "CHECKPOINT [CONFIG]")
+    if name is None:
+        script = Path(sys.argv[0]).name
+        raise UserError(f"which checkpoint? For example: python {script} out/demo/vision_sft")
+    return name, settings
+
+
+def description_of(config_class):
+    """The docstrings of the script, which has examples, and of the class, if it has its own."""
+    own = inspect.cleandoc(config_class.__doc__)
+    texts = [sys.modules[config_class.__module__].__doc__ or ""]
+    return "\n".join(texts if own.startswith(f"{config_class.__name__}(") else [*texts, own])
+
+
+def has_positional(argv):
+    return bool(argv) and not argv[0].startswith("-")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{one_line(message)}; --help lists the settings")
+
+
+def options_of(field, comment):
+    """What argparse should know about a setting of type bool, int, float, str, Literal or
+    tuple[str, ...]; the last can be given several times."""
+    kind, default = field.type, field.default
+    shown = f"{comment} (default: {default})" if default not in ("", ()) else comment
+    options = {"default": default, "help": shown.strip().replace("%", "%%")}
+    if kind == tuple[str, ...]:
+        return options | {"type": string, "metavar": "STR", "action": "append", "default": []}
+    if kind in READERS:
+        return options | {"type": READERS[kind], "metavar": kind.__name__.upper()}
+    return options | {"choices": get_args(kind)}
+
+
+def boolean(text):
+    if text not in ("True", "False"):
+        raise ValueError
+    return text == "True"
+
+
+def integer(text):
+    value = int(text)
+    if abs(value) >= 2**63:  # beyond what arrays can count
+        raise ValueError
+    return value
+
+
+def number(text):
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def string(text):
+    text.encode()  # a UnicodeEncodeError is a ValueError
+    if "\0" in text:
+        raise ValueError
+    return text
+
+
+READERS = {bool: boolean, int: integer, float: number, str: string}
+
+
+@functools.cache
+def described_settings(config_class):
+    """{group: {setting: help}} from the comments in the source of a settings class."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    groups, seen = {}, set()
+    for cls in config_class.__mro__[:-1]:  # a stage's own settings first
+        group, above = "settings", []
+        for line in inspect.getsource(cls).splitlines():
+            setting = re.fullmatch(r"    (\w+): .*? = .*?(?:  # (.*))?", line)
+            if heading := re.fullmatch(r"    # --- (.+)", line):
+                group = heading[1]
+            elif comment := re.fullmatch(r"    # (.+)", line):
+                above.append(comment[1])
+                continue
+            elif setting and setting[1] in names - seen:
+                seen.add(setting[1])
+                text = " ".join(filter(None, [*above, setting[2]]))
+                groups.setdefault(group, {})[setting[1]] = text
+            above = []
+    return groups
 
 
 def read_config_file(path, config_class):
     """The assignments in the file `path` as a list of flags."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python's, about its own language
+            warnings.simplefilter("ignore")  # Python's, about invalid escapes and the like
             tree = ast.parse(Path(path).read_text(encoding="utf-8"), filename=path)
     except FileNotFoundError:
         raise UserError(f"there is no config file {path}") from None
@@ -132,7 +225,7 @@ def read_config_file(path, config_class):
         check_name(name, config_class, f"in {where}")
         try:
             value = ast.literal_eval(node.value)
-            if not isinstance(value, int | float | str | None):
+            if not isinstance(value, int | float | str):
                 raise TypeError
             flags.append(f"--{name}={value}")
         except (ValueError, TypeError, RecursionError, MemoryError):
@@ -142,8 +235,9 @@ def read_config_file(path, config_class):
 
 
 def check_name(name, config_class, where):
+    """UserError for a setting that does not exist."""
     names = [field.name for field in dataclasses.fields(config_class)]
-    if name.replace("-", "_") not in names:
+    if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "--help lists the settings"
         raise UserError(f"there is no setting {name[:60]!r} ({where}); {hint}")

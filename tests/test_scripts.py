@@ -237,15 +237,13 @@ def test_a_mistake_gets_one_line_that_names_it(mistake, pipeline, things, tmp_pa
 
 
 def test_a_value_of_the_wrong_type_is_named():
-    result = run("sft.py", "--max_steps=many")
-    assert result.status == 2 and "Traceback" not in result.out + result.err
-    assert "max_steps" in result.out + result.err and "many" in result.out + result.err
+    refusal = run("sft.py", "--max_steps=many").refusal
+    assert "max_steps" in refusal and "many" in refusal
 
 
 def test_a_name_that_is_not_among_the_choices_is_refused():
     for argv in (["pretrain.py", "--optimizer=sgd"], ["clip_pretrain.py", "--activation=rleu"]):
-        result = run(*argv)
-        assert result.status == 2 and argv[1].split("=")[1] in result.err
+        assert argv[1].split("=")[1] in run(*argv).refusal
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb"), reason="wandb is installed here")

@@ -226,7 +226,7 @@ def serve():
 def import_all():
     """What the scripts import, so that a child need not; no thread may be running after."""
     for name in ("clip_pretrain", "pretrain", "sft", "vision_pretrain", "vision_sft", "prepare",
-                 "tyro", "matplotlib.figure"):
+                 "matplotlib.figure"):
         importlib.import_module(name)
     import train.run
 
