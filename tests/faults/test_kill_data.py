@@ -1,16 +1,15 @@
 """kill -9 in the middle of making or fetching data: the same command makes the same bytes."""
 
-import contextlib
 import shutil
 import signal
 import time
 from collections import Counter
 from threading import Semaphore
 
-import numpy as np
+import fake_hub
 import pytest
 from conftest import COMMON, DEMO, TINY
-from test_hub import NAMES, REPOSITORY, Handler, Hub
+from test_hub import NAMES, REPOSITORY, shards
 from test_prepare import many_pictures, many_rows
 
 from common import checkpoint
@@ -91,44 +90,20 @@ def test_prepare_killed_at_any_time_makes_the_same_bytes(making, tmp_path):
 # -------------------------------------------------------------------------------------- downloads
 
 
-class Slowly(Handler):
-    """Sends half of each file, then the rest only if it may."""
-
-    def setup(self):
-        super().setup()
-        self.wfile = Halves(self.wfile, self.server)
-
-
-class Halves:
-    def __init__(self, file, server):
-        self.file, self.server = file, server
-
-    def write(self, data):
-        if len(data) > 4000:
-            self.file.write(data[:4000])
-            self.server.halves += 1
-            self.server.allowed.acquire(timeout=60)
-            data = data[4000:]
-        with contextlib.suppress(OSError):  # who asked may be dead
-            self.file.write(data)
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-
 @pytest.fixture
-def slow_hub(tmp_path):
-    """A hub of which a test decides how many files it sends whole."""
-    (tmp_path / "remote").mkdir()
-    luck = np.random.default_rng(0)
-    for name in NAMES:
-        np.save(tmp_path / "remote" / name, luck.integers(0, 50257, 4001).astype(np.uint16))
-    hub = Hub(tmp_path / "remote")
-    hub.RequestHandlerClass, hub.halves, hub.allowed = Slowly, 0, Semaphore(0)
-    yield hub
-    hub.allowed.release(100)
-    hub.shutdown()
-    hub.server_close()
+def slow_hub(monkeypatch):
+    """A fake hub that sends half of each file, and the rest only if a test allows it."""
+    with fake_hub.running(monkeypatch) as hub:
+        hub.repos["datasets", REPOSITORY] = shards()
+        hub.halves, hub.allowed = 0, Semaphore(0)
+
+        def halfway(_):
+            hub.halves += 1
+            hub.allowed.acquire(timeout=60)
+
+        hub.halfway = halfway
+        yield hub
+        hub.allowed.release(100)
 
 
 FETCHING = {
@@ -141,7 +116,7 @@ FETCHING = {
 @pytest.mark.parametrize("script", scale(["prepare.py"], FETCHING))
 def test_a_download_killed_in_the_middle_is_made_whole(slow_hub, script, tmp_path):
     """By prepare.py fineweb, and by a run that fetches while it trains; once in every file."""
-    environment = {"HF_ENDPOINT": slow_hub.url, "HF_HUB_DISABLE_XET": "1"}
+    environment = slow_hub.environment()
     for name in ("killed", "whole"):
         (tmp_path / name).mkdir()
     for number in range(scale(1, len(NAMES))):
@@ -158,7 +133,7 @@ def test_a_download_killed_in_the_middle_is_made_whole(slow_hub, script, tmp_pat
     fetched = sorted((tmp_path / "killed").rglob("*.npy"))
     assert [path.name for path in fetched] == sorted(NAMES)
     for path in fetched:
-        assert path.read_bytes() == (tmp_path / "remote" / path.name).read_bytes()
+        assert path.read_bytes() == slow_hub.repos["datasets", REPOSITORY][path.name]
     assert not list((tmp_path / "killed").rglob(".incoming*"))
     if script == "pretrain.py":
         assert_same_run(tmp_path / "killed/run", tmp_path / "whole/run")
