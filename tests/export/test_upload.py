@@ -1,9 +1,5 @@
-"""The claims of upload.py and export/model_card.py, against a little hub of ours that can refuse
-and break."""
+"""The claims of upload.py and export/model_card.py, with a fake hub that can refuse and break."""
 
-import base64
-import hashlib
-import http.server
 import json
 import os
 import re
@@ -12,15 +8,16 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import urllib.request
-from urllib.parse import unquote, urlsplit
 
+import fake_hub
 import pytest
 import yaml
 from conftest import ROOT, STAGES, newest, run
+from fake_hub import READER, WRITER, WRONG
+from test_layout import MODULES, imports
 
-from common import checkpoint
+import upload as script
 from common.config import parse, read_json
 from common.images import read_image
 from export.model_card import STAGES as STAGES_OF_CARDS
@@ -28,167 +25,16 @@ from export.model_card import command_of
 
 pytestmark = pytest.mark.filterwarnings(  # of the hub's own library
     "ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
-WRITER, READER, WRONG = "hf_ThisOneMayWrite", "hf_ThisOneMayRead", "hf_ThisOneIsNobodys"
-RESOLVE = re.compile(r"/(?:(spaces)/)?([\w-]+/[\w.-]+)/resolve/\w+/(.+)")
-API = re.compile(r"/api/(models|spaces)/([\w-]+/[\w.-]+)(?:/(\w+)(?:/(.*))?)?")
-
-
-class Hub(http.server.ThreadingHTTPServer):
-    """Speaks as much of the Hugging Face hub's protocol as pushing and fetching models takes.
-
-    repos: {(kind, name): {path: content}}; stored: large files by their sha256; log: every request,
-    as (method, path); wishes: what repositories were made with; cut: requests whose connection is
-    closed instead of an answer, by a part of their path.
-    """
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.repos, self.stored, self.log, self.wishes, self.cut = {}, {}, [], [], []
-        self.large = ".safetensors"
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-    def times(self, *words):
-        """How many requests had all these words in their method and path."""
-        return sum(all(word in " ".join(entry) for word in words) for entry in self.log)
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def do_HEAD(self):
-        self.answer()
-
-    do_GET = do_POST = do_PUT = do_HEAD
-
-    def answer(self):
-        path, body, hub = unquote(urlsplit(self.path).path), self.body(), self.server
-        hub.log.append((self.command, path))
-        for part in [part for part in hub.cut if part in path]:
-            hub.cut.remove(part)
-            self.close_connection = True
-            return self.connection.shutdown(socket.SHUT_RDWR)
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if token not in ("", WRITER, READER):
-            return self.send(401, {"error": "Invalid credentials"},
-                             {"X-Error-Message": "Invalid credentials in Authorization header"})
-        if self.command == "POST" and token != WRITER:  # a PUT has a secret address instead
-            return self.send(403, {"error": "You don't have the rights"})
-        if path == "/api/repos/create":
-            return self.create(json.loads(body))
-        if path == "/api/validate-yaml":
-            return self.send(200, {})
-        if path.endswith("/info/lfs/objects/batch"):
-            return self.batch(json.loads(body))
-        if path.startswith("/stored/"):
-            hub.stored[path.split("/")[-1]] = body
-            return self.send(200, {})
-        if match := API.fullmatch(path):
-            return self.api(*match.groups(), body)
-        if match := RESOLVE.fullmatch(path):
-            return self.resolve(*match.groups())
-        return self.send(404, {"error": path})
-
-    def body(self):
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        content = b""
-        while size := int(self.rfile.readline(), 16):
-            content += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return content
-
-    def create(self, wish):
-        self.server.wishes.append(wish)
-        key = f"{wish['type']}s", f"{wish['organization']}/{wish['name']}"
-        if key in self.server.repos:
-            return self.send(409, {"error": "It exists"})
-        self.server.repos[key] = {".gitattributes": b"*.safetensors filter=lfs\n"}
-        self.send(200, {"url": f"{self.server.url}/{key[1]}"})
-
-    def batch(self, wish):
-        objects = [{"oid": item["oid"], "size": item["size"]} |
-                   ({} if item["oid"] in self.server.stored else {"actions": {
-                       "upload": {"href": f"{self.server.url}/stored/{item['oid']}"}}})
-                   for item in wish["objects"]]
-        self.send(200, {"transfer": "basic", "objects": objects})
-
-    def api(self, kind, name, verb, rest, body):
-        files = self.server.repos.get((kind, name))
-        if files is None:
-            return self.send(404, {"error": "Repository not found"},
-                             {"X-Error-Code": "RepoNotFound"})
-        if verb == "tree" and "/" in rest:
-            return self.send(404, {}, {"X-Error-Code": "EntryNotFound"})
-        if verb == "tree":
-            return self.send(200, [described(path, content, self.server.large)
-                                   for path, content in sorted(files.items())])
-        if verb == "preupload":
-            modes = [{"path": file["path"], "shouldIgnore": False, "uploadMode":
-                      "lfs" if file["path"].endswith(self.server.large) else "regular"}
-                     for file in json.loads(body)["files"]]
-            return self.send(200, {"files": modes})
-        if verb == "commit":
-            for line in map(json.loads, body.splitlines()):
-                value = line["value"]
-                if line["key"] == "file":
-                    files[value["path"]] = base64.b64decode(value["content"])
-                elif line["key"] == "lfsFile":
-                    files[value["path"]] = self.server.stored[value["oid"]]
-                elif line["key"] == "deletedFile":
-                    del files[value["path"]]
-            return self.send(200, {"commitUrl": f"{self.server.url}/{name}/commit/{'c' * 40}",
-                                   "commitOid": "c" * 40})
-        info = {"id": name, "sha": "c" * 40, "private": False, "tags": [], "downloads": 0,
-                "siblings": [{"rfilename": path} for path in files]}
-        self.send(200, info)
-
-    def resolve(self, kind, name, path):
-        files = self.server.repos.get((kind or "models", name), {})
-        if path not in files:
-            return self.send(404, {}, {"X-Error-Code": "EntryNotFound"})
-        content = files[path]
-        self.send(200, content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"',
-                                 "X-Repo-Commit": "c" * 40})
-
-    def send(self, status, body, headers=()):
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for key, value in dict(headers).items():
-            self.send_header(key, value)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-
-def described(path, content, large):
-    """A file in a listing, with git's sum of it, or of what git keeps in its place."""
-    entry = {"type": "file", "path": path, "size": len(content)}
-    if path.endswith(large):
-        digest = hashlib.sha256(content).hexdigest()
-        return {**entry, "oid": "0" * 40,
-                "lfs": {"oid": digest, "size": len(content), "pointerSize": 130}}
-    return {**entry, "oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub, the one that scripts in this process know; they have a token that may write."""
-    hub = Hub()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    """A fake hub; scripts in this process use it with a token that may write."""
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setenv("HF_TOKEN", WRITER)
     monkeypatch.chdir(tmp_path)
-    yield hub
-    hub.shutdown()
-    hub.server_close()
+    with fake_hub.running(monkeypatch) as hub:
+        yield hub
 
 
 def upload(*argv):
@@ -200,10 +46,10 @@ def upload(*argv):
 
 
 def elsewhere(hub, folder, *command, **more):
-    """Run a command in a process of its own that knows the hub; what it printed."""
+    """Run a command in a process of its own that uses the hub; what it printed."""
     kept = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS") if name in os.environ}
-    environment = {**kept, "HOME": str(folder), "HF_HOME": f"{folder}/hf", "HF_ENDPOINT": hub.url,
-                   "HF_HUB_DISABLE_XET": "1", **more}
+    environment = {**kept, "HOME": str(folder), "HF_HOME": f"{folder}/hf", **hub.environment(),
+                   **more}
     result = subprocess.run([sys.executable, *command], cwd=folder, env=environment,
                             capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -223,20 +69,20 @@ def sizes(files):
 # ------------------------------------------------------------------------------------ to the hub
 
 
-def test_a_checkpoint_pushed_as_it_is_opens_by_its_name(hub, tmp_path, pipeline):
+def test_a_native_push_opens_by_its_name(hub, tmp_path, pipeline):
     """What is sent is listed; it comes without what only resuming needs."""
-    name, picture = pipeline.folder / "vision_sft", pipeline.data / "pictures" / "0.png"
-    said = elsewhere(hub, tmp_path, ROOT / "upload.py", name, "--repo=someone/eyes",
+    name, image = pipeline.folder / "vision_sft", pipeline.data / "pictures" / "0.png"
+    said = elsewhere(hub, tmp_path, ROOT / "upload.py", name, "--repo=someone/sees",
                      "--native=True", HF_TOKEN=WRITER)
-    files = hub.repos["models", "someone/eyes"]
+    files = hub.repos["models", "someone/sees"]
     assert listed(said) == sizes(files)
     assert set(files) == {".gitattributes", "README.md", "config.json", "example.png",
                           "manifest.json", "model.safetensors", "tokenizer.json"}
-    assert len(said.splitlines()) == len(listed(said)) + 2  # and nothing of progress bars
-    assert "python sample.py someone/eyes" in files["README.md"].decode()
-    question = (f"--image={picture}", "--prompt=What do you see?", "--max_tokens=16",
+    assert len(said.splitlines()) == len(listed(said)) + 2  # and no progress bars
+    assert "python sample.py someone/sees" in files["README.md"].decode()
+    question = (f"--image={image}", "--prompt=What do you see?", "--max_tokens=16",
                 "--precision=fp32")
-    answer = elsewhere(hub, tmp_path, ROOT / "sample.py", "someone/eyes", *question)
+    answer = elsewhere(hub, tmp_path, ROOT / "sample.py", "someone/sees", *question)
     here = run("sample.py", name, *question).out
     assert here and here in answer
     assert WRITER not in said + answer
@@ -244,29 +90,13 @@ def test_a_checkpoint_pushed_as_it_is_opens_by_its_name(hub, tmp_path, pipeline)
         assert not path.is_file() or WRITER.encode() not in path.read_bytes(), path
 
 
-THEIRS = """
-import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("someone/chat")
-tokenizer = AutoTokenizer.from_pretrained("someone/chat")
-chat = [{"role": "user", "content": "What is your name?"}]
-inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True,
-                                       return_tensors="pt")
-ids = model.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].size(1):]
-print(tokenizer.decode(ids, skip_special_tokens=True))
-"""
-
-
-def test_a_pushed_export_opens_by_its_name_without_our_code(hub, tmp_path, pipeline):
-    name = pipeline.folder / "sft"
-    result = upload(name, "--repo=someone/chat")
+def test_an_export_is_pushed_file_by_file(hub, pipeline):
+    """test_export.py opens the same files by transformers."""
+    result = upload(pipeline.folder / "sft", "--repo=someone/chat")
     assert result.status == 0, result.err
-    files = hub.repos["models", "someone/chat"]
-    assert listed(result.out) == sizes(files)
+    assert listed(result.out) == sizes(hub.repos["models", "someone/chat"])
     assert hub.times("PUT", "/stored/") == 1  # the weights; the rest goes with the commit
-    here = run("sample.py", name, "--prompt=What is your name?", "--max_tokens=16",
-               "--precision=fp32").out
-    assert here.strip() in elsewhere(hub, tmp_path, "-I", "-c", THEIRS)
+    assert hub.created[0].get("visibility") != "private"
 
 
 def test_a_dry_run_sends_nothing(hub, pipeline, monkeypatch):
@@ -278,27 +108,18 @@ def test_a_dry_run_sends_nothing(hub, pipeline, monkeypatch):
     assert (result.status, result.err, hub.log) == (0, "", [])
 
 
-@pytest.mark.parametrize("private", [True, False])
-def test_a_repository_is_private_if_wanted(private, hub, pipeline):
-    flags = ["--native=True", *["--private=True"] * private]
-    assert upload(pipeline.folder / "sft", "--repo=someone/chat", *flags).status == 0
-    assert [wish.get("visibility") == "private" for wish in hub.wishes] == [private]
-
-
-def test_a_push_that_broke_off_goes_on(hub, pipeline):
-    """The large file is not sent again; and once all is there, nothing is."""
-    command = (pipeline.folder / "sft", "--repo=someone/chat", "--native=True")
-    hub.cut.append("/commit/")
-    refusal = upload(*command).refusal
-    assert refusal.startswith("error: the push broke off (RemoteProtocolError: ")
-    assert refusal.endswith("start the command again, and what is there already is not sent again")
+def test_a_failed_push_is_resumed_without_sending_files_again(hub, pipeline):
+    """Nor does a third push of the same send or commit anything."""
+    command = (pipeline.folder / "sft", "--repo=someone/chat", "--native=True", "--private=True")
+    hub.closed.append("/commit/")
+    assert "the push failed (RemoteProtocolError: " in upload(*command).refusal
     assert set(hub.repos["models", "someone/chat"]) == {".gitattributes"}
-    result = upload(*command)
-    assert result.status == 0 and "pushed: http://127.0.0.1" in result.out, result.err
-    assert listed(result.out) == sizes(hub.repos["models", "someone/chat"])
-    assert hub.times("PUT", "/stored/") == 1
-    assert upload(*command).out.endswith("pushed: someone/chat has all of that already\n")
-    assert hub.times("/commit/") == 2
+    for _ in range(2):
+        result = upload(*command)
+        assert result.status == 0 and "pushed: http://127.0.0.1" in result.out, result.err
+        assert listed(result.out) == sizes(hub.repos["models", "someone/chat"])
+    assert hub.times("PUT", "/stored/") == 1 and hub.times("/commit/") == 2
+    assert hub.created[0]["visibility"] == "private"
 
 
 def test_a_repository_with_other_content_is_left_alone(hub, pipeline):
@@ -306,51 +127,54 @@ def test_a_repository_with_other_content_is_left_alone(hub, pipeline):
     before = {".gitattributes": b"", "README.md": b"", "config.json": b"{}", "notes.txt": b"mine",
               "model-00001-of-00002.safetensors": b"old"}
     hub.repos["models", "someone/chat"] = dict(before)
-    assert upload(*command).refusal == (
-        "error: someone/chat is there already with other content (config.json, "
-        "model-00001-of-00002.safetensors, notes.txt); say another name, or --overwrite=True to "
-        "write into it")
-    assert hub.repos["models", "someone/chat"] == before and not hub.times("POST")
+    assert "(config.json, model-00001-of-00002.safetensors, notes.txt)" in upload(*command).refusal
+    assert hub.repos["models", "someone/chat"] == before
     assert upload(*command, "--overwrite=True").status == 0
     files = hub.repos["models", "someone/chat"]
     assert files["notes.txt"] == b"mine" and len(files["config.json"]) > 2
     assert "model-00001-of-00002.safetensors" not in files  # or readers might take the old weights
 
 
-@pytest.mark.parametrize(("token", "words"), [
-    (WRONG, "the hub refused (401): the token is not accepted: check HF_TOKEN"),
-    (READER, "the hub refused (403): the token may not write there: give it write access"),
-    (None, "there is no token for the hub: set HF_TOKEN, or say `hf auth login`")])
-def test_a_token_that_does_not_do_is_named_but_not_shown(token, words, hub, pipeline, monkeypatch):
+@pytest.mark.parametrize(("token", "repo", "words"), [
+    (WRONG, "someone/chat", "(401): the token is not accepted"),
+    (READER, "someone/chat", "(403): the token may not write there"),
+    (None, "someone/chat", "no token"),
+    (WRITER, "my model", "'my model' cannot be the name"),
+    (WRITER, "a/b/c", "'a/b/c' cannot be the name"),
+    (WRITER, "-/-", "'-/-' cannot be the name")])
+def test_a_refused_token_or_name_is_one_sentence(token, repo, words, hub, pipeline, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
-    assert upload(pipeline.folder / "sft", "--repo=someone/chat", "--native=True").refusal == (
-        f"error: {words}")
+    assert words in upload(pipeline.folder / "sft", f"--repo={repo}", "--native=True").refusal
     assert hub.repos == {} and (token or not hub.log)
 
 
-def test_a_token_of_hf_auth_login_does(hub, tmp_path, pipeline, monkeypatch):
+def test_the_token_of_hf_auth_login_is_used(hub, tmp_path, pipeline, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     (tmp_path / "token").write_text(WRITER)
     assert upload(pipeline.folder / "sft", "--repo=someone/chat", "--native=True").status == 0
 
 
-def test_a_hub_that_is_not_there_is_a_sentence(hub, pipeline, monkeypatch):
+def test_an_unreachable_hub_is_one_sentence(hub, pipeline, monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    hub.shutdown()
-    hub.server_close()
+    hub.close()
     refusal = upload(pipeline.folder / "sft", "--repo=someone/chat", "--native=True").refusal
-    assert refusal.startswith("error: the push broke off (ConnectError: ")
-
-
-@pytest.mark.parametrize("repo", ["my model", "a/b/c", "-/-"])
-def test_a_name_that_no_repository_can_have_is_refused(repo, hub, pipeline):
-    assert upload(pipeline.folder / "sft", f"--repo={repo}", "--native=True").refusal == (
-        f"error: the hub takes no repository called {repo!r}: say NAME/REPO")
+    assert "the push failed (ConnectError: " in refusal
 
 
 # ----------------------------------------------------------------------------------------- a Space
+
+
+def test_a_space_has_every_module_that_the_app_imports():
+    found, waiting = set(), ["app"]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found.add(module)
+            waiting += imports(MODULES[module])
+    parts = {MODULES[module].relative_to(ROOT).parts[0] for module in found}
+    assert parts <= set(script.APP)
 
 
 @pytest.mark.slow
@@ -359,10 +183,10 @@ def test_a_pushed_space_runs_by_itself(hub, tmp_path, pipeline, monkeypatch):
     app.py runs in an empty environment."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    hub.large, hub.cut = ".nothing", ["/commit/"]
+    hub.large, hub.closed = (), ["/commit/"]
     result = upload(pipeline.folder / "vision_sft", "--space=someone/page")
     assert result.status == 0, result.err
-    assert hub.wishes[0]["type"] == "space" and hub.wishes[0]["sdk"] == "gradio"
+    assert hub.created[0]["type"] == "space" and hub.created[0]["sdk"] == "gradio"
     files = hub.repos["spaces", "someone/page"]
     assert listed(result.out) == sizes(files)
     assert {"app.py", "requirements.txt", "README.md", "checkpoint/manifest.json"} <= set(files)
@@ -405,14 +229,15 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path, pipeline, monkeypatc
     (tmp_path / "models" / "notes.txt").write_text("mine")
     (tmp_path / "models" / "model-00001-of-00002.safetensors").write_text("old")
     command = (pipeline.folder / "sft", "--to=models")
-    assert upload(*command).refusal == (
-        "error: the folder models is not empty; say another, or --overwrite=True")
+    assert "the folder models is not empty" in upload(*command).refusal
     assert len(list((tmp_path / "models").iterdir())) == 2
     result = upload(*command, "--overwrite=True")
     assert (result.status, result.out) == (0, "written: models\n")
-    names = {path.name for path in (tmp_path / "models").iterdir()}
-    assert {"notes.txt", "config.json", "model.safetensors"} <= names
-    assert "model-00001-of-00002.safetensors" not in names
+    files = {path.name: path for path in (tmp_path / "models").iterdir()}
+    assert {"notes.txt", "config.json", "model.safetensors"} <= files.keys()
+    assert "model-00001-of-00002.safetensors" not in files
+    assert files.pop("notes.txt").read_text() == "mine"
+    assert {path.stat().st_mode & 0o777 for path in files.values()} == {0o644}
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
 
 
@@ -426,20 +251,24 @@ def damaged(pipeline, folder):
 
 
 @pytest.mark.parametrize(("name", "flags", "words"), [
-    ("nothing", ["--to=new"], "there is no checkpoint nothing"),
-    ("", ["--to=new"], "say which checkpoint"),
-    ("sft", [], "say where it should go: --to, --repo, --space or --gguf"),
-    ("sft", ["--to=file"], "file is a file; say a folder"),
+    ("nothing", ["--to=new"], "no checkpoint nothing"),
+    ("", ["--to=new"], "name a checkpoint"),
+    ("sft", [], "name a target: --to, --repo, --space or --gguf"),
+    ("sft", ["--to=file"], "file is a file"),
     ("sft", ["--to=file/new"], "cannot write into"),
-    ("damaged", ["--to=new/er"], "is damaged: its sha256 is not the manifest's"),
-    ("clip_pretrain", ["--to=new"], "here a decoder or vision checkpoint is needed"),
-    ("clip_pretrain", ["--space=a/b"], "here a decoder or vision checkpoint is needed"),
-    ("sft", ["--to=new", "--picture=a.png"], "this checkpoint cannot see"),
-    ("vision_sft", ["--to=new", "--picture=a.png"], "there is no picture a.png"),
+    ("damaged", ["--to=new/er"], "model.safetensors is damaged"),
+    ("damaged", ["--to=damaged", "--overwrite=True"], "is the checkpoint itself"),
+    ("clip_pretrain", ["--to=new"], "decoder or vision checkpoint is needed"),
+    ("clip_pretrain", ["--space=a/b"], "decoder or vision checkpoint is needed"),
+    ("pretrain", ["--space=a/b"], "pretrained checkpoint"),
+    ("sft", ["--to=new", "--picture=a.png"], "--picture=a.png"),
+    ("vision_sft", ["--to=new", "--picture=a.png"], "a.png"),
     ("sft", ["--to=new", "--licence=mit"], "did you mean license?"),
+    ("sft", ["--import_original=file"], "--import_original=FILE goes with --out"),
+    ("sft", ["--gguf=file"], "file exists already"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)
-def test_what_cannot_be_is_one_sentence_and_leaves_nothing(name, flags, words, tmp_path, pipeline,
-                                                           monkeypatch):
+def test_a_wrong_command_is_one_sentence_and_leaves_nothing(name, flags, words, tmp_path, pipeline,
+                                                            monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     (tmp_path / "file").write_text("mine")
@@ -450,17 +279,6 @@ def test_what_cannot_be_is_one_sentence_and_leaves_nothing(name, flags, words, t
     before = sorted(tmp_path.rglob("*"))
     assert words in upload(*([name] if name else []), *flags).refusal
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_checkpoint_is_never_written_over(pipeline, tmp_path):
-    copy = shutil.copytree(newest(pipeline.folder / "sft"), tmp_path / "copy")
-    refusal = upload(copy, f"--to={copy}", "--overwrite=True").refusal
-    assert "is the checkpoint itself" in refusal and checkpoint.read(copy)
-
-
-def test_an_export_can_be_read_by_others_than_its_owner(tmp_path, pipeline):
-    assert upload(pipeline.folder / "sft", f"--to={tmp_path}/new").status == 0
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "new").iterdir()} == {0o644}
 
 
 # ------------------------------------------------------------------------------------------- cards
@@ -487,13 +305,13 @@ def cards(pipeline, tmp_path_factory):
 @pytest.mark.parametrize(("stage", "tag"), [
     ("pretrain", "text-generation"), ("sft", "text-generation"),
     ("vision_sft", "image-text-to-text")])
-def test_the_head_of_a_card_says_what_the_hub_wants_to_know(stage, tag, cards):
+def test_the_metadata_of_a_card_is_what_the_hub_reads(stage, tag, cards):
     head = front_matter((cards / stage / "README.md").read_text())
     assert head == {"license": "cc0-1.0", "language": "en", "library_name": "transformers",
                     "pipeline_tag": tag, "tags": ["nanogpt-vision"]}
 
 
-def test_a_card_tells_stages_losses_data_and_scores(cards, pipeline):
+def test_a_card_lists_stages_losses_data_and_scores(cards, pipeline):
     card = (cards / "vision_sft" / "README.md").read_text()
     for stage in STAGES:
         loss = read_json(newest(pipeline.folder / stage) / "config.json")["metrics"]["val_loss"]
@@ -505,18 +323,18 @@ def test_a_card_tells_stages_losses_data_and_scores(cards, pipeline):
     assert "scores" not in (cards / "sft" / "README.md").read_text().lower()
 
 
-def test_the_commands_of_a_card_are_those_that_made_it(cards, pipeline):
+def test_the_commands_of_a_card_give_the_settings_of_the_runs(cards, pipeline):
     """They parse, to the very settings of the run."""
     card = (cards / "vision_sft" / "README.md").read_text()
     commands = [shlex.split(line) for line in card.splitlines() if line.startswith("python ")]
     assert sorted(command[1] for command in commands) == sorted(f"{stage}.py" for stage in STAGES)
-    for _, script, *flags in commands:
-        stage = script.removesuffix(".py")
+    for _, name, *flags in commands:
+        stage = name.removesuffix(".py")
         config = vars(parse(__import__(stage).Config, flags))
         assert config == read_json(newest(pipeline.folder / stage) / "config.json")["settings"]
 
 
-def test_a_command_survives_a_shell_and_names_only_our_stages():
+def test_a_command_is_quoted_and_names_only_known_stages():
     settings = {"data": "my data; rm -rf x", "out": "a'b"}
     command = command_of({"stage": "pretrain", "settings": settings})
     config = parse(__import__("pretrain").Config, shlex.split(command)[2:])
@@ -525,7 +343,7 @@ def test_a_command_survives_a_shell_and_names_only_our_stages():
     assert set(STAGES_OF_CARDS) == set(STAGES)
 
 
-def test_a_card_shows_a_picture_and_what_the_model_says_of_it(cards, pipeline):
+def test_a_card_shows_an_image_and_the_answer_of_the_model(cards, pipeline):
     card = (cards / "vision_sft" / "README.md").read_text()
     shown = cards / "vision_sft" / re.search(r"!\[.*\]\((.*)\)", card)[1]
     held_out = sorted((pipeline.data / "pictures").glob("*.png"))[0]
@@ -536,7 +354,7 @@ def test_a_card_shows_a_picture_and_what_the_model_says_of_it(cards, pipeline):
 
 
 @pytest.mark.slow
-def test_the_code_of_a_card_runs_where_ours_is_not(cards, hub):
+def test_the_code_of_a_card_runs_without_our_modules(cards, hub):
     """That of a text model, of one that chats, and of one that sees."""
     shutil.copy(cards / "vision_sft" / "example.png", cards / "picture.jpg")
     texts = [(cards / stage / "README.md").read_text()
@@ -547,7 +365,7 @@ def test_the_code_of_a_card_runs_where_ours_is_not(cards, hub):
     assert re.search(r"\*\*What do you see\?\*\* (.*)", texts[2])[1] in said
 
 
-def test_without_transformers_a_sentence_says_how_to_get_it(pipeline, tmp_path, monkeypatch):
+def test_a_missing_transformers_is_named(pipeline, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.utils.logging", None)
-    assert upload(pipeline.folder / "sft", f"--to={tmp_path}/new").refusal == (
-        "error: this is written by a library that is missing here: pip install transformers")
+    refusal = upload(pipeline.folder / "sft", f"--to={tmp_path}/new").refusal
+    assert "pip install transformers" in refusal
