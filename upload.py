@@ -12,7 +12,6 @@
 again. --to and --repo need `transformers`: pip install transformers
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
 import shutil
@@ -25,6 +24,7 @@ from typing import Literal
 import torch
 
 from common import checkpoint
+from common.atomic import NewFolder
 from common.checkpoint import file_sum
 from common.config import UserError, one_line, parse, run_main
 from export.model_card import card, example, held_out_pictures
@@ -64,7 +64,7 @@ class Config:
     license: str = "mit"  # of the weights, for the model card; mind the data's
     picture: str = ""  # example image for the model card; empty: a held-out one of the demo, if any
     private: bool = False  # a new repository or Space is private
-    overwrite: bool = False  # write into existing content; other weights there are removed
+    overwrite: bool = False  # replace an earlier export, or write into a repository with content
     dry_run: bool = False  # list what would be pushed, and push nothing
 
 
@@ -85,43 +85,33 @@ def main():
         raise UserError("name a target: --to, --repo, --space or --gguf")
     if cfg.gguf:
         write_gguf_file(name, cfg)
-    if cfg.to and checkpoint.locate(name).resolve() == Path(cfg.to).resolve():
-        raise UserError(f"{cfg.to} is the checkpoint itself; choose another folder")
+    if cfg.to:
+        check_target(name, Path(cfg.to), cfg.overwrite)
     if cfg.to or cfg.repo:
-        with new_folder(cfg.to, cfg.overwrite) as folder:
-            fill(name, folder, cfg)
+        with NewFolder(cfg.to) if cfg.to else tempfile.TemporaryDirectory() as folder:
+            fill(name, Path(folder), cfg)
             if cfg.repo:
-                push(folder, cfg.repo, "model", cfg)
+                push(Path(folder), cfg.repo, "model", cfg)
+        if cfg.to:
+            print(f"written: {cfg.to}")
     if cfg.space:
-        with new_folder("", False) as folder:
-            fill_space(name, folder, cfg)
-            push(folder, cfg.space, "space", cfg)
+        with tempfile.TemporaryDirectory() as folder:
+            fill_space(name, Path(folder), cfg)
+            push(Path(folder), cfg.space, "space", cfg)
 
 
-@contextlib.contextmanager
-def new_folder(name, overwrite):
-    """A temporary folder; if the block ends well, its files move into the folder `name`, if any."""
-    target, near = Path(name).absolute(), None
-    if name:
-        if target.exists() and not target.is_dir():
-            raise UserError(f"{name} is a file; choose a folder")
-        if target.is_dir() and any(target.iterdir()) and not overwrite:
-            raise UserError(f"the folder {name} is not empty; choose another, or --overwrite=True")
-        near = next(path for path in target.parents if path.exists())  # on the same disk
-    try:
-        temporary = tempfile.TemporaryDirectory(prefix=".writing-", dir=near)
-    except OSError as error:
-        raise UserError(f"cannot write into {near}: {error.strerror}") from None
-    with temporary as folder:
-        yield Path(folder)
-        if name:
-            target.mkdir(parents=True, exist_ok=True)
-            for path in [path for pattern in WEIGHTS for path in target.glob(pattern)]:
-                path.unlink()  # readers might take the old weights
-            for path in Path(folder).iterdir():
-                path.chmod(0o644)
-                path.replace(target / path.name)
-            print(f"written: {name}")
+def check_target(name, target, overwrite):
+    """UserError if the folder `target` is neither new nor, with overwrite, an earlier export."""
+    if checkpoint.locate(name).resolve() == target.resolve():
+        raise UserError(f"{target} is the checkpoint itself; choose another folder")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"{target} exists; choose another folder, or replace an earlier export by "
+                        "--overwrite=True")
+    if not (target / "README.md").is_file() or not all(map(Path.is_file, target.iterdir())):
+        raise UserError(f"{target} is not an earlier export, so it is not replaced; choose another "
+                        "folder")
 
 
 def fill(name, folder, cfg):
@@ -140,6 +130,8 @@ def fill(name, folder, cfg):
             disable_progress_bar()
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
         write_folder(model, tokenizer, info["stage"], folder, dtype)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors writes files that only their owner may read
     if info["kind"] == "clip":
         return
     info["parameters"] = sum(p.numel() for p in model.parameters())

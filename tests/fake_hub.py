@@ -110,11 +110,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def create(self, settings):
         key = f"{settings['type']}s", f"{settings['organization']}/{settings['name']}"
+        answer = {"url": f"{self.server.url}/{key[1]}"}
         if key in self.server.repos:
-            return self.send(409, {"error": "It exists"})
+            return self.send(409, answer | {"error": "It exists"})
         self.server.created.append(settings)
         self.server.repos[key] = {".gitattributes": b"*.safetensors filter=lfs\n"}
-        self.send(200, {"url": f"{self.server.url}/{key[1]}"})
+        self.send(200, answer)
 
     def batch(self, request):
         objects = [{"oid": item["oid"], "size": item["size"]} |

@@ -223,22 +223,22 @@ def test_a_space_takes_a_model_that_chats(hub, pipeline):
 # ------------------------------------------------------------------------------------- to a folder
 
 
-def test_a_folder_that_is_not_empty_is_left_alone(tmp_path, pipeline, monkeypatch):
+def test_an_export_replaces_nothing_but_an_earlier_export(tmp_path, pipeline, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "notes.txt").write_text("mine")
-    (tmp_path / "models" / "model-00001-of-00002.safetensors").write_text("old")
+    target = tmp_path / "models"
     command = (pipeline.folder / "sft", "--to=models")
-    assert "the folder models is not empty" in upload(*command).refusal
-    assert len(list((tmp_path / "models").iterdir())) == 2
-    result = upload(*command, "--overwrite=True")
-    assert (result.status, result.out) == (0, "written: models\n")
-    files = {path.name: path for path in (tmp_path / "models").iterdir()}
-    assert {"notes.txt", "config.json", "model.safetensors"} <= files.keys()
-    assert "model-00001-of-00002.safetensors" not in files
-    assert files.pop("notes.txt").read_text() == "mine"
-    assert {path.stat().st_mode & 0o777 for path in files.values()} == {0o644}
-    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+    for _ in range(2):
+        result = upload(*command, "--overwrite=True")
+        assert (result.status, result.out) == (0, "written: models\n")
+        names = {path.name for path in target.iterdir()}
+        assert {"config.json", "model.safetensors"} <= names and "old.safetensors" not in names
+        assert {path.stat().st_mode & 0o777 for path in target.iterdir()} == {0o644}
+        assert [path.name for path in tmp_path.iterdir()] == ["models"]
+        (target / "old.safetensors").touch()
+    assert "models exists" in upload(*command).refusal
+    (target / ".git").mkdir()
+    assert "models is not an earlier export" in upload(*command, "--overwrite=True").refusal
+    assert (target / "old.safetensors").is_file()
 
 
 def damaged(pipeline, folder):
@@ -254,9 +254,10 @@ def damaged(pipeline, folder):
     ("nothing", ["--to=new"], "no checkpoint nothing"),
     ("", ["--to=new"], "name a checkpoint"),
     ("sft", [], "name a target: --to, --repo, --space or --gguf"),
-    ("sft", ["--to=file"], "file is a file"),
-    ("sft", ["--to=file/new"], "cannot write into"),
-    ("damaged", ["--to=new/er"], "model.safetensors is damaged"),
+    ("sft", ["--to=file"], "file exists"),
+    ("sft", ["--to=file", "--overwrite=True"], "file is not an earlier export"),
+    ("sft", ["--to=file/new"], "cannot write"),
+    ("damaged", ["--to=new"], "model.safetensors is damaged"),
     ("damaged", ["--to=damaged", "--overwrite=True"], "is the checkpoint itself"),
     ("clip_pretrain", ["--to=new"], "decoder or vision checkpoint is needed"),
     ("clip_pretrain", ["--space=a/b"], "decoder or vision checkpoint is needed"),
