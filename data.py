@@ -208,11 +208,11 @@ class Chats:
     @property
     def stored(self):
         """How the pictures are stored: size, fit, copied, root; empty where nobody says."""
-        return self.manifest.get("pictures", {})
+        return self.manifest.get("stored_images", {})
 
     def _find_in(self, root):
         try:
-            return archives.open_pictures(root)
+            return archives.open_images(root)
         except UserError as error:
             raise UserError(f"the pictures of {self.root} are not where they were ({error}); put "
                             "them back or prepare it again") from None
@@ -252,15 +252,16 @@ def manifest_of(path):
     """What a data set's manifest.json says; {} if there is none, a UserError if it makes no sense.
     """
     manifest = read_json(path) if path.is_file() else {}
-    stored = manifest.get("pictures", {}) if isinstance(manifest, dict) else None
+    stored = manifest.get("stored_images", {}) if isinstance(manifest, dict) else None
     kinds = {"size": int, "fit": str, "copied": bool, "root": str}
     if not isinstance(stored, dict) or any(
             name in stored and not isinstance(stored[name], kind) for name, kind in kinds.items()):
-        raise UserError(f"{path} is not of the form that prepare.py writes it in: pictures should "
-                        "be like {\"size\": 224, \"fit\": \"pad\", \"copied\": true}; correct it")
+        raise UserError(f"{path} is not of the form that prepare.py writes it in: "
+                        "stored_images should be like {\"size\": 224, \"fit\": \"pad\", "
+                        "\"copied\": true}; correct it")
     if not stored.get("copied", True) and "root" not in stored:
         raise UserError(f"{path} says that the pictures were not copied, but not where they are; "
-                        "add their folder as pictures.root")
+                        "add their folder as stored_images.root")
     return manifest
 
 

@@ -148,7 +148,7 @@ def report(name, cfg, scores):
         sections["Scores on validation data"] = [score_table(tuned)]
     sections["Lineage"] = [lineage_table(stages)]
     if info["kind"] == "vision":
-        talks = conversations(name, Path(cfg.data) / "pictures", cfg.device)
+        talks = conversations(name, Path(cfg.data) / "images", cfg.device)
         sections["Talking about pictures it never saw"] = [Samples(talks)]
     curves = [(stage["stage"], Path(stage["folder"]).parent / "loss.png") for stage in trained]
     sections["Loss curves"] = [Picture(f"curves/{stage}.png", path.read_bytes(), stage)

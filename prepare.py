@@ -28,7 +28,7 @@ from common.checkpoint import write_json
 from common.config import UserError, parse, run_main, seal
 from common.device import peak_memory_gb
 from prep.check import Check, check, data_first
-from prep.convert import write_chats_about_pictures, write_chats_about_text
+from prep.convert import write_image_chats, write_text_chats
 from prep.fineweb import fetch_shards
 from prep.resumable import Record, digest, read_all
 from prep.schema import text_of, texts_of
@@ -237,14 +237,14 @@ def chat(cfg):
     """Chats about text, tokenised."""
     check_rows(cfg)
     at_least(cfg, max_chats=0)
-    write_chats_about_text(cfg)
+    write_text_chats(cfg)
 
 
 def images(cfg):
     """Chats about pictures, tokenised, with the pictures made small."""
     check_rows(cfg)
     at_least(cfg, max_chats=0, image_size=1, shard_bytes=1)
-    write_chats_about_pictures(cfg)
+    write_image_chats(cfg)
 
 
 def fineweb(cfg):

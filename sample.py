@@ -27,7 +27,7 @@ from common.images import read_image
 from inference.batch_inference import answer_file
 from inference.conversation import BLIND, Conversation, decoder_of, open_for_chat, pick_precision
 from inference.generate import Decoding, Sampler, Sampling
-from prep.schema import MAX_PICTURES
+from prep.schema import MAX_IMAGES
 from tokenizer import IMAGE_MARK
 
 HELP = """/image FILE ...    start over with this picture, or these
@@ -105,8 +105,8 @@ def main():
 
 def read_images(names):
     """PIL images of some files, in their order."""
-    if len(names) > MAX_PICTURES:
-        raise UserError(f"{len(names)} pictures, but {MAX_PICTURES} are the most at once")
+    if len(names) > MAX_IMAGES:
+        raise UserError(f"{len(names)} pictures, but {MAX_IMAGES} are the most at once")
     return [read_image(name) for name in names]
 
 

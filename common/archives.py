@@ -1,6 +1,6 @@
 """Pictures by name, wherever people keep them: folders, .zip, .tar, .tar.zst, .tar.gz, in parts.
 
-    find = open_pictures("images_*.tar, more.zip")
+    find = open_images("images_*.tar, more.zip")
     find("coco/train2017/000000000009.jpg")  # the bytes of that file
 
 A name that is not there as it stands means the file with the same base name; where several have it,
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from common import hub
 from common.config import UserError, one_line
-from common.images import PictureError
+from common.images import ImageError
 
 MAX_BYTES = 1 << 28  # a larger file is refused before it is read
 BLOCK = 1 << 20  # read at once
@@ -35,14 +35,14 @@ LOCAL_HEADER = struct.Struct("<6xHH4xLLLHH")  # zip: flags, method, CRC, sizes, 
 LATER, ENCRYPTED = 8, 1  # zip flags: sizes come behind the data; nobody told us the password
 
 
-def open_pictures(root, unpack=None):
+def open_images(root, unpack=None):
     """Pictures in `root`: paths or patterns separated by commas, hf://OWNER/NAME/FILE among them.
 
     An empty root means names as they stand. unpack(paths, codec) gives a plain tar for a compressed
     one; without it that is a UserError. So is a root that holds no pictures to look up.
     """
     if not root:
-        return Pictures([Folder(Path.cwd(), search=False), Folder(Path("/"), search=False)], ())
+        return ImageFiles([Folder(Path.cwd(), search=False), Folder(Path("/"), search=False)], ())
     parts = []  # (kind, paths)
     for path in local_paths(root, "--image_root"):
         kind = kind_of(path)
@@ -54,7 +54,7 @@ def open_pictures(root, unpack=None):
             raise UserError(f"{path} is neither a folder nor a .zip, .tar, .tar.zst or .tar.gz, so "
                             "there are no pictures to find in it; correct --image_root")
     files = [path for kind, paths in parts if kind != "folder" for path in paths]
-    return Pictures([open_part(kind, paths, unpack) for kind, paths in parts], identity_of(files))
+    return ImageFiles([open_part(kind, paths, unpack) for kind, paths in parts], identity_of(files))
 
 
 def open_part(kind, paths, unpack):
@@ -95,7 +95,7 @@ def kind_of(path):
         return ""
 
 
-class Pictures:
+class ImageFiles:
     """Pictures by name, out of some folders and archives; a call gives a picture's bytes.
 
     identity: of the files of the archives; nobody looks whether a folder changes.
@@ -105,7 +105,7 @@ class Pictures:
         self.parts, self.identity = parts, identity
 
     def __call__(self, name):
-        """The bytes; PictureError if there is no such picture, or it cannot be read."""
+        """The bytes; ImageError if there is no such picture, or it cannot be read."""
         part, found = self._find(name)
         return part.read(found)
 
@@ -118,7 +118,7 @@ class Pictures:
         (_, found), part = max(((part.find(wanted), part) for part in self.parts),
                                key=lambda item: item[0][0])  # the first of equals
         if found is None:
-            raise PictureError("a missing picture", f"there is no picture {name[:200]}")
+            raise ImageError("a missing image", f"there is no picture {name[:200]}")
         return part, found
 
 
@@ -173,19 +173,19 @@ class Folder:
             with open(path, "rb") as file:
                 content = file.read(MAX_BYTES + 1)
         except FileNotFoundError:
-            raise PictureError("a missing picture", f"there is no picture {name}") from None
+            raise ImageError("a missing image", f"there is no picture {name}") from None
         except (OSError, ValueError) as error:  # a folder; a name that no file can have
             raise unreadable(f"{self.path / name}: {error}") from None
         return small_enough(content, len(content), name)
 
 
 def unreadable(message):
-    return PictureError("an unreadable picture", message)
+    return ImageError("an unreadable image", message)
 
 
 def small_enough(content, size, name):
     if size > MAX_BYTES:
-        raise PictureError("a picture that is too large",
+        raise ImageError("an image that is too large",
                            f"{name} is larger than {MAX_BYTES >> 20} MiB")
     return content
 

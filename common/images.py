@@ -29,7 +29,7 @@ MAX_SCANS = 100  # of a JPEG; cameras and web sites make 10, and each takes time
 WIDEST = 8  # times as wide as high, or the other way round; what is beyond is cut off
 
 
-class PictureError(UserError):
+class ImageError(UserError):
     """A picture that cannot be used; `reason` says why in a few words, the message names it."""
 
     def __init__(self, reason, message):
@@ -38,7 +38,7 @@ class PictureError(UserError):
 
 
 def read_image(source, name=None, size=0, how="pad", max_pixels=MAX_PIXELS):
-    """A PIL image (RGB, upright) from a path or bytes; PictureError if it cannot be read.
+    """A PIL image (RGB, upright) from a path or bytes; ImageError if it cannot be read.
 
     With a size it will be fitted into, a large JPEG is decoded at a half, a quarter or an eighth.
     """
@@ -50,11 +50,11 @@ def read_image(source, name=None, size=0, how="pad", max_pixels=MAX_PIXELS):
             with Image.open(file, formats=formats()) as image:
                 if image.format in ("JPEG", "MPO") and isinstance(source, bytes) and (
                         source.count(b"\xff\xda") > MAX_SCANS):
-                    raise PictureError("an unreadable picture", f"{name} is a JPEG of more than "
+                    raise ImageError("an unreadable image", f"{name} is a JPEG of more than "
                                        f"{MAX_SCANS} scans, which only an attacker makes")
                 width, height = image.size
                 if width * height > max_pixels:
-                    raise PictureError("a picture that is too large", f"{name}: {width} x {height} "
+                    raise ImageError("an image that is too large", f"{name}: {width} x {height} "
                                        f"is more than {max_pixels / 10**6:g} megapixels")
                 share = SHARPNESS * size / (max if how == "pad" else min)(width, height)
                 if 0 < share < 1:
@@ -68,16 +68,16 @@ def read_image(source, name=None, size=0, how="pad", max_pixels=MAX_PIXELS):
                     image = Image.alpha_composite(white, image)
                 return image.convert("RGB")
     except FileNotFoundError:
-        raise PictureError("a missing picture", f"there is no picture {name}") from None
+        raise ImageError("a missing image", f"there is no picture {name}") from None
     except UserError:
         raise
     except Image.DecompressionBombError as error:
-        raise PictureError("a picture that is too large", f"{name}: {error}") from None
+        raise ImageError("an image that is too large", f"{name}: {error}") from None
     except Exception as error:  # Pillow's many decoders raise whatever they stumble over
         kind = "a truncated" if "truncated" in str(error).lower() else "an unreadable"
         why = one_line(getattr(error, "strerror", None) or error)
         why = re.sub(r" ?<_io.*?>", "", why)  # bytes in memory have no name
-        raise PictureError(f"{kind} picture",
+        raise ImageError(f"{kind} image",
                            f"{name} is not a readable picture: {why}") from None
 
 

@@ -174,7 +174,7 @@ class Samples:
 
     def __init__(self, samples):
         self.samples = list(samples)
-        self.pictures = [[picture_of(image, f"samples/{i}" + f"_{k}" * (k > 0))
+        self.pictures = [[image_of(image, f"samples/{i}" + f"_{k}" * (k > 0))
                           for k, image in enumerate(sample.images)]
                          for i, sample in enumerate(self.samples)]
 
@@ -197,7 +197,7 @@ class Samples:
             yield "</dl></div>"
 
 
-def picture_of(image, name):
+def image_of(image, name):
     """A PIL image as a small Picture: PNG or JPEG, whichever is smaller."""
     image, files = image.convert("RGB"), {}
     image.thumbnail((LARGEST, LARGEST))

@@ -17,7 +17,7 @@ import numpy as np
 
 from common import hub
 from common.config import UserError, read_json
-from common.images import PictureError, fit, read_image
+from common.images import ImageError, fit, read_image
 from data import Chats, check_tokenizer, read_array
 from evals.tasks import DESCRIBE, LETTER, SHORT
 
@@ -119,7 +119,7 @@ def pictures_in(folders, asking):
     """(how many of an Asking's pictures stand in data folders, how many of them can be read)."""
     contents = []
     for name in dict.fromkeys(name for question in asking.questions for name in question.images):
-        with contextlib.suppress(PictureError):
+        with contextlib.suppress(ImageError):
             contents.append(name if isinstance(name, bytes) else asking.find(name))
     hits = np.zeros(len(contents), bool)
     for folder in folders if contents else ():
@@ -138,7 +138,7 @@ def prepared(content, stored):
     if not {"size", "fit"} <= stored.keys():
         return content
     file, how = io.BytesIO(), (stored["size"], stored["fit"])
-    with contextlib.suppress(PictureError):
+    with contextlib.suppress(ImageError):
         fit(read_image(content, "a picture", *how), *how).save(file, "JPEG", quality=90)
     return file.getvalue() or content
 

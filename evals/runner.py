@@ -8,7 +8,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from common.archives import open_pictures
+from common.archives import open_images
 from common.config import UserError
 from common.images import fit, read_image
 from evals.loglikelihood import Item, likelihoods
@@ -34,7 +34,7 @@ class Asking:
             raise UserError(f"there is no task {name}: {', '.join(TASKS)}")
         self.name, self.task = name, TASKS[name]
         self.model, self.tokenizer = model, tokenizer
-        self.find, self.refused, self.rows, self.questions = open_pictures(image_root), [], [], []
+        self.find, self.refused, self.rows, self.questions = open_images(image_root), [], [], []
         for number, row in enumerate(rows_of(path)[: None if self.task.windows else items]):
             try:
                 self.questions.append(question_of(self.task, row))

@@ -17,7 +17,7 @@ from common import hub
 from common.archives import fetched
 from common.config import UserError
 from evals import metrics
-from prep.schema import messages_of, pictures_of, text_of
+from prep.schema import images_of, messages_of, text_of
 from prep.sources import parsed
 
 SHORT = "Answer the question using a single word or phrase."  # these three as in LLaVA 1.5
@@ -44,7 +44,7 @@ def said(text):
 
 def shown(row):
     """The pictures of a row that asks about one."""
-    found = pictures_of(row, [])
+    found = images_of(row, [])
     if not found:
         raise ValueError("no picture")
     return found
@@ -133,14 +133,14 @@ def scienceqa(row):
     options = [f"{letter}. {text}" for letter, text in zip(letters, row["choices"], strict=True)]
     hint = [f"Context: {row['hint']}"] if row.get("hint") else []
     text = "\n".join([*hint, row["question"], *options, LETTER])
-    return Question(said(text), letters, int(row["answer"]), images=pictures_of(row, []))
+    return Question(said(text), letters, int(row["answer"]), images=images_of(row, []))
 
 
 def own(row):
     """A chat in any form that prepare.py reads; its last answer is asked for."""
     messages = messages_of(row)
     return Question(messages[:-1], [messages[-1]["content"]], 0, [messages[-1]["content"]],
-                    pictures_of(row, messages))
+                    images_of(row, messages))
 
 
 def text(row):

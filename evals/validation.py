@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from common.config import UserError, read_json
-from common.images import PictureError
+from common.images import ImageError
 from data import Chats, Text, check_tokenizer
 from evals.image_ablation import Gains, Held, a_token, nats_by_chat
 from evals.loglikelihood import Item, likelihoods
@@ -159,7 +159,7 @@ def caption_choice(model, tokenizer, chats, items):
         if chats.n_images(number) == 1 and fits(model, tokenizer, prompt, len(answer)):
             try:
                 asked.append((prompt, answer, chats.images(number, *model.pictures[1:])))
-            except PictureError as error:
+            except ImageError as error:
                 print(f"(left out: {error})", file=sys.stderr)
     if not asked:
         raise UserError(f"{chats.folder}: no chat with one picture fits, so none chooses a caption")
@@ -248,7 +248,7 @@ def exact(model, tokenizer, chats, items, pictures="own"):
     for i in range(len(shown)):
         try:
             found = shown.images(i, *pixels)
-        except PictureError as error:
+        except ImageError as error:
             print(f"(left out: {error})", file=sys.stderr)
             continue
         for prompt, answer in turns_of(shown, i):

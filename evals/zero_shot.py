@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from clip import normalise
 from common.config import UserError
 from common.device import cores
-from common.images import PictureError, read_image, to_pixels
+from common.images import ImageError, read_image, to_pixels
 
 NAMED = 10  # so many of the pictures that cannot be read are named, the others counted
 
@@ -65,7 +65,7 @@ def counted(model, tokenizer, labelled, machine, batch=256):
         for start in range(0, len(mine), batch):
             part = mine[start : start + batch]
             squares = list(pool.map(lambda item: square(item[0], model.config), part))
-            lost += [str(error) for error in squares if isinstance(error, PictureError)]
+            lost += [str(error) for error in squares if isinstance(error, ImageError)]
             read = [i for i, pixels in enumerate(squares) if isinstance(pixels, torch.Tensor)]
             if not read:
                 continue
@@ -86,11 +86,11 @@ def counted(model, tokenizer, labelled, machine, batch=256):
 
 
 def square(path, config):
-    """A picture as uint8 pixels (1, S, S, 3), or the PictureError that says why not."""
+    """A picture as uint8 pixels (1, S, S, 3), or the ImageError that says why not."""
     size, how = config.image_size, config.fit
     try:
         return to_pixels([read_image(path, size=size, how=how)], size, how)
-    except PictureError as error:
+    except ImageError as error:
         return error
 
 

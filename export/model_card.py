@@ -132,7 +132,7 @@ def figure(metrics, name, divisor, digits):
 
 def held_out_pictures(info):
     """The pictures that a checkpoint of the demo never saw, where they are."""
-    folder = Path(str(info.get("settings", {}).get("data", ""))).parent / "pictures"
+    folder = Path(str(info.get("settings", {}).get("data", ""))).parent / "images"
     return sorted(folder.glob("*.png"))
 
 

@@ -20,7 +20,7 @@ from common.config import UserError
 from common.images import fit, read_image
 from inference.conversation import BLIND, answer_all, fits
 from inference.generate import Sampler
-from prep.schema import messages_of, pictures_of
+from prep.schema import images_of, messages_of
 from prep.sources import parsed
 from tokenizer import render
 from vision import VisionLanguageModel
@@ -149,7 +149,7 @@ def question(model, tokenizer, stage, row, folder):
     messages = messages_of(with_answer(row))[:-1]
     if not messages[-1]["content"].strip():
         raise ValueError("a row without a question")
-    names = pictures_of(row, messages)
+    names = images_of(row, messages)
     if names and not isinstance(model, VisionLanguageModel):
         raise ValueError(BLIND)
     # fitted at once: a batch of photographs as they are would fill the memory

@@ -12,7 +12,7 @@ import torch
 
 from common.config import UserError
 from common.device import pick_dtype, processor
-from common.images import PictureError, to_pixels
+from common.images import ImageError, to_pixels
 from common.report import Sample
 from inference.generate import Decoding, Sampler, Sampling, generate_batch
 from inference.generate import generate as generate_one
@@ -297,7 +297,7 @@ def sample_answers(model, tokenizer, chats, n=8, max_tokens=64):
     for i in range(min(len(chats), 10 * n)):
         turn = turns_of(chats, i)[0]
         if len(turns) < n and fits(model, tokenizer, turn[0], max_tokens):
-            with contextlib.suppress(PictureError):  # gone since it was prepared
+            with contextlib.suppress(ImageError):  # gone since it was prepared
                 images.append(chats.images(i, *pixels)[: turn[0].count(tokenizer.image)])
                 turns.append(turn)
     found = answer_all(model, tokenizer, [turn[0] for turn in turns], images)

@@ -206,7 +206,7 @@ class Tally:
         """Whether this can be trained on, in one line."""
         rows, good = self.rows, self.n_good["rows"]
         hint = "; most pictures are missing: is --image_root right?" if (
-            self.problems.counts["a missing picture"] > rows / 2) else ""
+            self.problems.counts["a missing image"] > rows / 2) else ""
         if good == 0:
             return f"none of {rows:,} rows is good: this cannot be trained on{hint or ' as it is'}"
         if good == rows:

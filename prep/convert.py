@@ -8,18 +8,18 @@ import numpy as np
 
 import tokenizer as tokenizers
 from common import hub
-from common.archives import open_pictures
+from common.archives import open_images
 from common.config import UserError
 from common.images import fit, read_image
 from prep.resumable import Record, read_all
-from prep.schema import ask_shortly, check_quality, messages_of, pictures_of
+from prep.schema import ask_shortly, check_quality, images_of, messages_of
 from prep.sources import sources_of
 from prep.splits import splits_of
 from prep.unpack import unpacked
 from prep.writers import ChatWriter, check_size, new_data_set, write_manifest
 
 
-def write_chats_about_text(cfg):
+def write_text_chats(cfg):
     """Tokenise chats, but those that their own columns call poor."""
 
     def read(row):
@@ -31,7 +31,7 @@ def write_chats_about_text(cfg):
     write_conversations(cfg, lambda folder: (read, []), workers=1)
 
 
-def write_chats_about_pictures(cfg):
+def write_image_chats(cfg):
     """Tokenise chats about pictures, and fit the pictures, or where they are not copied look at
     each once."""
     said = {"size": cfg.image_size, "fit": cfg.fit, "copied": cfg.copy}
@@ -44,18 +44,18 @@ def write_chats_about_pictures(cfg):
         def unpack(paths, codec):
             return unpacked(paths, codec, folder.work / "unpacked")
 
-        find = open_pictures(cfg.image_root, unpack if cfg.copy else None)
+        find = open_images(cfg.image_root, unpack if cfg.copy else None)
 
         def read(row):
             messages = messages_of(row)
-            images = [prepared(source, find, cfg) for source in pictures_of(row, messages)]
+            images = [prepared(source, find, cfg) for source in images_of(row, messages)]
             return ask_shortly(messages) if cfg.short_answers else messages, images
 
         return read, find.identity
 
     with warnings.catch_warnings():  # here, because threads share what read_image sets for itself
         warnings.simplefilter("ignore")
-        write_conversations(cfg, reader, cfg.shard_bytes, pictures=said)
+        write_conversations(cfg, reader, cfg.shard_bytes, stored_images=said)
 
 
 def absolute(path):

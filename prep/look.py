@@ -14,12 +14,12 @@ import numpy as np
 from PIL import Image
 
 import tokenizer as tokenizers
-from common.archives import open_pictures
+from common.archives import open_images
 from common.checksums import check_sums
 from common.config import UserError, read_sealed
-from common.images import PictureError, read_image
+from common.images import ImageError, read_image
 from data import Chats, check_tokenizer
-from prep.schema import ask_shortly, messages_of, pictures_of
+from prep.schema import ask_shortly, images_of, messages_of
 from prep.sources import parsed, source_of
 from prep.unpack import unpacked
 from train.packing import Packed
@@ -54,7 +54,7 @@ class Originals:
         self.name, self.total = self.source.name, self.source.total
         self.tokenizer = tokenizers.load(cfg.tokenizer)
         self.temporary, self.left_out = [], {}
-        self.find = open_pictures(cfg.image_root, self._unpack)
+        self.find = open_images(cfg.image_root, self._unpack)
 
     def _unpack(self, paths, codec):
         """A plain tar for a compressed one, here and not in /tmp, which may be small."""
@@ -76,7 +76,7 @@ class Originals:
                 name = " ".join(str(row["id"])[:60].split()).encode(errors="replace").decode()
                 found.name += f" (id {name})"
             messages = messages_of(row)
-            pictures = pictures_of(row, messages)
+            pictures = images_of(row, messages)
             for source in pictures:
                 content = source if isinstance(source, bytes) else self.find(source)
                 image, size = decode(content, self.cfg)
@@ -84,7 +84,7 @@ class Originals:
                 found.images += [image] if keep else []
             messages = ask_shortly(messages) if self.cfg.short_answers else messages
             chat = tokenizers.render(self.tokenizer, messages, len(pictures))
-        except PictureError as error:
+        except ImageError as error:
             found.problem = error.reason
         except ValueError as error:
             found.problem = str(error)
@@ -153,7 +153,7 @@ class Made:
         found.ids, found.supervised = chats.chat(row[1])
         try:
             images = chats.images(row[1])
-        except PictureError as error:
+        except ImageError as error:
             found.problem = error.reason
             return found
         if np.count_nonzero(found.ids == self.tokenizer.image) != len(images):

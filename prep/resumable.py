@@ -21,7 +21,7 @@ import numpy as np
 from common.checkpoint import write_json
 from common.config import UserError, read_json
 from common.device import cores
-from common.images import PictureError
+from common.images import ImageError
 from prep.sources import Refused, parsed
 
 FILES = {"ids": np.uint16, "supervised": np.bool_, "images": np.uint8, "starts": np.int64,
@@ -173,7 +173,7 @@ def fill(journal, source, make, limit=0, workers=None):
     """Read the rows of `source` behind the journal's and append make(row) of each, in order.
 
     make runs in threads, on all cores unless workers says otherwise: decoding and tokenising let go
-    of Python's lock. It refuses a row by a ValueError or PictureError with the reason. Where limit
+    of Python's lock. It refuses a row by a ValueError or ImageError with the reason. Where limit
     is above 0, reading ends soon after that many records are there.
     """
     if journal.complete:
@@ -226,7 +226,7 @@ def work(make, batch):
     for where, row, _ in batch:
         try:
             records.append(make(parsed(row)))
-        except PictureError as error:
+        except ImageError as error:
             refused.append((error.reason, where))
         except ValueError as error:
             refused.append((str(error), where))

@@ -4,7 +4,7 @@ from prep.sources import Piece, parsed
 from tokenizer import IMAGE_MARK
 
 QUALITIES = ("very poor", "poor", "average", "good", "excellent")
-MAX_PICTURES = 4  # of a row
+MAX_IMAGES = 4  # of a row
 SHORT_ANSWER = "Answer with a word or a short phrase."
 SHORT_WORDS = 3
 
@@ -94,7 +94,7 @@ def check_quality(row, cfg):
 # ---------------------------------------------------------------------------------------- pictures
 
 
-def pictures_of(row, messages):
+def images_of(row, messages):
     """The pictures of a row, each its name or its bytes, or a ValueError.
 
     They stand in `image`, `images` or `image_path`: one or a list, as parquet has them or as names.
@@ -102,21 +102,21 @@ def pictures_of(row, messages):
     """
     fields = map(row.get, ("image", "images", "image_path"))
     found = next((value for value in fields if value not in (None, "", [])), [])
-    found = [picture_of(item) for item in (found if isinstance(found, list) else [found])]
-    if len(found) > MAX_PICTURES:
-        raise ValueError(f"more than {MAX_PICTURES} pictures")
+    found = [image_of(item) for item in (found if isinstance(found, list) else [found])]
+    if len(found) > MAX_IMAGES:
+        raise ValueError(f"more than {MAX_IMAGES} images")
     marks = sum(m["content"].count(IMAGE_MARK) for m in messages if m["role"] == "user")
     if marks not in (0, len(found)):
-        raise ValueError(f"pictures and {IMAGE_MARK} marks do not match")
+        raise ValueError(f"images and {IMAGE_MARK} marks do not match")
     return found
 
 
-def picture_of(item):
+def image_of(item):
     """The name or the bytes of one picture; parquet files and the hub have {bytes, path}."""
     if isinstance(item, dict):
         item = item.get("path") if item.get("bytes") is None else item["bytes"]
     if not isinstance(item, str | bytes) or item == "":
-        raise ValueError("a picture that is neither a name nor bytes")
+        raise ValueError("an image that is neither a name nor bytes")
     return item
 
 

@@ -170,10 +170,10 @@ def write_demo(out, cfg):
         for kind in "captions", "scenes", "chats":
             write_manifest(out / kind, tokenizer)
     rng = random.Random(f"{cfg.seed} images")
-    (out / "pictures").mkdir()
+    (out / "images").mkdir()
     for i in range(8):
         scene = toy_images.draw_scene(rng, "held_out")
-        toy_images.paint(scene, 256).save(out / f"pictures/{i}.png")
+        toy_images.paint(scene, 256).save(out / f"images/{i}.png")
     return tokens["train_tokens"]
 
 

@@ -17,7 +17,7 @@ done
 echo && echo "== python eval.py out/demo/vision_sft --data=data/demo --report=out/demo"
 python eval.py out/demo/vision_sft --data=data/demo --report=out/demo --started="$started"
 
-picture=data/demo/pictures/0.png
+picture=data/demo/images/0.png
 echo && echo "== python sample.py out/demo/vision_sft --image=$picture"
 python sample.py out/demo/vision_sft --image=$picture <<'QUESTIONS'
 What do you see?

@@ -177,7 +177,7 @@ MISTAKES = {
     "talking to nobody": "sample.py {tmp}/no --prompt=hi | there is no checkpoint {tmp}/no",
     "talking to clip": "sample.py {runs}/clip_pretrain --prompt=hi | clip_pretrain.py",
     "a chat with a model of text": "sample.py {runs}/pretrain | --prompt",
-    "a missing picture": "sample.py {runs}/vision_sft --image={tmp}/no.png --prompt=hi "
+    "a missing image": "sample.py {runs}/vision_sft --image={tmp}/no.png --prompt=hi "
                          "| there is no picture {tmp}/no.png",
     "a text as a picture": "sample.py {runs}/vision_sft --image={things}/text.png --prompt=hi "
                            "| {things}/text.png is not a readable picture",
@@ -349,7 +349,7 @@ SHORT = ("--max_tokens=12", "--device=cpu")
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "vision_pretrain", "vision_sft"])
 def test_one_question_gets_one_answer_from_every_stage(pipeline, stage):
-    picture = [f"--image={pipeline.data}/pictures/0.png"] if "vision" in stage else []
+    picture = [f"--image={pipeline.data}/images/0.png"] if "vision" in stage else []
     said = set()
     for seed in range(3):
         argv = (pipeline.folder / stage, "--prompt=Once upon", f"--seed={seed}", "--temperature=1")
@@ -374,7 +374,7 @@ def answers(result):
 
 
 def test_a_conversation_can_be_piped(pipeline):
-    pictures = pipeline.data / "pictures"
+    pictures = pipeline.data / "images"
     lines = ["What do you see?", "Is it red?", f"/image {pictures}/1.png", "What do you see?",
              "/reset", "Is it red?", "/reset", "What do you see?", "/photo", "/image no.png", "",
              "/quit", "Is anyone there?"]
@@ -393,7 +393,7 @@ def test_a_conversation_can_be_piped(pipeline):
 
 
 def test_a_mistake_in_a_conversation_does_not_end_it(pipeline):
-    questions = f"/image {pipeline.data}/pictures/0.png\nhello\nhello\n{'word,' * 300}\nhello"
+    questions = f"/image {pipeline.data}/images/0.png\nhello\nhello\n{'word,' * 300}\nhello"
     result = run("sample.py", pipeline.folder / "sft", *SHORT, stdin=questions)
     assert "cannot see" in result.out and "context is 256" in result.out
     lines = [line for line in result.out.splitlines() if not line.startswith("(")]

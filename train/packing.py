@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from common.config import UserError
-from common.images import PictureError, blank, to_pixels
+from common.images import ImageError, blank, to_pixels
 from data import Batch
 
 
@@ -112,7 +112,7 @@ class Packed:
                 if len(slots):
                     try:
                         images += self._images(s, i)[: len(slots) // P]
-                    except PictureError as error:  # gone since it was prepared
+                    except ImageError as error:  # gone since it was prepared
                         lost.append(str(error))
                         images += [blank(self.image_size)] * (len(slots) // P)
                         where.pop(), targets.pop()  # so nothing is learnt from it
@@ -136,7 +136,7 @@ class Packed:
 
 def check_stored(chats, image_size, how):
     """UserError if the pictures of some Chats were stored in a way that these settings spoil."""
-    stored = chats.manifest.get("pictures", {})
+    stored = chats.manifest.get("stored_images", {})
     if not image_size or not stored.get("copied", True):
         return
     if how == "crop" and stored.get("fit") == "pad":
@@ -226,7 +226,7 @@ class Captions:
         for i in rows:
             try:
                 found[i] = self.chats.images(self.chosen[i], self.image_size, self.how)[0]
-            except PictureError as error:  # gone since it was prepared
+            except ImageError as error:  # gone since it was prepared
                 lost.append(str(error))
         if not found:
             raise UserError(f"no picture of a whole batch of {self.name} can be read: {lost[0]}")

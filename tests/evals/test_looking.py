@@ -291,7 +291,7 @@ def test_a_data_set_whose_pictures_were_cut_short_is_refused(mixed):
 def test_padded_pictures_are_not_cropped_behind_ones_back(mixed):
     folder, tokenizer = mixed
     chats = Chats(folder, "train")
-    chats.manifest["pictures"] = {"size": 16, "fit": "pad", "copied": True}
+    chats.manifest["stored_images"] = {"size": 16, "fit": "pad", "copied": True}
     with pytest.raises(UserError, match="--fit=short"):
         Packed([chats], 64, tokenizer, PATCHES, SIZE, "crop")
 

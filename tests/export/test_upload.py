@@ -71,7 +71,7 @@ def sizes(files):
 
 def test_a_native_push_opens_by_its_name(hub, tmp_path, pipeline):
     """What is sent is listed; it comes without what only resuming needs."""
-    name, image = pipeline.folder / "vision_sft", pipeline.data / "pictures" / "0.png"
+    name, image = pipeline.folder / "vision_sft", pipeline.data / "images" / "0.png"
     said = elsewhere(hub, tmp_path, ROOT / "upload.py", name, "--repo=someone/sees",
                      "--native=True", HF_TOKEN=WRITER)
     files = hub.repos["models", "someone/sees"]
@@ -347,7 +347,7 @@ def test_a_command_is_quoted_and_names_only_known_stages():
 def test_a_card_shows_an_image_and_the_answer_of_the_model(cards, pipeline):
     card = (cards / "vision_sft" / "README.md").read_text()
     shown = cards / "vision_sft" / re.search(r"!\[.*\]\((.*)\)", card)[1]
-    held_out = sorted((pipeline.data / "pictures").glob("*.png"))[0]
+    held_out = sorted((pipeline.data / "images").glob("*.png"))[0]
     assert shown.read_bytes() == held_out.read_bytes() and read_image(shown)
     answer = run("sample.py", pipeline.folder / "vision_sft", f"--image={held_out}",
                  "--prompt=What do you see?", "--max_tokens=64", "--precision=fp32").out

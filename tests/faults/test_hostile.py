@@ -17,9 +17,9 @@ from PIL import Image
 
 import tokenizer as tokenizers
 from common import checkpoint, hub
-from common.archives import open_pictures
+from common.archives import open_images
 from common.config import UserError
-from common.images import PictureError, read_image
+from common.images import ImageError, read_image
 from data import read_array
 from export.from_original import import_original
 from prep import unpack
@@ -223,9 +223,9 @@ def small_tar():
 def test_sizes_that_lie_neither_hang_nor_break_a_tar(behind, tmp_path):
     path = tmp_path / "a.tar"
     path.write_bytes(small_tar() + behind)
-    pictures = open_pictures(str(path))
+    pictures = open_images(str(path))
     assert read_image(pictures("a.png")).size == (16, 16)
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         read_image(pictures("b.png"))
 
 
@@ -235,13 +235,13 @@ def test_a_zip_bomb_is_refused_before_it_fills_the_memory(tmp_path):
     with bomb, bomb.open("bomb.png", "w", force_zip64=True) as file:
         for _ in range(300):
             file.write(bytes(1 << 20))
-    pictures = open_pictures(str(tmp_path / "a.zip"))
-    with pytest.raises(PictureError, match=r"bomb\.png is larger than 256 MiB"):
+    pictures = open_images(str(tmp_path / "a.zip"))
+    with pytest.raises(ImageError, match=r"bomb\.png is larger than 256 MiB"):
         pictures("bomb.png")
     archive, = pictures.parts
     at, size, _, method, crc = archive.places["bomb.png"]
     archive.places["bomb.png"] = at, size, 1000, method, crc
-    with pytest.raises(PictureError, match=r"bomb\.png in .*a\.zip is damaged"):
+    with pytest.raises(ImageError, match=r"bomb\.png in .*a\.zip is damaged"):
         pictures("bomb.png")
 
 
@@ -256,9 +256,9 @@ def test_a_compressed_tar_that_would_fill_the_disk_is_given_up(tmp_path, monkeyp
 def test_a_pipe_or_device_in_the_place_of_a_picture_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "device.png").symlink_to("/dev/zero")
-    pictures = open_pictures(str(tmp_path))
+    pictures = open_images(str(tmp_path))
     for name in "pipe.png", "device.png":
-        with pytest.raises(PictureError, match=f"{name}: it is no file"):
+        with pytest.raises(ImageError, match=f"{name}: it is no file"):
             pictures(name)
 
 
@@ -271,7 +271,7 @@ def test_no_other_program_is_started_for_a_picture(monkeypatch):
     script = (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
               b"(%pipe%mkdir it_ran) (w) file\n%%EOF\n")
     assert Image.open(io.BytesIO(script)).format == "EPS"
-    with pytest.raises(PictureError, match=r"a\.png is not a readable picture"):
+    with pytest.raises(ImageError, match=r"a\.png is not a readable picture"):
         read_image(script, "a.png")
 
 
@@ -282,7 +282,7 @@ def test_a_jpeg_with_scans_without_end_is_refused():
     content = file.getvalue()
     last = content.rindex(b"\xff\xda")
     assert read_image(content).size == (64, 64)
-    with pytest.raises(PictureError, match=r"a\.jpg is a JPEG of more than 100 scans"):
+    with pytest.raises(ImageError, match=r"a\.jpg is a JPEG of more than 100 scans"):
         read_image(content[:-2] + content[last:-2] * 1000 + content[-2:], "a.jpg")
 
 
@@ -316,8 +316,8 @@ def test_a_hub_cannot_name_a_file_outside_the_folder(name):
 def test_a_row_cannot_name_a_file_outside_the_pictures(tmp_path):
     (tmp_path / "inside").mkdir()
     (tmp_path / "outside.png").write_bytes(picture())
-    pictures = open_pictures(str(tmp_path / "inside"))
+    pictures = open_images(str(tmp_path / "inside"))
     for name in ("../outside.png", str(tmp_path / "outside.png"), "x/../../outside.png",
                  "..\\outside.png", "\0", "\ud800", "a" * 5000):
-        with pytest.raises(PictureError):
+        with pytest.raises(ImageError):
             pictures(name)

@@ -24,13 +24,13 @@ import sft
 import tokenizer as tokenizers
 import vision_pretrain
 import vision_sft
-from common.archives import open_pictures
+from common.archives import open_images
 from common.config import UserError, parse
-from common.images import PictureError, read_image, to_pixels
+from common.images import ImageError, read_image, to_pixels
 from data import read_array
 from faults.conftest import scale
 from faults.mutants import Tally, limited, mutated, mutated_value
-from prep.schema import messages_of, pictures_of
+from prep.schema import images_of, messages_of
 from prep.sources import Files, parsed
 
 STAGES = (pretrain, sft, vision_pretrain, vision_sft, clip_pretrain)
@@ -100,11 +100,11 @@ def test_mutated_archives(form, tmp_path, capsys):
 
 def read_all(path, names):
     """Every picture of an archive; the last refusal is raised again."""
-    pictures, refused = open_pictures(str(path)), None
+    pictures, refused = open_images(str(path)), None
     for name in names:
         try:
             read_image(pictures(name), name)
-        except PictureError as error:
+        except ImageError as error:
             refused = error
     if refused:
         raise refused
@@ -228,7 +228,7 @@ def read_rows(path):
         assert where.startswith(f"{path.name}:")
         try:
             row = parsed(row)
-            pictures_of(row, messages_of(row))
+            images_of(row, messages_of(row))
         except (ValueError, TypeError) as error:  # as journal.work counts them
             raise UserError(f"{where}: {error}") from None
 

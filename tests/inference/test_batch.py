@@ -144,9 +144,9 @@ BROKEN = {
     "there is no picture no.png": {"prompt": QUESTION, "image": "no.png"},
     "is not a readable picture": {"prompt": QUESTION, "image": "text.png"},
     "File name too long": {"prompt": QUESTION, "image": "no" * 300},
-    "a picture that is neither a name nor bytes": {"prompt": QUESTION, "image": 5},
-    "more than 4 pictures": {"prompt": QUESTION, "images": [f"p{i}.png" for i in range(5)]},
-    "pictures and <image> marks do not match": {"prompt": "<image>?"},
+    "an image that is neither a name nor bytes": {"prompt": QUESTION, "image": 5},
+    "more than 4 images": {"prompt": QUESTION, "images": [f"p{i}.png" for i in range(5)]},
+    "images and <image> marks do not match": {"prompt": "<image>?"},
     "longer than the context of 256 tokens": {"prompt": "word," * 300},
 }
 
@@ -179,7 +179,7 @@ def test_bytes_that_are_no_text_break_only_their_own_line(eyes):
 
 
 def test_a_text_model_says_that_it_cannot_see(pipeline, tmp_path):
-    image = f"{pipeline.data}/pictures/0.png"
+    image = f"{pipeline.data}/images/0.png"
     lines = answer_all(pipeline.folder / "sft", [
         {"prompt": QUESTION, "image": image}, {"prompt": QUESTION}], tmp_path / "out.jsonl")
     assert "cannot see" in lines[0]["error"] and "answer" in lines[1]

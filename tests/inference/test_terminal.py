@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT, run
 from test_chat import BLUE, RED, TOKENIZER, new_model, save
 
-from prep.schema import messages_of, pictures_of
+from prep.schema import images_of, messages_of
 from tokenizer import IMAGE_MARK
 
 PATIENCE = 60  # seconds until a program that says nothing is taken for dead
@@ -305,7 +305,7 @@ def test_a_saved_conversation_is_a_row_of_data(terminal, folder, name):
     text = (folder / name.strip("'")).read_text()
     row, = json.loads(text) if name.endswith(".json") else map(json.loads, text.splitlines())
     messages = messages_of(row)
-    assert pictures_of(row, messages) == [str(folder / "red.png"), str(folder / "a blue one.png")]
+    assert images_of(row, messages) == [str(folder / "red.png"), str(folder / "a blue one.png")]
     assert [m["content"] for m in messages] == [
         f"{IMAGE_MARK}{IMAGE_MARK}\n{questions[0]}", answers[0], "Is < image> red?", answers[1]]
 
@@ -316,7 +316,7 @@ def test_only_what_was_answered_is_saved(terminal, folder):
     terminal.say("What do you see?")
     terminal.say("/save text.json")
     row, = json.loads((folder / "text.json").read_text())
-    assert pictures_of(row, messages_of(row)) == [] and len(row["messages"]) == 2
+    assert images_of(row, messages_of(row)) == [] and len(row["messages"]) == 2
     assert not (folder / "empty.json").exists()
 
 

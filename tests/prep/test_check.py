@@ -41,14 +41,14 @@ def planted():
     long = "word " * 100
     return {
         "good": [row("red.png", ask, f"Red {i}.", id=f"good{i}") for i in range(20)],
-        "a missing picture": [row(f"gone{i}.png", ask, "Red.", id=i) for i in range(7)],
-        "an unreadable picture": [row("text.jpg", ask, "Red."), row("empty.jpg", ask, "Red.")],
-        "a truncated picture": [row("cut.jpg", ask, "Red.")] * 3,
-        "a picture that is too large": [row("large.png", ask, "Red.")],
-        "pictures and <image> marks do not match": [
+        "a missing image": [row(f"gone{i}.png", ask, "Red.", id=i) for i in range(7)],
+        "an unreadable image": [row("text.jpg", ask, "Red."), row("empty.jpg", ask, "Red.")],
+        "a truncated image": [row("cut.jpg", ask, "Red.")] * 3,
+        "an image that is too large": [row("large.png", ask, "Red.")],
+        "images and <image> marks do not match": [
             row("red.png", "<image> <image>", "Two."), row("red.png", ask, "Red.", ask, "Red."),
             row("", "Say <image>.", "I see none.")],
-        "more than 4 pictures": [row(["red.png"] * 5, "What are they?", "Red.")],
+        "more than 4 images": [row(["red.png"] * 5, "What are they?", "Red.")],
         "an empty answer": [row("red.png", ask, " ")] * 4,
         "turns out of order": [{"image": "red.png", "conversations": row(0, "a", "b")[
             "conversations"][::-1]}],
@@ -163,7 +163,7 @@ def test_strange_ids_and_texts_end_nothing(corpus, checked, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([*rows, {**rows[0], "image": "gone.png"}, 7]))
     report, _ = checked(tmp_path / "a.json", sheet=str(tmp_path / "sheet.png"), context=8000)
     assert report["good"]["rows"] == 20
-    assert report["left_out"]["a missing picture"]["first"] == ["a.json:21 (id ? x)"]
+    assert report["left_out"]["a missing image"]["first"] == ["a.json:21 (id ? x)"]
 
 
 def test_where_most_pictures_are_missing_the_place_is_doubted(corpus, checked, tmp_path):
@@ -219,12 +219,12 @@ def test_a_folder_that_prepare_made_is_looked_at_as_training_reads_it(made, chec
 
 def test_what_was_left_out_when_it_was_made_is_said_again(made, checked, tmp_path):
     manifest = json.loads((made / "manifest.json").read_text())
-    manifest["left_out"] = {"a missing picture": {"rows": 7, "first": ["a.json:1", "a.json:2"]}}
+    manifest["left_out"] = {"a missing image": {"rows": 7, "first": ["a.json:1", "a.json:2"]}}
     shutil.copytree(made, tmp_path / "copy")
     (tmp_path / "copy/manifest.json").write_text(json.dumps(seal(manifest)))
     report, said = checked(tmp_path / "copy")
     assert report["left_out_when_made"] == manifest["left_out"]
-    assert "left out when it was made\n       7  a missing picture\n" in said
+    assert "left out when it was made\n       7  a missing image\n" in said
 
 
 def test_pictures_that_stayed_elsewhere_and_are_gone_are_named(corpus, checked, tmp_path):
@@ -238,7 +238,7 @@ def test_pictures_that_stayed_elsewhere_and_are_gone_are_named(corpus, checked, 
     assert checked(tmp_path / "out")[0]["verdict"].startswith("all 21 rows are good")
     (tmp_path / "pictures/blue.png").unlink()
     report, _ = checked(tmp_path / "out")
-    (name,) = report["left_out"]["a missing picture"]["first"]
+    (name,) = report["left_out"]["a missing image"]["first"]
     assert report["good"]["rows"] == 20 and name.startswith(("train:", "val:"))
     assert report["verdict"] == "20 of 21 rows are good; training leaves the others out"
 
@@ -326,7 +326,7 @@ def test_what_cannot_be_checked_is_refused_in_a_sentence(corpus, made, tmp_path)
         assert sentence in said.refusal and str(tmp_path / data) in said.refusal
     rows = corpus / "rows.jsonl"
     for flag, sentence in {
-        "--show=21": "cannot be used: a missing picture", "--show=999": "has fewer rows than that",
+        "--show=21": "cannot be used: a missing image", "--show=999": "has fewer rows than that",
         "--context=0": "--context=0 is too small", "--items=-1": "--items=-1 is too small",
         "--sheet=no/such/sheet.png": "no folder for no/such/sheet.png",
         "--image_root=nowhere": "nowhere", "--tokenizer=nowhere": "no tokenizer at nowhere",

@@ -309,7 +309,7 @@ def album(tmp_path_factory):
     return folder
 
 
-def images_of(album, vocabulary, rows, out, root="pictures"):
+def album_set(album, vocabulary, rows, out, root="pictures"):
     """prepare.py images on some rows; returns (the train split, what it printed)."""
     path = write_rows(out.with_name("rows.json"), list(rows))
     said = prepared("images", f"--files={path}", f"--val_files={album}/val.json",
@@ -322,7 +322,7 @@ def images_of(album, vocabulary, rows, out, root="pictures"):
 def test_pictures_from_the_wild_arrive_as_one_sees_them(root, album, vocabulary, tmp_path):
     names = ["red.png", "red.webp", "gif.jpg", "cmyk.jpg", "turned.jpg", "palette.png",
              "16bit.png", "thin.png"]
-    found, said = images_of(album, vocabulary, map(asked, names), tmp_path / "out", root)
+    found, said = album_set(album, vocabulary, map(asked, names), tmp_path / "out", root)
     assert "left out" not in said and len(found) == len(names)
     seen = {}
     for i, name in enumerate(names):
@@ -349,14 +349,14 @@ def test_pictures_from_the_wild_arrive_as_one_sees_them(root, album, vocabulary,
 def test_a_zip_and_its_folder_give_the_same_data(album, vocabulary, tmp_path):
     rows = [asked(name) for name in ("red.png", "gif.jpg", "cut.jpg")]
     for root in "pictures", "pictures.zip":
-        images_of(album, vocabulary, rows, tmp_path / root, root)
+        album_set(album, vocabulary, rows, tmp_path / root, root)
     assert sums(tmp_path / "pictures") == sums(tmp_path / "pictures.zip")
 
 
 @pytest.mark.parametrize("root", ["pictures", "pictures.zip"])
 def test_a_picture_elsewhere_is_found_by_its_base_name(root, album, vocabulary, tmp_path):
     rows = [asked("coco/train2017/red.png"), asked("/content/drive/gif.jpg")]
-    found, said = images_of(album, vocabulary, rows, tmp_path / "out", root)
+    found, said = album_set(album, vocabulary, rows, tmp_path / "out", root)
     assert "left out" not in said and [len(found.images(i)) for i in range(2)] == [1, 1]
 
 
@@ -367,20 +367,20 @@ def test_pictures_that_cannot_be_used_are_counted_and_named(root, album, vocabul
         "larger.png", ["red.png", "gif.jpg"], {"bytes": None}, "data:image/png;base64," + "A" * 999,
         "", "gif.jpg")]
     rows += [asked("red.png", "<image> and <image>?"), asked("gif.jpg", "No mark?")]
-    found, said = images_of(album, vocabulary, rows, tmp_path / "out", root)
+    found, said = album_set(album, vocabulary, rows, tmp_path / "out", root)
     assert [len(found.images(i)) for i in range(len(found))] == [1, 1, 1]
     left_out = {reason: (int(n), where) for n, reason, where in
                 re.findall(r"left out (\d+) rows: (.*) \((.*)\)", said)}
-    assert left_out["a missing picture"][1].startswith("rows.json:2")
-    assert left_out["a truncated picture"] == (2, "rows.json:3, rows.json:4")
-    assert left_out["an unreadable picture"] == (2, "rows.json:5, rows.json:6")
-    assert left_out["a picture that is too large"] == (2, "rows.json:7, rows.json:8")
-    assert left_out["pictures and <image> marks do not match"][0] == 3
-    assert left_out["a picture that is neither a name nor bytes"] == (1, "rows.json:10")
+    assert left_out["a missing image"][1].startswith("rows.json:2")
+    assert left_out["a truncated image"] == (2, "rows.json:3, rows.json:4")
+    assert left_out["an unreadable image"] == (2, "rows.json:5, rows.json:6")
+    assert left_out["an image that is too large"] == (2, "rows.json:7, rows.json:8")
+    assert left_out["images and <image> marks do not match"][0] == 3
+    assert left_out["an image that is neither a name nor bytes"] == (1, "rows.json:10")
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())["left_out"]
     assert {reason: n for reason, (n, _) in left_out.items()} == {
         reason: entry["rows"] for reason, entry in manifest.items()}
-    assert manifest["a missing picture"]["first"] == ["rows.json:2", "rows.json:11"]
+    assert manifest["a missing image"]["first"] == ["rows.json:2", "rows.json:11"]
     assert not re.search(r"\.(png|jpg)", " ".join(left_out)), "a reason for each name"
     assert not re.search("object has no|unhashable|PathLike|Errno", said), "Python's own words"
 
@@ -399,14 +399,14 @@ def test_a_damaged_zip_loses_the_damaged_pictures_alone(album, vocabulary, tmp_p
     (tmp_path / "a.zip").write_bytes(content)
     rows = [asked(f"{i}.bmp") for i in range(20)]
     root = os.path.relpath(tmp_path / "a.zip", album)
-    found, said = images_of(album, vocabulary, rows, tmp_path / "out", root)
-    assert len(found) == 10 and "left out 10 rows: an unreadable picture" in said
+    found, said = album_set(album, vocabulary, rows, tmp_path / "out", root)
+    assert len(found) == 10 and "left out 10 rows: an unreadable image" in said
 
 
 def test_a_row_without_a_picture_is_a_chat_about_text(album, vocabulary, tmp_path):
     rows = [asked("red.png"), FORMS[0], asked("red.png", "Say <image> what?"),
             {"image_path": "/home/gif.jpg", "caption": "a red one"}]
-    images_of(album, vocabulary, rows, tmp_path / "out")
+    album_set(album, vocabulary, rows, tmp_path / "out")
     assert [chat for chat, _ in chats(tmp_path / "out")] == [
         "<|endoftext|><|user|><|image|>What?<|end|><|assistant|>Red.<|end|>", HELLO[0],
         "<|endoftext|><|user|>Say <|image|> what?<|end|><|assistant|>Red.<|end|>",

@@ -20,7 +20,7 @@ import tokenizer as tokenizers
 from common import archives
 from common.checkpoint import sums
 from common.config import UserError
-from common.images import PictureError
+from common.images import ImageError
 from data import Chats
 from prep.unpack import unpacked
 
@@ -57,7 +57,7 @@ def in_the_wild():
     ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     gif = encoded(red(), "GIF", save_all=True, append_images=[Image.new("RGB", (40, 20), "blue")])
-    unreadable, large = "an unreadable picture", "a picture that is too large"
+    unreadable, large = "an unreadable image", "an image that is too large"
     return {
         "red.png": (encoded(red(), "PNG"), ""), "one.png": (encoded(red(1, 1), "PNG"), ""),
         "long.png": (encoded(red(20000, 10), "PNG"), ""),
@@ -68,7 +68,7 @@ def in_the_wild():
         "turned.jpg": (encoded(turned, "JPEG", exif=exif, quality=95), ""),
         "story.png": (encoded(red(), "PNG", pnginfo=story), ""),
         "bomb.png": (bomb(), large), "cut.jpg": (encoded(noise, "JPEG")[:1500],
-                                                 "a truncated picture"),
+                                                 "a truncated image"),
         "empty.jpg": (b"", unreadable), "text.jpg": (b"not a picture", unreadable),
         "html.png": (b"<html>404</html>", unreadable),
     }
@@ -168,7 +168,7 @@ def wild(tmp_path_factory, vocabulary):
 def test_a_picture_in_the_wild_is_used_or_counted_by_its_reason(name, wild):
     names = [*WILD, "folder.jpg"]
     where, reason = f"rows.json:{names.index(name) + 1}", WILD.get(name, (0, ""))[1]
-    reason = reason or ("an unreadable picture" if name == "folder.jpg" else "")
+    reason = reason or ("an unreadable image" if name == "folder.jpg" else "")
     named = {reason for reason, found in manifest(wild / "out")["left_out"].items()
              if where in found["first"]}
     assert named == ({reason} if reason else set())
@@ -191,7 +191,7 @@ def test_pictures_are_the_same_wherever_they_are_kept(form, wild, vocabulary, tm
     root = keep(tmp_path, form, files)
     made(tmp_path, vocabulary, [*map(asked, WILD), asked("gone.jpg")], root)
     assert sums(tmp_path / "out") == sums(wild / "out")
-    counted = left_out(wild / "out") | {"a missing picture": 1, "an unreadable picture": 3}
+    counted = left_out(wild / "out") | {"a missing image": 1, "an unreadable image": 3}
     assert left_out(tmp_path / "out") == counted
 
 
@@ -215,17 +215,17 @@ def test_names_are_only_looked_up_and_never_lead_out_of_the_root(form, vocabular
     assert fresh == {"out", "rows.json", "val.jsonl"}
     first = {"rows.json:1", "rows.json:2"} | ({"rows.json:6", "rows.json:7"}
                                               if form == "folder" else set())
-    assert set(manifest(tmp_path / "out")["left_out"]["a missing picture"]["first"]) == first
+    assert set(manifest(tmp_path / "out")["left_out"]["a missing image"]["first"]) == first
 
 
 @pytest.mark.parametrize("form", ["folder", "a.zip", "a.tar"])
 def test_of_several_with_one_base_name_the_folders_decide(form, tmp_path):
     names = ["vg/1.jpg", "train/1.jpg", "val/1.jpg", "1.jpg", "val/2.jpg"]
-    find = archives.open_pictures(str(keep(tmp_path, form, [(n, n.encode()) for n in names])))
+    find = archives.open_images(str(keep(tmp_path, form, [(n, n.encode()) for n in names])))
     for wanted, found in {"coco/train/1.jpg": "train/1.jpg", "/x/val/1.jpg": "val/1.jpg",
                           "1.jpg": "1.jpg", "x/2.jpg": "val/2.jpg"}.items():
         assert (find(wanted), find.name_of(wanted)) == (found.encode(), found)
-    with pytest.raises(PictureError, match="no picture x/3"):
+    with pytest.raises(ImageError, match="no picture x/3"):
         find("x/3.jpg")
 
 
@@ -270,11 +270,11 @@ def spoilt_tar(content):
 
 
 @pytest.mark.parametrize("form, spoil, good, reason", [
-    ("a.zip", lambda content: content[: content.index(b"8.bmp") + 9], 8, "a missing picture"),
-    ("a.zip", spoilt_zip, 11, "an unreadable picture"),
-    ("a.tar", lambda content: content[: content.index(b"8.bmp") + 900], 8, "a truncated picture"),
-    ("a.tar", lambda content: content[: content.index(b"8.bmp") + 300], 8, "a missing picture"),
-    ("a.tar", spoilt_tar, 11, "a missing picture"),
+    ("a.zip", lambda content: content[: content.index(b"8.bmp") + 9], 8, "a missing image"),
+    ("a.zip", spoilt_zip, 11, "an unreadable image"),
+    ("a.tar", lambda content: content[: content.index(b"8.bmp") + 900], 8, "a truncated image"),
+    ("a.tar", lambda content: content[: content.index(b"8.bmp") + 300], 8, "a missing image"),
+    ("a.tar", spoilt_tar, 11, "a missing image"),
 ])
 def test_a_damaged_archive_loses_the_damaged_pictures_alone(form, spoil, good, reason, vocabulary,
                                                            tmp_path):
@@ -331,8 +331,8 @@ def test_a_row_has_up_to_four_pictures_or_none(vocabulary, tmp_path):
     assert found == [[0, 1], [1, 2, 3, 4], [3, 4], []]
     assert [text.count("<|image|>") for text, _ in chats(tmp_path / "out")] == [2, 4, 2, 0]
     assert left_out(tmp_path / "out") == {
-        "more than 4 pictures": 1, "pictures and <image> marks do not match": 2,
-        "a picture that is neither a name nor bytes": 1, "a missing picture": 1}
+        "more than 4 images": 1, "images and <image> marks do not match": 2,
+        "an image that is neither a name nor bytes": 1, "a missing image": 1}
 
 
 @pytest.mark.parametrize("kind", ["dict", "bytes", "list", "hub"])
@@ -356,7 +356,7 @@ def test_pictures_inside_parquet_are_used_as_they_are(kind, wild, vocabulary, tm
     prepared("images", source, f"--val_files={wild}/val.jsonl", "--image_size=32",
              f"--tokenizer={vocabulary}", f"--out={tmp_path}/out")
     assert sums(tmp_path / "out/train") == sums(wild / "out/train")
-    assert left_out(tmp_path / "out") == left_out(wild / "out") | {"an unreadable picture": 3}
+    assert left_out(tmp_path / "out") == left_out(wild / "out") | {"an unreadable image": 3}
 
 
 @pytest.mark.parametrize("answers, asks", [
@@ -407,7 +407,8 @@ def test_the_short_side_can_be_kept_for_training_to_crop(vocabulary, tmp_path):
     made(tmp_path, vocabulary, map(asked, sizes), root, "--fit=short")
     assert [image.shape[:2] for (image,) in pictures(tmp_path / "out")] == [
         (32, 72), (80, 32), (32, 256), (32, 48)]
-    assert manifest(tmp_path / "out")["pictures"] == {"size": 32, "fit": "short", "copied": True}
+    assert manifest(tmp_path / "out")["stored_images"] == {
+        "size": 32, "fit": "short", "copied": True}
 
 
 @pytest.mark.parametrize("form", ["folder", "a.zip", "many_*.tar", "one.zip,two"])
@@ -421,14 +422,14 @@ def test_pictures_can_stay_where_they_are(form, vocabulary, tmp_path, monkeypatc
     stored = (tmp_path / "out/train/images_000000.bin").read_bytes()
     assert stored.decode() == "".join(f"in/{name}" for name in good)
     assert "left out" in said and sum(left_out(tmp_path / "out").values()) == len(WILD) - len(good)
-    entry = manifest(tmp_path / "out")["pictures"]
+    entry = manifest(tmp_path / "out")["stored_images"]
     assert entry["copied"] is False and entry["root"].startswith(str(tmp_path))
     assert [images[0].shape[:2] for images in pictures(tmp_path / "out")][:3] == [
         (20, 40), (1, 1), (10, 20000)]
 
 
 @pytest.mark.parametrize("pictures, why", [
-    ({"copied": False}, "not where they are; add their folder as pictures.root"),
+    ({"copied": False}, "not where they are; add their folder as stored_images.root"),
     ({"copied": False, "root": 7}, "not of the form that prepare.py writes"),
     ({"size": "32", "fit": "pad"}, "not of the form that prepare.py writes"),
     ([32, "pad"], "not of the form that prepare.py writes"),
@@ -440,7 +441,7 @@ def test_a_manifest_made_by_hand_that_makes_no_sense_is_a_sentence(
     root = keep(tmp_path / "pictures", "folder", [("red.png", WILD["red.png"][0])])
     made(tmp_path, vocabulary, [asked("red.png")], root, "--copy=False")
     file = tmp_path / "out/manifest.json"
-    file.write_text(json.dumps(manifest(tmp_path / "out") | {"pictures": pictures}))
+    file.write_text(json.dumps(manifest(tmp_path / "out") | {"stored_images": pictures}))
     with pytest.raises(UserError, match=why) as error:
         Chats(tmp_path / "out", "train")
     assert str(file) in str(error.value)
@@ -545,9 +546,9 @@ def test_an_archive_that_was_replaced_is_read_from_the_start(form, vocabulary, t
 
 def test_an_archive_is_indexed_once_until_it_is_replaced(tmp_path):
     root = str(keep(tmp_path, "a.zip", numbered(3)))
-    first, again = (archives.open_pictures(root).parts[0] for _ in range(2))
+    first, again = (archives.open_images(root).parts[0] for _ in range(2))
     keep(tmp_path, "a.zip", numbered(4))
-    other = archives.open_pictures(root).parts[0]
+    other = archives.open_images(root).parts[0]
     assert first is again and (len(first.places), len(other.places)) == (3, 4)
 
 
@@ -603,11 +604,11 @@ def test_of_large_groups_the_smallest_is_held_out_and_never_all(vocabulary, tmp_
 
 
 BROKEN = {
-    "a missing picture": asked("gone.png"), "an unreadable picture": asked("text.jpg"),
-    "a truncated picture": asked("cut.jpg"), "a picture that is too large": asked("bomb.png"),
-    "more than 4 pictures": asked_of(["red.png"] * 5),
-    "pictures and <image> marks do not match": asked("red.png", "<image> or <image>?"),
-    "a picture that is neither a name nor bytes": asked({"url": "x"}),
+    "a missing image": asked("gone.png"), "an unreadable image": asked("text.jpg"),
+    "a truncated image": asked("cut.jpg"), "an image that is too large": asked("bomb.png"),
+    "more than 4 images": asked_of(["red.png"] * 5),
+    "images and <image> marks do not match": asked("red.png", "<image> or <image>?"),
+    "an image that is neither a name nor bytes": asked({"url": "x"}),
     "an empty answer": {"image": "red.png", "prompt": "What?", "output": "  "},
     "turns out of order": {"image": "red.png", "conversations": [{"from": "gpt", "value": "Hi"}]},
     "a turn without text": {"image": "red.png", "prompt": "What?", "output": None},
@@ -667,4 +668,4 @@ def test_training_goes_on_with_the_good_rows_and_reports_the_others(pipeline, tm
 
 def test_the_error_of_a_root_is_the_users(tmp_path):
     with pytest.raises(UserError, match="no file matches"):
-        archives.open_pictures(f"{tmp_path}/no.zip")
+        archives.open_images(f"{tmp_path}/no.zip")
