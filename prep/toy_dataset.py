@@ -1,37 +1,35 @@
-"""The demo's data set, drawn: stories, chats, captioned images and images with questions.
+"""The demo's data sets: stories, chats, captioned images, and images with questions.
 
-Items are drawn in chunks on all cores. A chunk has a random generator of its own, seeded by the
-seed, the kind of item and the number of the chunk, so the bytes do not depend on the number of
-cores. The test split has a seed that no other split shares: the recipe is tuned on validation data.
+Samples are drawn in chunks on all cores. Each chunk has its own random generator, seeded by the
+seed, the folder and the number of the chunk, so the bytes do not depend on the number of cores. The
+test split has a seed that no other split shares: the recipe is tuned on validation data.
 """
 
+import functools
 import io
 import itertools
 import json
 import random
+import re
 import time
 from concurrent.futures import ProcessPoolExecutor
 
 from common.checkpoint import write_json
 from common.device import cores
 from prep import toy_images, toy_stories
-from prep.writers import Shards, write_chats, write_manifest
+from prep.writers import write_chats, write_manifest, write_text
 from tokenizer import train
 
-CHUNK = 250  # items that one job draws
-SAY_SECONDS = 3.0  # between two lines of progress
+CHUNK = 250  # samples that one job draws
+PROGRESS_SECONDS = 3.0  # between two lines of progress
 SPLITS = ("train", "val", "test")
 
 
-class Artist:
-    """Draws items on all cores and prints how far it is. total: items that will be drawn.
-
-        with Artist(total) as artist:
-            items = artist.draw(captioned, "0 captions val", 1000, "train", 48)
-    """
+class Workers:
+    """Draws samples on all cores and prints the progress. total: about how many there will be."""
 
     def __init__(self, total):
-        self.total, self.done, self.said = total, 0, time.monotonic()
+        self.total, self.done, self.printed = total, 0, time.monotonic()
         self.pool = ProcessPoolExecutor(cores())
 
     def __enter__(self):
@@ -43,34 +41,30 @@ class Artist:
     def draw(self, job, seed, n, *args, first=0):
         """An iterator over n results of job(rng, *args), in an order that the seed alone decides.
 
-        All of them are queued at once, so that no core waits while this process writes others."""
+        All of them are queued at once, so that no core waits while this process writes others.
+        """
         sizes = [min(CHUNK, n - start) for start in range(0, n, CHUNK)]
         seeds = [f"{seed} {first + number}" for number in range(len(sizes))]
-        columns = zip(*((job, *args),) * len(sizes), strict=True)
-        return self.counted(self.pool.map(draw_chunk, seeds, sizes, *columns))
+        chunks = self.pool.map(draw_chunk, seeds, sizes, *map(itertools.repeat, (job, *args)))
+        return itertools.chain.from_iterable(map(self.count, chunks))
 
-    def counted(self, chunks):
-        for chunk in chunks:
-            yield from chunk
-            self.count(len(chunk))
-
-    def distinct(self, job, seed, n, taken=()):
+    def distinct(self, job, seed, n, taken):
         """n different results of job(rng), none of them in `taken`."""
         found, first = {}, 0
         while len(found) < n:
             missing = -(-(n - len(found)) // CHUNK) * CHUNK
-            before = self.done
-            found |= dict.fromkeys(x for x in self.draw(job, seed, missing, first=first)
-                                   if x not in taken)
-            first, self.done = first + missing // CHUNK, before + min(len(found), n)
+            samples = self.draw(job, seed, missing, first=first)
+            found |= dict.fromkeys(sample for sample in samples if sample not in taken)
+            first += missing // CHUNK
         return list(itertools.islice(found, n))
 
-    def count(self, n):
-        """Note that n more items are drawn; prints a line every few seconds."""
-        self.done += n
-        if time.monotonic() - self.said >= SAY_SECONDS:
-            self.said = time.monotonic()
+    def count(self, chunk):
+        """Note that a chunk is done; prints a line every few seconds."""
+        self.done += len(chunk)
+        if time.monotonic() - self.printed >= PROGRESS_SECONDS:
+            self.printed = time.monotonic()
             print(f"drawing the demo's data: {min(1, self.done / self.total):.0%}", flush=True)
+        return chunk
 
 
 def draw_chunk(seed, n, job, *args):
@@ -78,8 +72,11 @@ def draw_chunk(seed, n, job, *args):
     return [job(rng, *args) for _ in range(n)]
 
 
+# ---- jobs ---------------------------------------------------------------------------------------
+
+
 def text_chat(rng):
-    """A chat about text as JSON, which can be compared."""
+    """A text-only chat as JSON, which is hashable."""
     return json.dumps(toy_stories.text_chat(rng))
 
 
@@ -93,9 +90,8 @@ def words(rng):
 def captioned(rng, pairs, size):
     """(messages, [encoded image]): a request for a caption, and the caption."""
     scene = toy_images.draw_scene(rng, pairs)
-    messages = [{"role": "user", "content": rng.choice(toy_images.CAPTION_REQUESTS)},
-                {"role": "assistant", "content": toy_images.caption(rng, scene)}]
-    return messages, [png(scene, size)]
+    request = rng.choice(toy_images.CAPTION_REQUESTS)
+    return toy_images.turns((request, toy_images.caption(rng, scene))), [png(scene, size)]
 
 
 def questioned(rng, pairs, size, questions):
@@ -117,82 +113,92 @@ def png(scene, size):
     return file.getvalue()
 
 
-def encode(tokenizer, documents):
-    """The ids of documents, each after <|endoftext|>."""
-    return [[tokenizer.end_of_text, *tokenizer.encode(document)] for document in documents]
+def image_jobs(cfg):
+    """{folder: (job, number of samples, arguments of the job)}"""
+    n, size = cfg.held_out, cfg.image_size
+    return {"captions/train": (captioned, cfg.captions, "train", size),
+            "captions/val": (captioned, n, "train", size),
+            "captions/test": (captioned, n, "train", size),
+            "scenes/train": (questioned, cfg.conversations, "train", size, cfg.questions),
+            "scenes/val": (asked, n, "train", size),
+            "scenes/val_pairs": (asked, n, "held_out", size),
+            "scenes/test": (asked, n, "train", size),
+            "scenes/test_pairs": (asked, n, "held_out", size)}
+
+
+def seed_of(cfg, folder):
+    """The seed of a folder like "scenes/val_pairs"; that of the test split is its own."""
+    seed = cfg.test_seed if "test" in folder else cfg.seed
+    return f"{seed} {folder.replace('/', ' ')}"
+
+
+# ---- files --------------------------------------------------------------------------------------
 
 
 def write_demo(out, cfg):
     """Draw all of the demo's data into the folder `out`; returns the number of training tokens."""
-    n = {"train": 0, "val": cfg.held_out, "test": cfg.held_out}
-    total = (cfg.stories + cfg.chats + cfg.captions + cfg.conversations
-             + sum(n.values()) * 5)  # five sets of each held-out split
-    with Artist(total) as artist:
-        stories = texts_of(artist, cfg, toy_stories.story, "stories", {**n, "train": cfg.stories})
-        chats = texts_of(artist, cfg, text_chat, "chats", {**n, "train": cfg.chats})
-        chats = {split: list(map(json.loads, some)) for split, some in chats.items()}
-        spelt = list(artist.draw(words, f"{cfg.seed} words", 4000))
-        size, captions, scenes = cfg.image_size, {}, {}
-        for split in SPLITS:
-            seed = seed_of(cfg, split)
-            captions[split] = artist.draw(captioned, f"{seed} captions {split}",
-                                          n[split] or cfg.captions, "train", size)
-            if split == "train":
-                scenes[split] = artist.draw(questioned, f"{seed} scenes {split}",
-                                            cfg.conversations, "train", size, cfg.questions)
-                continue
-            for folder, pairs in ((split, "train"), (f"{split}_pairs", "held_out")):
-                scenes[folder] = artist.draw(asked, f"{seed} scenes {folder}", n[split], pairs,
-                                             size)
+    total = cfg.stories + cfg.chats + cfg.captions + cfg.conversations + 10 * cfg.held_out
+    with Workers(total) as workers:
+        stories = distinct_texts(workers, cfg, toy_stories.story, "stories", cfg.stories)
+        chats = distinct_texts(workers, cfg, text_chat, "chats", cfg.chats)
+        chats = {split: list(map(json.loads, texts)) for split, texts in chats.items()}
+        image_words = list(workers.draw(words, f"{cfg.seed} words", 4000))
+        samples = {folder: workers.draw(job, seed_of(cfg, folder), n, *args)
+                   for folder, (job, n, *args) in image_jobs(cfg).items()}
 
-        said = (message["content"] for chat in chats["train"][:4000] for message in chat)
-        tokenizer = train(itertools.chain(stories["train"][:8000], said, *spelt), cfg.vocabulary)
-        for split, items in captions.items():
-            write_chats(out / "captions" / split, tokenizer, items)
-        for split, items in scenes.items():
-            kinds = []
-            write_chats(out / "scenes" / split, tokenizer, noted(items, kinds))
-            if kinds:
-                write_json(out / "scenes" / split / "groups.json", kinds)
-        for split, some in chats.items():
-            write_chats(out / "chats" / split, tokenizer, ((chat, ()) for chat in some))
-        (out / "text").mkdir()
-        tokens = {}
-        for split, documents in stories.items():
-            shards = Shards(out / "text", split, 100_000_000)
-            parts = [documents[i : i + 2000] for i in range(0, len(documents), 2000)]
-            for ids in artist.pool.map(encode, itertools.repeat(tokenizer), parts):
-                for document in ids:
-                    shards.append(document)
-            shards.close()
-            tokens[f"{split}_tokens"] = shards.tokens
-        write_manifest(out / "text", tokenizer, **tokens)
-        for kind in "captions", "scenes", "chats":
-            write_manifest(out / kind, tokenizer)
-    rng = random.Random(f"{cfg.seed} images")
-    (out / "images").mkdir()
-    for i in range(8):
-        scene = toy_images.draw_scene(rng, "held_out")
-        toy_images.paint(scene, 256).save(out / f"images/{i}.png")
+        contents = (message["content"] for chat in chats["train"][:4000] for message in chat)
+        tokenizer = train(itertools.chain(stories["train"][:8000], contents, *image_words),
+                          cfg.vocabulary)
+        cache_words(tokenizer)
+        for folder, items in samples.items():
+            write_images(out / folder, tokenizer, items)
+    for split, messages in chats.items():
+        write_chats(out / "chats" / split, tokenizer, ((chat, ()) for chat in messages))
+    (out / "text").mkdir()
+    tokens = {f"{split}_tokens": write_text(out / "text", split, documents, tokenizer)
+              for split, documents in stories.items()}
+    write_manifest(out / "text", tokenizer, **tokens)
+    for kind in "captions", "scenes", "chats":
+        write_manifest(out / kind, tokenizer)
+    write_examples(out / "images", cfg)
     return tokens["train_tokens"]
 
 
-def noted(items, kinds):
-    """The (messages, images) of items; the kinds of those that have one are added to a list."""
-    for messages, images, *kind in items:
-        kinds += kind
-        yield messages, images
-
-
-def texts_of(artist, cfg, job, kind, counts):
-    """{split: texts}, as many as `counts` says, no text in two of them."""
+def distinct_texts(workers, cfg, job, kind, n_train):
+    """{split: texts}; no text is in two splits, or twice in one."""
     found, taken = {}, set()
-    for split, count in counts.items():
-        found[split] = artist.distinct(job, f"{seed_of(cfg, split)} {kind} {split}", count, taken)
+    for split in SPLITS:
+        n = n_train if split == "train" else cfg.held_out
+        found[split] = workers.distinct(job, seed_of(cfg, f"{kind}/{split}"), n, taken)
         taken.update(found[split])
     return found
 
 
-def seed_of(cfg, split):
-    """The seed of a split: the test split has its own."""
-    return cfg.test_seed if split == "test" else cfg.seed
+def cache_words(tokenizer):
+    """Let the tokenizer encode every word once: there are few, and no token spans two of them."""
+    encode = functools.cache(tokenizer.encode)
+    tokenizer.encode = lambda text: [token for word in re.findall(" ?[^ ]+", text)
+                                     for token in encode(word)]
+
+
+def write_images(folder, tokenizer, samples):
+    """A split folder from the results of a job; groups.json has the kind of each question."""
+    kinds = []
+
+    def without_kind():
+        for messages, images, *kind in samples:
+            kinds.extend(kind)
+            yield messages, images
+
+    write_chats(folder, tokenizer, without_kind())
+    if kinds:
+        write_json(folder / "groups.json", kinds)
+
+
+def write_examples(folder, cfg):
+    """Eight image files with held-out pairs of colour and shape, to ask a model about."""
+    folder.mkdir()
+    rng = random.Random(f"{cfg.seed} images")
+    for i in range(8):
+        scene = toy_images.draw_scene(rng, "held_out")
+        toy_images.paint(scene, 256).save(folder / f"{i}.png")

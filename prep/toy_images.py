@@ -1,20 +1,15 @@
-"""The picture world: pictures drawn from a seed, their captions, and questions about them.
+"""The toy world: images drawn from a seed, their captions, and questions about them.
 
-A picture shows one to three coloured shapes on a grid of three by three places. Because we drew it,
-we know everything about it, so this file also writes its caption, asks questions about it and
-knows the right answers. Nothing is downloaded, and all chance comes from the `random.Random` that
-you pass in (`rng`), so the same seed gives the same data everywhere. Six pairs of colour and shape
-(`HELD_OUT`) are never drawn or named with training pictures: a model that names them right has
-learnt colour apart from shape. prep/toy_stories.py writes the text that needs no pictures.
-
-    python prep/toy_images.py                      # world.png, and a chat about its last picture
-    python prep/toy_images.py --out=sheet.png --seed=7
+An image shows one to three coloured shapes on a grid of three by three places. Everything in it is
+known, so this file also writes its caption, questions about it and their answers. All randomness
+comes from the `random.Random` that is passed in (`rng`), so a seed gives the same data everywhere.
+Six pairs of colour and shape (`HELD_OUT`) are never drawn or named in training data: a model that
+names them correctly has learnt colour independently of shape. prep/toy_stories.py writes the
+documents without images.
 """
-import argparse
 import math
 import random
 import re
-import textwrap
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
@@ -25,7 +20,7 @@ COLOURS = {"red": (214, 28, 36), "orange": (250, 132, 10), "yellow": (248, 222, 
            "green": (28, 140, 48), "cyan": (40, 208, 220), "blue": (30, 62, 214),
            "purple": (146, 48, 196), "pink": (255, 146, 196)}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": 13, "large": 19}  # pixels across in a picture of 64; a place is 21 pixels wide
+SIZES = {"small": 13, "large": 19}  # diameter in pixels in an image of 64; a place is 21 wide
 PLACES = (("at the top left", "at the top", "at the top right"),
           ("on the left", "in the middle", "on the right"),
           ("at the bottom left", "at the bottom", "at the bottom right"))
@@ -38,16 +33,16 @@ TRAIN_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 
 @dataclass(frozen=True)
 class Thing:
-    """One coloured shape: what it is, and where."""
+    """One coloured shape and its position."""
 
     colour: str
     shape: str
     size: str
     row: int  # 0 is the top
     column: int  # 0 is the left
-    dx: float  # where in its place, -1 to 1
+    dx: float  # offset within its place, -1 to 1
     dy: float
-    scale: float  # no two large things are quite equally large
+    scale: float  # so that sizes vary a little
     rgb: tuple  # the colour as painted
 
     @property
@@ -61,24 +56,24 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture: all that is painted, and all that is true of it."""
+    """The content of an image."""
 
     things: tuple  # in reading order: row by row, left to right
     background: str
-    light: tuple  # the two colours of the background
+    light: tuple  # the two background colours
     dark: tuple
-    seed: int  # of its pattern
+    seed: int  # of the background pattern
 
 
 def shifted(rng, rgb, by):
-    """The colour (three of 0 to 255) with up to `by` added to or taken from each channel."""
+    """The colour (three values of 0 to 255), each channel changed by at most `by`."""
     return tuple(min(255, max(0, c + rng.randint(-by, by))) for c in rgb)
 
 
 def draw_scene(rng, pairs="train") -> Scene:
     """A scene of one to three things, no two alike in (colour, shape), each in its own place.
 
-    pairs: "train" has no held-out pair, "held_out" has at least one, "any" takes what comes.
+    pairs: "train" has no held-out pair, "held_out" has at least one, "any" may have some.
     """
     pool = {"train": TRAIN_PAIRS, "held_out": PAIRS, "any": PAIRS}[pairs]
     chosen = rng.sample(pool, rng.randint(1, 3))
@@ -90,7 +85,7 @@ def draw_scene(rng, pairs="train") -> Scene:
                             rng.uniform(-0.6, 0.6), rng.uniform(-0.6, 0.6), rng.uniform(0.95, 1.05),
                             shifted(rng, COLOURS[colour], 10)))
     things.sort(key=lambda thing: (thing.row, thing.column))
-    # Pale or dark, never a middle grey and never a strong colour: every thing stands out from it.
+    # A pale or dark grey, from which every colour stands out.
     grey = rng.choice((rng.randint(15, 45), rng.randint(195, 240)))
     light = shifted(rng, (grey, grey, grey), 8)
     return Scene(tuple(things), rng.choice(BACKGROUNDS), light, shifted(rng, light, 14),
@@ -103,21 +98,21 @@ POLYGONS = {  # corners (x, y) in a square from -1 to 1; y points down
     "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
     "triangle": [(0, -0.95), (1, 0.85), (-1, 0.85)],
     "star": [(math.sin(math.pi * k / 5) * r, -math.cos(math.pi * k / 5) * r)
-             for k, r in enumerate((1, 0.42) * 5)],  # ten corners, far out and close in by turns
+             for k, r in enumerate((1, 0.42) * 5)],  # ten corners, outer and inner ones alternating
     "cross": [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3),
               (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)]}
 
 
 def circle_of(thing, size):
-    """(x, y, radius) of a thing in a picture `size` pixels across: always inside its place."""
+    """(x, y, radius) in pixels of a thing in an image of `size`; always within its place."""
     place, radius = size / 3, SIZES[thing.size] * thing.scale * size / 64 / 2
-    slack = 0.7 * (place / 2 - radius)  # all of it would let things in neighbouring places touch
+    slack = 0.7 * (place / 2 - radius)  # below 1, so that neighbours never touch
     return ((thing.column + 0.5) * place + thing.dx * slack,
             (thing.row + 0.5) * place + thing.dy * slack, radius)
 
 
 def paint_background(scene, size):
-    """An RGB picture without things: the two background colours, mixed by a pattern."""
+    """An RGB image of the two background colours, mixed by a pattern."""
     light, dark = (Image.new("RGB", (size, size), rgb) for rgb in (scene.light, scene.dark))
     if scene.background == "plain":
         return light
@@ -135,8 +130,8 @@ def paint_background(scene, size):
 
 
 def paint(scene, size=64) -> Image.Image:
-    """The scene as an RGB picture, `size` pixels square."""
-    big = 4 * size  # painted four times as large and shrunk at the end: smooth edges
+    """The scene as an RGB image, `size` pixels square."""
+    big = 4 * size  # painted four times as large and reduced at the end, for smooth edges
     image = paint_background(scene, size).resize((big, big), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(image)
     for thing in scene.things:
@@ -149,7 +144,7 @@ def paint(scene, size=64) -> Image.Image:
             pen.line([*corners, *corners[:2]], fill=edge, width=width, joint="curve")  # closed
         elif thing.shape == "circle":
             pen.ellipse(box, fill=thing.rgb, outline=edge, width=width)
-        else:  # a ring is a circle that one can look through
+        else:  # a ring
             pen.ellipse(box, outline=thing.rgb, width=math.ceil(r / 2))
             pen.ellipse(box, outline=edge, width=width)
             pen.ellipse(hole, outline=edge, width=width)
@@ -161,11 +156,13 @@ def paint(scene, size=64) -> Image.Image:
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
+ARTICLE = re.compile(r"\ba (?=[aeiou])")
+SENTENCE_START = re.compile(r'(^"?|[.!?] "?|\." "?|[?!]" ")([a-z])')  # not in '"Where?" asked Mia'
+
+
 def grammar(text):
     """'a orange' -> 'an orange', and a capital letter at the start of every sentence."""
-    text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
-    start = r'(^"?|[.!?] "?|\." "?|[?!]" ")([a-z])'  # not the "asked" in '"Where?" asked Mia'
-    return re.sub(start, lambda match: match[1] + match[2].upper(), text)
+    return SENTENCE_START.sub(lambda match: match[1] + match[2].upper(), ARTICLE.sub("an ", text))
 
 
 def listed(parts):
@@ -241,15 +238,20 @@ OPPOSITE = {"to the left of": "to the right of", "to the right of": "to the left
 def names(scene, thing, hide):
     """All phrases that mean this thing and no other in the scene, like "the red ring".
 
-    hide: the kind of question they are for; none tells its answer. There is always one, because
-    the place alone is enough, and so are colour and shape together.
+    hide: the kind of question they are for; no phrase contains its answer. At least one exists:
+    the place alone is unique, and so is the pair of colour and shape.
     """
+    others = [other for other in scene.things if other is not thing]
     found = [] if hide == "where" else [f"the thing {thing.place}"]
-    for keys in (["shape"], ["colour"], ["colour", "shape"], ["size", "shape"]):
-        words = [getattr(thing, key) for key in keys]
-        alike = [t for t in scene.things if [getattr(t, key) for key in keys] == words]
-        if hide not in keys and len(alike) == 1:
-            found.append(" ".join(["the", *words, *(["thing"] if "shape" not in keys else [])]))
+    if hide != "shape" and thing.shape not in [other.shape for other in others]:
+        found.append(f"the {thing.shape}")
+    if hide != "colour" and thing.colour not in [other.colour for other in others]:
+        found.append(f"the {thing.colour} thing")
+    if hide not in ("colour", "shape"):
+        found.append(f"the {thing.colour} {thing.shape}")
+    if hide not in ("size", "shape") and (thing.size, thing.shape) not in [
+            (other.size, other.shape) for other in others]:
+        found.append(f"the {thing.size} {thing.shape}")
     return found
 
 
@@ -341,25 +343,3 @@ def conversation(rng, scene, n_questions) -> list:
     pairs = [(text, *found) for text, found in asked.items()]
     pairs[1:] = sorted(pairs[1:], key=lambda pair: pair[2] == "describe")
     return turns(*(pair[:2] for pair in pairs))
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Look at the picture world.")
-    parser.add_argument("--out", default="world.png", help="where the sheet of 32 pictures goes")
-    parser.add_argument("--seed", type=int, default=0, help="of everything drawn")
-    args = parser.parse_args()
-    rng = random.Random(args.seed)
-    sheet = Image.new("RGB", (8 * 210, 4 * 300), "white")
-    for k in range(32):
-        scene, x, y = draw_scene(rng), k % 8 * 210 + 9, k // 8 * 300 + 8
-        sheet.paste(paint(scene).resize((192, 192), Image.Resampling.NEAREST), (x, y))
-        text = caption(rng, scene)
-        ImageDraw.Draw(sheet).text((x, y + 196), textwrap.fill(text, 33), fill="black")
-    sheet.save(args.out)
-    print(f"{args.out}: 32 pictures. The last one:\n\n{text}\n")
-    for message in conversation(rng, scene, 4):
-        print(f"{message['role']}: {message['content']}")
-
-
-if __name__ == "__main__":
-    main()

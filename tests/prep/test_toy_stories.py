@@ -48,7 +48,7 @@ def test_chats_sum_compare_and_remember_correctly():
                 assert answer.startswith(f"{who[1] if first else who[2]} has {who[3]} ")
             elif which:
                 pick = max if which[1] == "bigger" else min
-                animal = pick(which.group(2, 3), key=toy_stories.BY_SIZE.index)
+                animal = pick(which.group(2, 3), key=toy_stories.ANIMALS.index)
                 assert f" {animal} is {which[1]}" in answer
             elif re.search(r"\bmy\b.*\?|^Where is the \w+ \w+\?", text) and at:
                 value = re.search(r"(?:is|called|Your \w+ is|It is) ([^.]+)\.|^(\w+) has", answer)
