@@ -142,8 +142,8 @@ def test_on_a_disk_with_room_for_one_checkpoint_that_one_stands(pipeline, disk, 
     statuses = [job.wait() for job in jobs]
     assert all(statuses), jobs[0].said
     refusal(jobs[0], f"cannot write the checkpoint of step 24 .*{FULL_DISK}.*the one before is "
-                     "whole")
-    assert f"{FULL_DISK}; the one before is whole; going on, the next save tries again" in \
+                     "complete")
+    assert f"{FULL_DISK}; the one before is complete; going on, the next save tries again" in \
         jobs[0].said
     assert list(checkpoint.steps_in(run.out)) == [3] and not list(run.out.glob(".writing*"))
     disk.leave(SIZE * 1000)

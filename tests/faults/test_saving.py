@@ -14,40 +14,32 @@ from common.config import UserError
 from train.async_save import Saver
 
 
-def test_what_is_written_is_the_state_at_the_save_whatever_happens_to_it_after():
-    saver, goes_on, written = Saver(), threading.Event(), []
-    state = {"a": torch.ones(3), "deep": [{"b": torch.arange(4), "n": 7}], "words": "as they are"}
+def test_the_state_at_the_save_is_written_whatever_happens_later():
+    saver, resumed, written = Saver(), threading.Event(), []
+    state = {"a": torch.ones(3), "deep": [{"b": torch.arange(4), "n": 7}], "words": "unchanged"}
 
     def write(copy):
-        goes_on.wait()
+        resumed.wait()
         written.append({"a": copy["a"].clone(), "b": copy["deep"][0]["b"].clone(), "copy": copy})
 
     saver.start(write, saver.copy(state))
     state["a"].fill_(9)
     state["deep"][0]["b"].fill_(9)
-    assert saver.ended() is None  # it still goes on
-    goes_on.set()
+    assert saver.ended() is None  # it is still writing
+    resumed.set()
     assert saver.ended(wait=True) is None
     assert written[0]["a"].tolist() == [1, 1, 1] and written[0]["b"].tolist() == [0, 1, 2, 3]
-    assert written[0]["copy"]["deep"][0]["n"] == 7
-
-
-def test_the_copy_is_allocated_once():
-    saver, state = Saver(), {"a": torch.ones(3)}
-    first = saver.copy(state)["a"].data_ptr()
-    assert saver.copy(state)["a"].data_ptr() == first
+    assert written[0]["copy"]["deep"][0]["n"] == 7 and written[0]["copy"]["words"] == "unchanged"
+    memory = saver.copy(state)["a"].data_ptr()
+    assert saver.copy(state)["a"].data_ptr() == memory  # it is allocated once
     state["a"] = torch.ones(5)
     assert saver.copy(state)["a"].tolist() == [1] * 5
-
-
-def test_an_error_of_the_writing_thread_is_told_once():
-    saver = Saver()
     saver.start(int, "no number")
     assert isinstance(saver.ended(wait=True), ValueError)
-    assert saver.ended(wait=True) is None
+    assert saver.ended(wait=True) is None  # an error is reported once
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(pipeline, tmp_path, monkeypatch):
+def test_training_continues_while_a_checkpoint_is_written(pipeline, tmp_path, monkeypatch):
     """Writing takes 0.5 seconds here; the next save and the end wait for it, the steps do not."""
     save, began = checkpoint.save, time.monotonic()
     spans = []
@@ -66,7 +58,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(pipeline, tmp_path, monk
     assert_same_weights(tmp_path / "run", pipeline.folder / "pretrain")
 
 
-def test_a_save_that_fails_does_not_end_the_run_and_the_next_one_does_it(
+def test_a_failed_save_does_not_end_the_run(
         pipeline, tmp_path, monkeypatch):
     fill, tries = checkpoint.fill, []
 
@@ -79,12 +71,11 @@ def test_a_save_that_fails_does_not_end_the_run_and_the_next_one_does_it(
     monkeypatch.setattr(checkpoint, "fill", full_disk)
     said = pipeline.run_stage("pretrain", tmp_path / "run")
     assert "cannot write the checkpoint of step 2" in said and "No space left on device" in said
-    assert "going on, the next save tries again" in said
     assert sorted(checkpoint.steps_in(tmp_path / "run")) == [4, 6]
     assert not list((tmp_path / "run").glob(".writing*"))
 
 
-def test_where_the_disk_is_full_an_older_checkpoint_makes_room(pipeline, tmp_path, monkeypatch):
+def test_a_full_disk_removes_the_older_checkpoint(pipeline, tmp_path, monkeypatch):
     run, fill = shutil.copytree(pipeline.folder / "pretrain", tmp_path / "run"), checkpoint.fill
     info, weights, _ = checkpoint.read(run)
     steps = list(checkpoint.steps_in(run))
@@ -108,7 +99,7 @@ def test_where_the_disk_is_full_an_older_checkpoint_makes_room(pipeline, tmp_pat
     checkpoint.save(run, 9, weights, info, Nothing(), {"step": 9})
     assert list(checkpoint.steps_in(run)) == [steps[-1], 9]
     with pytest.raises(UserError, match=r"cannot write the checkpoint of step 11 .*No space left "
-                                        r".*the one before is whole"):
+                                        r".*the one before is complete"):
         monkeypatch.setattr(checkpoint, "fill", full)
         checkpoint.save(run, 11, weights, info, Nothing(), {"step": 11})
     assert newest(run).name == "step_00000009"
@@ -123,27 +114,22 @@ def test_every_nth_checkpoint_is_kept(pipeline, tmp_path):
 def test_a_checkpoint_that_is_being_read_is_not_removed(pipeline, tmp_path):
     run = shutil.copytree(pipeline.folder / "pretrain", tmp_path / "run")
     first, second = checkpoint.steps_in(run).values()
-    with checkpoint.held(first):
+    with checkpoint.locked(first):
         assert not checkpoint.remove(first) and first.is_dir()
-        with checkpoint.held(first):  # many may read
+        with checkpoint.locked(first):  # many may read
             pass
     assert checkpoint.remove(first) and not first.is_dir()
     assert list(run.glob(".removing*")) == [] and second.is_dir()
 
 
-def test_what_a_killed_run_left_half_done_is_removed_at_the_next_start(pipeline, tmp_path):
+def test_resume_skips_a_damaged_checkpoint_and_removes_unfinished_ones(pipeline, tmp_path):
     run = shutil.copytree(pipeline.folder / "pretrain", tmp_path / "run")
     for name in (".writing-step_00000003", ".removing-step_00000001"):
         (run / name / "state").mkdir(parents=True)
-    pipeline.run_stage("pretrain", run)
-    assert not list(run.glob(".writing*")) + list(run.glob(".removing*"))
-
-
-def test_a_run_goes_on_from_the_newest_checkpoint_that_is_not_damaged(pipeline, tmp_path):
-    run = shutil.copytree(pipeline.folder / "pretrain", tmp_path / "run")
     before, last = checkpoint.steps_in(run).values()
     weights = last / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     said = pipeline.run_stage("pretrain", run)
-    assert f"{weights} is damaged" in said and f"going on from {before}" in said
+    assert f"{weights} is damaged" in said and str(before) in said
     assert_same_weights(run, pipeline.folder / "pretrain")
+    assert not list(run.glob(".writing*")) + list(run.glob(".removing*"))
