@@ -1,11 +1,12 @@
-"""Training checkpoints of the original nanoGPT-Vision, such as checkpoint_035000.pt, made ours.
+"""Import a training checkpoint of the original nanoGPT-Vision, such as checkpoint_035000.pt.
 
     import_original("checkpoint_035000.pt", "out/imported")
-    python sft.py configs/full/sft.py --init_from=out/imported         # goes on from there
+    python sft.py configs/full/sft.py --init_from=out/imported         # continues from there
 
-The original's decoder is ours under other names, but that q, k and v are three matrices, that
-rotary positions turn neighbouring columns of a head, and that no row is spare for special tokens
-(github.com/HayatoHongo/nanoGPTVision). C is the width, H heads, D their size, V the vocabulary.
+The original's decoder is ours under other names, except that q, k and v are three matrices, that
+rotary positions rotate adjacent columns of a head, and that there are no spare rows for special
+tokens (github.com/HayatoHongo/nanoGPTVision). C is the width, H heads, D their size, V the
+vocabulary.
 """
 
 import dataclasses
@@ -22,47 +23,43 @@ from common.config import UserError
 from model import GPT, GPTConfig
 
 EMBEDDING = "token_embedding_layer.token_embedding_table"
-NAMES = {  # how the original's names differ from ours
+NAMES = {  # parts of our names, and the original's
     "token_embedding": EMBEDDING, "norm1": "layer_norm1", "norm2": "layer_norm2",
     "mlp.up": "feed_forward.net.0", "mlp.down": "feed_forward.net.2",
     "attention.out": "multihead_attention.output_projection",
     "final_norm": "vocab_projection.output_norm", "head.": "vocab_projection.vocab_projection."}
+SETTINGS = {  # what shapes do not show, and its name in the file's config
+    "n_head": "num_attention_heads", "max_positions": "max_sequence_length",
+    "rope_theta": "rope_theta"}
 WRAPPERS = ("_orig_mod", "module")  # what torch.compile and DDP put into a name
 BUFFERS = {"cos", "sin", "cos_cached", "sin_cached", "inv_freq", "freqs", "freqs_cis",
-           "mask", "causal_mask", "tril", "cache_k", "cache_v"}  # can be made again
-SPELLINGS = {  # of a size in the file's config: the original's, then those of other GPTs
-    "n_layer": ("layer_count", "n_layer", "num_layers"),
-    "n_head": ("num_attention_heads", "n_head", "num_heads"),
-    "n_embd": ("embedding_dim", "n_embd", "hidden_size", "d_model"),
-    "max_positions": ("max_sequence_length", "max_seq_len", "block_size", "context_length"),
-    "rope_theta": ("rope_theta", "rope_base", "theta", "base")}
-HEAD_SIZE = 128  # the original's; shapes do not show it
+           "mask", "causal_mask", "tril", "cache_k", "cache_v"}  # they are computed, not learned
 
 
 def import_original(path, out, overwrite=False):
     """Write the original's checkpoint file `path` as a pretrained one below `out`; its folder.
 
-    No code in it is ever run. Raises UserError for a file that is not such a checkpoint, to the
-    last name and shape. overwrite: whether checkpoints that `out` has already make room.
+    Code in the file is never run. Raises UserError if any name or shape is not the original's.
+    overwrite: whether checkpoints in `out` are removed.
     """
     path, out = Path(path), Path(out)
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise UserError(f"{out} is not empty; say another folder, or --overwrite=True")
+        raise UserError(f"{out} is not empty; choose another folder, or --overwrite=True")
     if (out / "config.json").exists():  # readers would take that for the checkpoint
-        raise UserError(f"{out} is a model's own folder; say another")
-    step, theirs, said = read_original(path)
-    config, assumed = sizes_of(theirs, said, path)
+        raise UserError(f"{out} is the folder of a model; choose another")
+    step, theirs, settings = read_original(path)
+    config = config_of(theirs, settings, path)
     weights, tokenizer = translated(theirs, config, path), tokenizers.gpt2()
     info = dict(stage="pretrain", kind="decoder", decoder=dataclasses.asdict(config), lineage=[],
                 imported_from=dict(file=path.name, sha256=checkpoint.file_sum(path)), step=step,
-                settings={str(name): str(value) for name, value in said.items()},
+                settings={str(name): str(value) for name, value in settings.items()},
                 tokenizer=tokenizer.fingerprint, tokenizer_name=tokenizer.name, metrics={})
     checkpoint.clear(out, everything=True)
-    nothing = dict(step=step, optimizer={"members": []})  # pretrain.py refuses to go on from
-    folder = checkpoint.save(out, step, weights, info, tokenizer, nothing)
+    state = dict(step=step, optimizer={"members": []})  # pretrain.py refuses to resume from it
+    folder = checkpoint.save(out, step, weights, info, tokenizer, state)
     print(f"{folder}: the original after {step:,} steps, n_layer {config.n_layer}, n_embd "
           f"{config.n_embd}, n_head {config.n_head}, max_positions {config.max_positions}, "
-          f"rope_theta {config.rope_theta:g}{assumed}")
+          f"rope_theta {config.rope_theta:g}")
     return folder
 
 
@@ -70,58 +67,49 @@ def read_original(path):
     """(step, {name without wrappers: tensor}, config as a dict) of the original's file `path`."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an error says it all
-            # Mapped where it can be: two thirds are the optimizer's and need not be read.
+            warnings.simplefilter("ignore")  # the error below is enough
+            # Memory-mapped if possible: two thirds are the optimizer's and are not read.
             found = torch.load(path, weights_only=True, map_location="cpu", mmap=is_zipfile(path))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # strange bytes can make it raise anything
+    except Exception as error:  # a damaged file can make it raise anything
         code = re.search(r"GLOBAL (\S+)", str(error))
-        why = (f"wants to run code ({code[1]}), which was not run" if code else
-               "is not a file of torch.save, or not a whole one: copy it again")
-        raise UserError(f"{path} {why}") from None
+        reason = (f"wants to run code ({code[1]}), which was not run" if code else
+                  "is not a complete file of torch.save: copy it again")
+        raise UserError(f"{path} {reason}") from None
     for key, kind in ("current_step", int), ("model_state_dict", dict), ("config", dict):
         if not isinstance(found, dict) or not isinstance(found.get(key), kind):
-            raise UserError(f"{path} is no training checkpoint of the original: it lacks {key}")
+            raise UserError(f"{path} is not a checkpoint of the original: it lacks {key}")
     if not 0 <= found["current_step"] < 10**8:  # a checkpoint's folder has eight digits
-        raise UserError(f"{path}: current_step is {found['current_step']}, no number of steps")
+        raise UserError(f"{path}: current_step={found['current_step']} is out of range")
     weights = {}
     for name, tensor in found["model_state_dict"].items():
         name = ".".join(part for part in str(name).split(".") if part not in WRAPPERS)
         if name.split(".")[-1] in BUFFERS:
             continue
         floats = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-        if not floats or not tensor.isfinite().all():  # or NaN, where a run had failed
-            raise UserError(f"{path}: {name} is no tensor of finite floating-point numbers")
+        if not floats or not tensor.isfinite().all():  # NaN: of a run that diverged
+            raise UserError(f"{path}: {name} is not a tensor of finite floating-point numbers")
         weights[name] = tensor.float()
     return found["current_step"], weights, found["config"]
 
 
-def sizes_of(theirs, said, path):
-    """(GPTConfig, words on what was assumed) from `said`, the file's config, and the shapes."""
+def config_of(theirs, settings, path):
+    """The GPTConfig of the original's weights {name: tensor} and its settings."""
     table = theirs.get(f"{EMBEDDING}.weight")
     if table is None or table.dim() != 2:
         raise UserError(f"{path} lacks the matrix {EMBEDDING}.weight")
-    C = table.size(1)
-    layers = {name.split(".")[1] for name in theirs if name.startswith("blocks.")} or {"0"}
-    sizes = {"n_layer": len(layers), "n_embd": C}
-    for ours, spellings in SPELLINGS.items():
-        for name in [name for name in spellings if name in said][:1]:
-            value, kind = said[name], (int, float) if ours == "rope_theta" else int
-            if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value <= 2**24:
-                raise UserError(f"{path}: its config says {name}={value}, which cannot be")
-            if sizes.setdefault(ours, value) != value:
-                raise UserError(f"{path}: its config says {name}={value}, but the shapes of its "
-                                f"weights say {sizes[ours]}")
-    if "n_head" not in sizes and C % HEAD_SIZE:
-        raise UserError(f"{path}: its config does not say how many heads make up the width, {C}, "
-                        f"and {HEAD_SIZE}, the size of the original's, does not divide it")
-    assumed = [name for name in ("n_head", "max_positions", "rope_theta") if name not in sizes]
-    config = GPTConfig(**{"n_head": C // HEAD_SIZE, **sizes})  # the other defaults are its, too
-    if C % (2 * config.n_head):
-        raise UserError(f"{path}: {config.n_head} heads of a width of {C} have no even size")
-    return config, (f" (its config lacks {', '.join(assumed)}: taken as in the original, with "
-                    f"heads of {HEAD_SIZE})") * bool(assumed)
+    layers = {name.split(".")[1] for name in theirs if name.startswith("blocks.")}
+    config = GPTConfig(n_layer=max(1, len(layers)), n_embd=table.size(1))  # the others are as ours
+    for ours, name in SETTINGS.items():
+        value, kinds = settings.get(name), (int, float) if ours == "rope_theta" else (int,)
+        if type(value) not in kinds or not 0 < value <= 2**24:
+            raise UserError(f"{path}: its config says {name}={value}, which is not possible")
+        config = dataclasses.replace(config, **{ours: value})
+    if config.n_embd % (2 * config.n_head):
+        raise UserError(f"{path}: a width of {config.n_embd} does not divide into "
+                        f"{config.n_head} heads of an even size")
+    return config
 
 
 def translated(theirs, config, path):
@@ -144,13 +132,13 @@ def translated(theirs, config, path):
         if len(parts) == 3:
             parts[:2] = (half_split(part, config.n_head) for part in parts[:2])
         elif name in ("token_embedding.weight", "head.weight"):
-            parts.append(spare_rows(parts[0], config.vocab_size, loud=name != "head.weight"))
+            parts.append(spare_rows(parts[0], config.vocab_size, rescale=name != "head.weight"))
         weights[name] = torch.cat(parts)
     return weights
 
 
 def their_names(name):
-    """The original's names for what has one name here: three for q, k and v, else one."""
+    """The original's names for one of ours: three for q, k and v, else one."""
     for ours, original in NAMES.items():
         name = name.replace(ours, original)
     parts = ("query", "key", "value") if "attention.qkv" in name else ("",)
@@ -158,17 +146,17 @@ def their_names(name):
 
 
 def half_split(weight, n_head):
-    """Rows (H * D, C) of q or k, those that turn together moved from 2i, 2i + 1 to i, i + D/2."""
+    """Rows (H * D, C) of q or k, rotated pairs moved from 2i, 2i + 1 to i, i + D/2 of each head."""
     return weight.unflatten(0, (n_head, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def spare_rows(weight, n_rows, loud):
-    """What brings weight (V, C) to n_rows: the mean row, where special tokens start from.
+def spare_rows(weight, n_rows, rescale):
+    """Rows that extend weight (V, C) to n_rows: its mean row, from which special tokens start.
 
-    In the head that makes their logits the mean logit: none is ever the likeliest, and each has at
-    most 1/V of the probability, whatever the text (Jensen's inequality). In the embedding it is
-    made as `loud` as words are, since LayerNorm turns quiet rows into large gradients.
+    In the head their logits are then the mean logit, so each has at most 1/V of the probability
+    (Jensen's inequality). In the embedding, rescale gives it the mean norm of a row, since
+    LayerNorm turns small rows into large gradients.
     """
     mean = weight.mean(dim=0)
-    factor = weight.norm(dim=1).mean() / mean.norm().clamp_min(1e-9) if loud else 1.0
+    factor = weight.norm(dim=1).mean() / mean.norm().clamp_min(1e-9) if rescale else 1.0
     return (mean * factor).expand(n_rows - len(weight), -1)
