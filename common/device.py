@@ -1,6 +1,7 @@
-"""Which device, which precision, how many processes, and how fast the device could be at best.
+"""Device, precision and processes of a run, and how fast the device is at best.
 
-Started by `torchrun`, a stage finds its rank in the environment; started by `python`, it is alone.
+Started by `torchrun`, a stage finds its rank in the environment; started by `python`, it is the
+only process.
 """
 
 import contextlib
@@ -23,36 +24,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.config import UserError
 
-# Dense bf16 (fp16 for T4 and V100) peaks in FLOP/s, from NVIDIA's data sheets, without sparsity.
-GPU_PEAKS = {
-    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
-    "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
-    "A10G": 70e12, "A10": 125e12, "A40": 150e12,
-    "A6000": 155e12, "RTX 6000 Ada": 364e12, "4090": 165e12, "3090": 71e12, "V100": 125e12,
-    "T4": 65e12,
+# From NVIDIA's data sheets: dense bf16 (fp16 for T4 and V100) FLOP/s, and bytes/s of the memory.
+# A name that contains another comes first.
+GPUS = {
+    "B200": (2250e12, 8e12), "GH200": (989e12, 4e12), "H200": (989e12, 4.8e12),
+    "H100 PCIe": (756e12, 2e12), "H100 NVL": (835e12, 3.9e12), "H100": (989e12, 3.35e12),
+    "A100": (312e12, 2.04e12), "L40S": (362e12, 0.864e12), "L40": (181e12, 0.864e12),
+    "L4": (121e12, 0.3e12), "A10G": (70e12, 0.6e12), "A10": (125e12, 0.6e12),
+    "A40": (150e12, 0.696e12), "A6000": (155e12, 0.768e12), "RTX 6000 Ada": (364e12, 0.96e12),
+    "4090": (165e12, 1.008e12), "3090": (71e12, 0.936e12), "V100": (125e12, 0.9e12),
+    "T4": (65e12, 0.32e12),
 }  # fmt: skip
-
-
-# Bytes a second of a GPU's memory, from the same sheets.
-GPU_BANDWIDTHS = {
-    "B200": 8e12, "GH200": 4.0e12, "H200": 4.8e12, "H100 PCIe": 2.0e12, "H100 NVL": 3.9e12,
-    "H100": 3.35e12, "A100": 2.04e12, "L40S": 0.864e12, "L40": 0.864e12, "L4": 0.3e12,
-    "A10": 0.6e12, "A40": 0.696e12, "A6000": 0.768e12, "RTX 6000 Ada": 0.96e12, "4090": 1.008e12,
-    "3090": 0.936e12, "V100": 0.9e12, "T4": 0.32e12,
-}  # fmt: skip
-
-
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PATIENCE = timedelta(minutes=30)  # how long the others wait while one writes a checkpoint
+TIMEOUT = timedelta(minutes=30)  # of collectives: the others wait while one writes a checkpoint
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What the CPU multiplies natively. Every choice of a type or kernel follows from it."""
+    """What the CPU multiplies natively; types and kernels are chosen by it."""
 
-    instructions: str  # the newest instruction set for products: AMX, AVX512_BF16, ..., AVX2
+    instructions: str  # the newest for matrix products: AMX, AVX512_BF16, ..., AVX2
     bf16: bool  # bf16 products are faster than fp32 ones, not emulated
-    vnni: bool  # sums of 8-bit products have 32 bits, so that none saturates
+    vnni: bool  # 8-bit products are summed in 32 bits without saturation
 
 
 @functools.cache
@@ -60,8 +53,8 @@ def processor():
     """The Processor of this machine.
 
     Without AVX-512 BF16 or AMX, oneDNN emulates bf16: 2 GFLOP/s instead of 100 with AVX2, 38
-    instead of 78 with AVX-512 alone. The variables by which PyTorch's libraries are held to an
-    older instruction set hold this to it, too.
+    instead of 78 with AVX-512 alone. The variables that limit PyTorch's libraries to an older
+    instruction set limit this as well.
     """
     onednn = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() or "ALL"
     fbgemm = os.environ.get("FBGEMM_ENABLE_INSTRUCTIONS", "").upper() or "AVX512_E1"  # E1: VNNI
@@ -81,21 +74,21 @@ def processor():
 
 @dataclass
 class Machine:
-    """Where this process computes and who computes with it."""
+    """The device of this process, and the processes that it computes with."""
 
     device: torch.device
-    dtype: torch.dtype  # what matrices are multiplied in; weights and optimizer stay fp32
+    dtype: torch.dtype  # of matrix products; weights and optimizer stay fp32
     rank: int = 0
     ranks: int = 1
     name: str = field(default="", repr=False)
-    hosts: object = field(default=None, repr=False)  # process group in which the hosts talk
+    hosts: object = field(default=None, repr=False)  # process group over CPUs
 
     @property
     def is_main(self):
         return self.rank == 0
 
     def autocast(self):
-        """Context in which matrix products run in `dtype`."""
+        """A context in which matrix products run in `dtype`."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
@@ -107,7 +100,7 @@ class Machine:
         return tensor
 
     def any(self, flag):
-        """Whether `flag` is true in any process; the hosts agree on it, no GPU has to wait."""
+        """Whether `flag` is true in any process, without synchronizing the GPUs."""
         if self.ranks > 1:
             flags = torch.tensor(int(flag))
             dist.all_reduce(flags, group=self.hosts)
@@ -119,7 +112,7 @@ class Machine:
             dist.barrier()
 
     def leave(self):
-        """Take leave of the other processes."""
+        """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -129,13 +122,13 @@ def setup(device="auto", precision="auto"):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device)
     if ranks > 1 and device.type == "mps":
-        raise UserError(f"--device=mps is one process's; start it without torchrun ({ranks} here)")
+        raise UserError("--device=mps works with one process only; start it without torchrun")
     if ranks > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None,
-                                timeout=PATIENCE)
-    torch.set_float32_matmul_precision("high")  # fp32 products may use TF32 where there is any
-    hosts = dist.new_group(backend="gloo", timeout=PATIENCE) if ranks > 1 else None
+                                timeout=TIMEOUT)
+    torch.set_float32_matmul_precision("high")  # fp32 products may use TF32
+    hosts = dist.new_group(backend="gloo", timeout=TIMEOUT) if ranks > 1 else None
     return Machine(device, pick_dtype(device, precision), rank, ranks, device_name(device), hosts)
 
 
@@ -151,7 +144,7 @@ def pick_device(name):
         number = name.removeprefix("cuda:") if ":" in name else str(local)
         if not number.isdecimal() or int(number) >= count:
             raise UserError(f"there is no cuda:{number} for process {local} of this machine: "
-                            f"PyTorch sees {count} CUDA devices; see --nproc_per_node and --device")
+                            f"PyTorch sees {count} CUDA devices; check --nproc_per_node, --device")
         device = torch.device(f"cuda:{number}")
         torch.cuda.set_device(device)
         return device
@@ -171,12 +164,12 @@ def pick_dtype(device, precision="auto"):
 
 
 def precision_name(dtype):
-    """A type as --precision names it."""
+    """The --precision that means `dtype`."""
     return next(name for name, known in PRECISIONS.items() if known == dtype)
 
 
 def device_name(device):
-    """What the device calls itself, for the report."""
+    """The device's own name, for the report."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
@@ -189,7 +182,7 @@ def device_name(device):
 
 
 def cores():
-    """How many cores this process may use."""
+    """Number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -198,13 +191,12 @@ def cores():
 def need_compiler():
     """UserError where torch.compile would find no C++ compiler."""
     if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
-        raise UserError("--compile=True needs a C++ compiler such as g++, and there is none; "
-                        "install one or leave the flag away")
+        raise UserError("--compile=True needs a C++ compiler such as g++; install one or omit it")
 
 
 def compile_blocks(model):
-    """Compile the repeated blocks of `model` in place: one compilation serves all of a kind, and
-    parameter names stay as they are."""
+    """Compile the repeated blocks of `model` in place: one compilation serves all layers, and
+    parameter names do not change."""
     need_compiler()
     for module in model.modules():
         if getattr(module, "repeated", False):
@@ -212,7 +204,7 @@ def compile_blocks(model):
 
 
 def averaging(model, device):
-    """`model` as one of the copies, one a process, whose gradients DDP averages."""
+    """`model` in DistributedDataParallel, which averages gradients over processes."""
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     newer = "forward_sync_buffers" in known  # the name since PyTorch 2.13
     name = "forward_sync_buffers" if newer else "broadcast_buffers"
@@ -222,11 +214,9 @@ def averaging(model, device):
 
 
 def peak_flops(machine):
-    """FLOP/s of one device at best: a table for GPUs, a quick measurement elsewhere."""
-    if machine.device.type == "cuda":
-        for name, peak in GPU_PEAKS.items():
-            if name in machine.name:
-                return peak
+    """FLOP/s of one device at best: from GPUS, or measured for half a second."""
+    if found := data_sheet(machine):
+        return found[0]
     # Small squares stay in the cache (a fifth faster on a CPU), large ones keep many cores busy.
     squares = [torch.full((n, n), 0.5, device=machine.device, dtype=machine.dtype)
                for n in (512, 1024, 2048)]
@@ -240,15 +230,10 @@ def peak_flops(machine):
 
 
 def memory_bandwidth(machine):
-    """Bytes a second that one device's memory gives at best: a table for GPUs, measured elsewhere.
-
-    The measurement sums a tensor far larger than any cache.
-    """
-    if machine.device.type == "cuda":
-        for name, speed in GPU_BANDWIDTHS.items():
-            if name in machine.name:
-                return speed
-    a, best = torch.ones(2**26, device=machine.device), 0.0
+    """Bytes/s of one device's memory at best: from GPUS, or measured on 256 MB."""
+    if found := data_sheet(machine):
+        return found[1]
+    a, best = torch.ones(2**26, device=machine.device), 0.0  # larger than any cache
     for _ in range(10):
         start = time.perf_counter()
         a.sum().item()
@@ -256,11 +241,18 @@ def memory_bandwidth(machine):
     return best
 
 
-def release_free_memory():
-    """Hand memory that was freed back to the system.
+def data_sheet(machine):
+    """The (FLOP/s, bytes/s) of a GPU in GPUS; None for other devices."""
+    if machine.device.type != "cuda":
+        return None
+    return next((figures for name, figures in GPUS.items() if name in machine.name), None)
 
-    glibc keeps it in pieces that batches of ever new sizes do not fit: on a CPU the demo's last
-    stage grew to 4.1 GB; with this once in a few steps it peaks at 1.8 GB (docs/log.md).
+
+def release_free_memory():
+    """Return freed memory to the system.
+
+    glibc keeps it in fragments that batches of varying sizes do not fit: on a CPU the demo's last
+    stage grew to 4.1 GB; with this every few steps it peaks at 1.8 GB (docs/log.md).
     """
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # a C library other than glibc
@@ -268,7 +260,7 @@ def release_free_memory():
 
 
 def reset_peak_memory():
-    """Let the host's peak memory count anew from here, where the system allows it (Linux)."""
+    """Restart the host's count of peak memory, where the system allows it (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 

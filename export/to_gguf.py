@@ -1,13 +1,13 @@
-"""A decoder as one GGUF file, which llama.cpp and what builds on it run without our code.
+"""Export a decoder as one GGUF file, for llama.cpp and the programs that build on it.
 
-There it has the architecture gptneox. Facts of llama.cpp's source that the file answers to:
+Its architecture there is gptneox. Facts of llama.cpp's source that this file depends on:
 
-- Its GELU is hard-coded, where we have ReLU. GELU(s x) / s comes to ReLU(x) as s grows, so the
-  matrix before it is s times and the one behind it 1/s of ours (`sharpness`).
-- q, k and v lie one behind the other as ours do, not head by head as in `transformers`; every
-  product but the head has a bias; without a base of its own, RoPE has 10,000.
-- It reads special tokens in text where its caller says so (parse_special), and its chats do: what
-  a user types can forge a turn there.
+- GELU is hard-coded where we have ReLU. GELU(s x) / s approaches ReLU(x) as s grows, so the matrix
+  before it is multiplied by s and the one after it by 1/s (`gelu_scale`).
+- q, k and v are stored as ours are, not interleaved by head as in `transformers`; every product
+  except the head has a bias; without a base of its own, RoPE has 10,000.
+- Special tokens in text are parsed if the caller asks for it (parse_special), and its chats do: a
+  user can forge a turn there.
 """
 
 import json
@@ -19,55 +19,38 @@ from common.config import UserError
 from model import GPT
 from tokenizer import gpt2_files
 
-DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16"}  # and what GGUF calls a file of such matrices
+DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16"}  # of matrices, and the file type in GGUF
 F16_MAX = 65504.0
-# On the demo's decoders 256 makes logits differ by 6e-4 at most in f32; at 16 by 0.06, and 38 of 40
-# greedy texts are the same. In f16 64 to 1024 are alike; at 16,384 activations overflow to NaN.
-SHARPEST, BLUNTEST = 256, 16
-SPLITS = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-EXTRAS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
-          "byte_fallback", "ignore_merges")
+# On the demo's decoders a scale of 256 changes logits by 6e-4 at most in f32; one of 16 by 0.06,
+# and 38 of 40 greedy texts are the same. In f16, 64 to 1024 are equal; 16,384 overflows to NaN.
+MAX_SCALE, MIN_SCALE = 256, 16
+PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+BPE_OPTIONS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
+               "byte_fallback", "ignore_merges")  # llama.cpp has none of them
 
 
-def write_gguf(model, tokenizer, path, dtype="f16", chat_template=None, name="nanoGPT-Vision"):
-    """Write a decoder (a GPT) and its tokenizer to the one file `path`.
+def write_gguf(model, tokenizer, path, dtype="f16", chat_template=None):
+    """Write a decoder (a GPT) and its tokenizer to the file `path`.
 
-    dtype: "f32" or "f16", of the matrices; vectors are f32. chat_template: a Jinja template, for a
-    model that chats: <|end|> ends its answers. Without one, <|endoftext|> ends its text.
-    Raises UserError for a vision model, another dtype, a tokenizer that llama.cpp lacks, numbers
-    that f16 cannot hold and where the package `gguf` is missing.
+    dtype: "f32" or "f16", of the matrices; vectors are f32. chat_template: a Jinja template for a
+    model that chats, whose answers end with <|end|>; without one, text ends with <|endoftext|>.
+    Raises UserError for a vision model, another dtype, a tokenizer that llama.cpp does not have,
+    numbers that f16 cannot hold, and if the package `gguf` is missing.
     """
     if not isinstance(model, GPT):
-        raise UserError("only a text model becomes a GGUF file, llama.cpp's gptneox takes no "
-                        "pictures: take a pretrain or sft checkpoint")
+        raise UserError("only a text-only model can be a GGUF file, as llama.cpp's gptneox takes "
+                        "no images: use a pretrain or sft checkpoint")
     if dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype}: coarser weights "
-                        "change greedy text (q8_0 5 and bf16 3 of the demo's 40)")
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype}: lower precision "
+                        "changes greedy text (q8_0 5 and bf16 3 of the demo's 40)")
     try:
         import gguf
     except ImportError:
-        raise UserError("GGUF files are written by a package that is missing here: "
-                        "pip install gguf") from None
-    part = Path(f"{path}.part")  # a file under its own name is a whole one
+        raise UserError("--gguf needs a package that is not installed: pip install gguf") from None
+    part = Path(f"{path}.part")  # a file under its own name is complete
     writer = gguf.GGUFWriter(part, "gptneox")
-    writer.add_name(name)
+    writer.add_name("nanoGPT-Vision")
     writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype]])
-    add_shape(writer, model)
-    add_tokenizer(writer, gguf.TokenType, tokenizer, model.config.vocab_size, chat_template)
-    for tensor_name, tensor in named_tensors(model).items():
-        if dtype == "f16" and tensor.dim() == 2:
-            if not tensor.abs().max() <= F16_MAX:
-                raise UserError(f"{tensor_name} has numbers that f16 cannot hold: take f32")
-            tensor = tensor.half()
-        writer.add_tensor(tensor_name, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    part.replace(path)
-
-
-def add_shape(writer, model):
     c = model.config
     writer.add_context_length(c.max_positions)
     writer.add_embedding_length(c.n_embd)
@@ -78,6 +61,18 @@ def add_shape(writer, model):
     writer.add_rope_freq_base(c.rope_theta)
     writer.add_layer_norm_eps(model.final_norm.eps)
     writer.add_parallel_residual(False)
+    add_tokenizer(writer, gguf.TokenType, tokenizer, c.vocab_size, chat_template)
+    for tensor_name, tensor in named_tensors(model).items():
+        if dtype == "f16" and tensor.dim() == 2:
+            if not tensor.abs().max() <= F16_MAX:
+                raise UserError(f"{tensor_name} has numbers that f16 cannot hold: use f32")
+            tensor = tensor.half()
+        writer.add_tensor(tensor_name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    part.replace(path)
 
 
 def named_tensors(model):
@@ -87,7 +82,7 @@ def named_tensors(model):
              "output.weight": own["head.weight"]}
     pairs = {"output_norm": "final_norm"}
     for i, block in enumerate(model.blocks):
-        a, b, s = f"blk.{i}.", f"blocks.{i}.", sharpness(block)
+        a, b, s = f"blk.{i}.", f"blocks.{i}.", gelu_scale(block)
         pairs |= {f"{a}attn_norm": f"{b}norm1", f"{a}ffn_norm": f"{b}norm2",
                   f"{a}attn_output": f"{b}attention.out"}
         for theirs, weight in (("attn_qkv", own[f"{b}attention.qkv.weight"]),
@@ -100,24 +95,24 @@ def named_tensors(model):
 
 
 @torch.no_grad()
-def sharpness(block):
-    """How many times as large what enters the (4 * C,) GELUs of a block is made: powers of two.
+def gelu_scale(block):
+    """The scales s of the (4 * C,) GELU inputs of a block: powers of two.
 
-    The larger, the nearer to ReLU; but llama.cpp multiplies f16 matrices by f16 vectors, so nothing
-    may exceed F16_MAX. A norm leaves vectors of length sqrt(C), C the width, at most before its
-    gain, which bounds every product.
+    A larger scale is closer to ReLU; but llama.cpp multiplies f16 matrices by f16 vectors, so
+    nothing may exceed F16_MAX. Before its gain, the output of a norm has length sqrt(C) at most, C
+    the width, which bounds every product.
     """
     norm, up = block.norm2, block.mlp.up.weight.float()
     bound = (up * norm.weight).norm(dim=1) * up.size(1) ** 0.5 + (up @ norm.bias.float()).abs()
     largest = torch.maximum(bound, up.abs().amax(dim=1))
-    if not BLUNTEST * largest.max() <= F16_MAX:
-        raise UserError("this model's MLP can make numbers so large that llama.cpp's GELU does not "
-                        "come to our ReLU within f16")
-    return (F16_MAX / largest).log2().floor().exp2().clamp(max=SHARPEST).cpu()
+    if not MIN_SCALE * largest.max() <= F16_MAX:
+        raise UserError("the activations of this model's MLP can become too large for f16, in "
+                        "which llama.cpp's GELU replaces ReLU")
+    return (F16_MAX / largest).log2().floor().exp2().clamp(max=MAX_SCALE).cpu()
 
 
 def add_tokenizer(writer, kinds, tokenizer, n_rows, chat_template):
-    """The vocabulary, padded to the n_rows of the embedding; kinds: gguf's TokenType."""
+    """Add the vocabulary, padded to the n_rows of the embedding; kinds: gguf's TokenType."""
     vocabulary, merges = bpe_of(tokenizer)
     ordinary, specials = ({i: text for text, i in some.items()}
                           for some in (vocabulary, tokenizer.specials))
@@ -139,11 +134,11 @@ def bpe_of(tokenizer):
     """({token: id}, ["left right", ...] in order) of a byte-level BPE, in GPT-2's letters."""
     if tokenizer.name == "gpt2":
         vocabulary, merges = (path.read_text(encoding="utf-8") for path in gpt2_files())
-        return json.loads(vocabulary), merges.splitlines()[1:]  # the first names a version
+        return json.loads(vocabulary), merges.splitlines()[1:]  # the first line is a version
     source = json.loads(tokenizer.source)
     bpe, splits = source["model"], {"use_regex": True} | (source["pre_tokenizer"] or {})
-    if (bpe["type"] != "BPE" or any(bpe.get(key) for key in EXTRAS) or source["normalizer"]
-            or source["added_tokens"] or any(splits.get(key) != SPLITS[key] for key in SPLITS)):
-        raise UserError("llama.cpp splits text otherwise than this tokenizer.json: only a plain "
-                        "byte-level BPE, such as prepare.py trains, becomes a GGUF file")
+    if (bpe["type"] != "BPE" or any(bpe.get(key) for key in BPE_OPTIONS) or source["normalizer"]
+            or source["added_tokens"] or not PRE_TOKENIZER.items() <= splits.items()):
+        raise UserError("llama.cpp does not split text like this tokenizer.json: only a plain "
+                        "byte-level BPE, such as prepare.py trains, can be in a GGUF file")
     return bpe["vocab"], [m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]]

@@ -1,9 +1,7 @@
-"""Our models in the terms of `transformers`: the decoder is exactly a GPT-NeoX, with eyes a LLaVA.
+"""Export to `transformers`: the decoder is exactly a GPT-NeoX, the vision-language model a LLaVA.
 
 `write_folder` makes a folder that AutoModelForCausalLM, or AutoModelForImageTextToText and
-AutoProcessor, open without any code of ours.
-
-Letters for shapes: C width, H heads, D head size.
+AutoProcessor, open without our code. In shapes, C is the width, H heads, D head size.
 """
 
 from pathlib import Path
@@ -17,9 +15,9 @@ from common.config import UserError, read_json
 from common.images import MEAN, STD
 from tokenizer import SPECIALS, gpt2_files
 
-# The chat template of tokenizer.render, for Jinja. A message is a string, or a list of parts whose
-# images stand where they are. Nobody can type a special token here either: a character that no text
-# has parts what spells one, and the tokenizer drops it after it has looked for special tokens.
+# The chat template of tokenizer.render, for Jinja. A message is a string, or a list of text and
+# image parts. A user cannot type a special token: a noncharacter splits its spelling, and the
+# tokenizer drops it after its search for special tokens.
 APART = "\ufdd0"
 CHAT_TEMPLATE = """{{- '<|endoftext|>' -}}
 {%- for message in messages -%}
@@ -54,14 +52,14 @@ def neox_config(config):
         num_attention_heads=config.n_head, hidden_act="relu", use_parallel_residual=False,
         max_position_embeddings=config.max_positions, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta,
-                         "partial_rotary_factor": 1.0})  # the default turns a quarter of a head
+                         "partial_rotary_factor": 1.0})  # the default is a quarter of a head
 
 
 def neox_weights(weights, config, body="gpt_neox."):
     """Weights of a GPT (its state dict) under the names of a `GPTNeoXForCausalLM`.
 
-    There q, k and v are interleaved head by head, and every product has a bias: ours are zero.
-    body: the prefix of all but the head.
+    There q, k and v are interleaved by head, and every product has a bias: ours are zero.
+    body: the prefix of all names except the head's.
     """
     C, named = config.n_embd, {
         f"{body}embed_in.weight": weights["token_embedding.weight"],
@@ -85,7 +83,7 @@ def neox_weights(weights, config, body="gpt_neox."):
 
 
 def llava_config(decoder, clip, image_id):
-    """A `transformers.LlavaConfig` for our two configs."""
+    """The `transformers.LlavaConfig` for a GPTConfig and a CLIPConfig."""
     import transformers
 
     vision = transformers.CLIPVisionConfig(
@@ -99,38 +97,27 @@ def llava_config(decoder, clip, image_id):
         tie_word_embeddings=False)
 
 
-def llava_weights(weights, config):
-    """Weights of a VisionLanguageModel under the names of `LlavaForConditionalGeneration`."""
-    def part(prefix):
-        return {name.removeprefix(prefix): w for name, w in weights.items()
-                if name.startswith(prefix)}
-
-    named = neox_weights(part("decoder."), config, "model.language_model.")
-    for own, theirs in (("vision_tower.", "model.vision_tower."),
-                        ("projector.", "model.multi_modal_projector.")):
-        named |= {theirs + name: weight for name, weight in part(own).items()}
-    return named
-
-
 def their_model(model, tokenizer, dtype=torch.float32):
-    """The GPTNeoXForCausalLM or LlavaForConditionalGeneration with the weights of ours."""
+    """Our model as a GPTNeoXForCausalLM or LlavaForConditionalGeneration with the same weights."""
     import transformers
 
-    weights = model.state_dict()
     if hasattr(model, "decoder"):
         config = llava_config(model.config, model.clip_config, tokenizer.image)
-        weights = llava_weights(weights, model.config)
         theirs = transformers.LlavaForConditionalGeneration(config)
+        weights = neox_weights(model.decoder.state_dict(), model.config, "model.language_model.")
+        for part, prefix in ((model.vision_tower, "model.vision_tower."),
+                             (model.projector, "model.multi_modal_projector.")):
+            weights |= {prefix + name: weight for name, weight in part.state_dict().items()}
     else:
-        weights = neox_weights(weights, model.config)
-        theirs = transformers.GPTNeoXForCausalLM(
-            transformers.GPTNeoXConfig(**neox_config(model.config)))
+        config = transformers.GPTNeoXConfig(**neox_config(model.config))
+        theirs = transformers.GPTNeoXForCausalLM(config)
+        weights = neox_weights(model.state_dict(), model.config)
     theirs.load_state_dict(weights, strict=True)
     return theirs.to(dtype).eval()
 
 
-def in_files(weights):
-    """Weights under their names in files: a LLaVA's are those of llava-hf's on the hub, which every
+def names_in_files(weights):
+    """Weights under their names in files: for a LLaVA those of llava-hf on the hub, which every
     version of `transformers` reads."""
     if "model.multi_modal_projector.linear_1.weight" not in weights:
         return weights
@@ -143,7 +130,7 @@ def in_files(weights):
 
 
 def their_tokenizer(tokenizer, chats=True, longest=1024):
-    """A fast tokenizer of `transformers` with our ids, and the chat template if it is for chats."""
+    """A fast tokenizer of `transformers` with our ids, and our template if the model chats."""
     import transformers
 
     if tokenizer.name == "gpt2":
@@ -168,24 +155,24 @@ def their_tokenizer(tokenizer, chats=True, longest=1024):
 
 
 def their_processor(tokenizer, clip):
-    """A LlavaProcessor that makes the squares that the model was trained on. pictures.fit makes
-    padded ones of pictures 16 times as wide in two steps; there a pixel may differ a little."""
+    """A LlavaProcessor that resizes images as in training. common.images resizes very large padded
+    ones in two steps; pixels may differ slightly there."""
     import transformers
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     size = clip.image_size
-    same = dict(size={"shortest_edge": size}, crop_size={"height": size, "width": size},
-                image_mean=list(MEAN), image_std=list(STD))
-    images = (LlavaImageProcessorPil(do_pad=True, **same) if clip.fit == "pad"
-              else CLIPImageProcessorPil(**same))
+    settings = dict(size={"shortest_edge": size}, crop_size={"height": size, "width": size},
+                    image_mean=list(MEAN), image_std=list(STD))
+    images = (LlavaImageProcessorPil(do_pad=True, **settings) if clip.fit == "pad"
+              else CLIPImageProcessorPil(**settings))
     return transformers.LlavaProcessor(
         images, tokenizer, patch_size=clip.patch_size, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, image_token="<|image|>", chat_template=CHAT_TEMPLATE)
 
 
 def write_folder(model, tokenizer, stage, to, dtype=torch.float32, max_shard_size="2GB"):
-    """Write what `transformers` needs of a decoder or vision model into the folder `to`."""
+    """Write a decoder or vision-language model for `transformers` into the folder `to`."""
     chats = stage != "pretrain"
     theirs = their_model(model, tokenizer, dtype)
     end = tokenizer.end if chats else tokenizer.end_of_text
@@ -193,8 +180,9 @@ def write_folder(model, tokenizer, stage, to, dtype=torch.float32, max_shard_siz
         config.bos_token_id = config.pad_token_id = tokenizer.end_of_text
         config.eos_token_id = end
     theirs.generation_config.max_new_tokens = 256
-    theirs.generation_config.do_sample = False  # or pipelines draw, as ours do only if asked to
-    theirs.save_pretrained(to, state_dict=in_files(theirs.state_dict()), save_original_format=False,
+    theirs.generation_config.do_sample = False  # or pipelines sample, unlike ours
+    weights = names_in_files(theirs.state_dict())
+    theirs.save_pretrained(to, state_dict=weights, save_original_format=False,
                            max_shard_size=max_shard_size)
     fast = their_tokenizer(tokenizer, chats, model.config.max_positions)
     if hasattr(model, "decoder"):
@@ -205,8 +193,8 @@ def write_folder(model, tokenizer, stage, to, dtype=torch.float32, max_shard_siz
 
 
 def name_for_version_4(folder, rope_theta):
-    """Say in the files of an export what `transformers` 4 reads under other names than 5, which
-    takes these, too. Without them, it would turn a quarter of each head by other angles."""
+    """Add the names that `transformers` 4 reads instead of those of 5, which accepts both. Without
+    them, it would rotate a quarter of each head, with another base."""
     file = Path(folder) / "config.json"
     config = read_json(file)
     config.get("text_config", config).update(rotary_pct=1.0, rotary_emb_base=rope_theta)
