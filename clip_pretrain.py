@@ -115,7 +115,7 @@ def sample_choices(model, tokenizer, pairs, machine, n=8, choices=32):
                 for ids in batch.ids.tolist()]
     label = f"model, choosing among {len(set(captions))} captions"
     shown = [Image.fromarray(picture) for picture in pixels.cpu().numpy()]
-    return [Sample([(label, captions[i]), ("right", right)], [picture])
+    return [Sample([(label, captions[i]), ("reference", right)], [picture])
             for i, right, picture in zip(nearest, captions[:n], shown, strict=True)]
 
 

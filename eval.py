@@ -31,7 +31,7 @@ from common.checkpoint import write_json
 from common.config import UserError, parse, read_json, run_main
 from common.device import peak_memory_gb, pick_device, setup
 from common.images import read_image
-from common.report import Page, Picture, Sample, Samples, Table
+from common.report import ReportImage, Sample, sample_blocks, table, write_report
 from evals import compare
 from evals.contamination import overlaps, sentence
 from evals.runner import Asking
@@ -149,19 +149,19 @@ def report(name, cfg, scores):
     sections["Lineage"] = [lineage_table(stages)]
     if info["kind"] == "vision":
         talks = conversations(name, Path(cfg.data) / "images", cfg.device)
-        sections["Talking about pictures it never saw"] = [Samples(talks)]
+        sections["Talking about pictures it never saw"] = sample_blocks(talks)
     curves = [(stage["stage"], Path(stage["folder"]).parent / "loss.png") for stage in trained]
-    sections["Loss curves"] = [Picture(f"curves/{stage}.png", path.read_bytes(), stage)
+    sections["Loss curves"] = [ReportImage(f"curves/{stage}.png", path.read_bytes(), stage)
                                for stage, path in curves if path.is_file()]
     lead = f"{duration(figures['seconds'])}, {price(figures['dollars'])}"
-    Page(str(folder), lead, sections).write(folder)
+    write_report(folder, str(folder), lead, sections)
     write_json(folder / "report.json", figures)
     print(f"{folder / 'report.html'}, report.md and report.json sum it up")
 
 
 def score_table(scores):
-    """A Table of {name: Score}."""
-    return Table(["score", "figure", "±", "guessing"],
+    """A table of {name: Score}."""
+    return table(["score", "figure", "±", "guessing"],
                  [[label, *found.cells()] for label, found in scores.items()])
 
 

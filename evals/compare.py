@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common import checkpoint
 from common.config import UserError, read_json
-from common.report import Code, Notes, Page, Table
+from common.report import code, table, write_report
 from train import log
 
 COLOURS = ("#2f81f7", "#d9822b", "#2da44e", "#c43d7a", "#8a63d2", "#14a0a0", "#a08a14", "#d1453b")
@@ -67,13 +67,16 @@ def compare(folders, out):
         sections["Scores"] = [side_by_side("score", columns, [run.scores for run in runs])]
     settings = [{name: str(value) or "(empty)" for name, value in run.info["settings"].items()
                  if name not in ("out", "resume")} for run in runs]
-    table = side_by_side("setting", columns, settings)
-    table.rows = [row for row in table.rows if len(set(row[1:])) > 1]
-    sections["Settings that differ"] = [table if table.rows else Notes(["None."])]
+    names = dict.fromkeys(name for found in settings for name in found)
+    differ = [name for name in names if len({found.get(name) for found in settings}) > 1]
+    settings = [{name: found[name] for name in differ if name in found} for found in settings]
+    sections["Settings that differ"] = [side_by_side("setting", columns, settings) if differ
+                                        else "None."]
     made = [part for run in runs for part in run.info.get("origins", [])[-1:]]
-    sections |= {"Commands": [Code(log.laid_out(part["command"])) for part in made]} if made else {}
+    if made:
+        sections["Commands"] = [code(log.multiline(part["command"])) for part in made]
     try:
-        Page("Runs side by side", ", ".join(map(str, folders)), sections).write(out)
+        write_report(out, "Runs side by side", ", ".join(map(str, folders)), sections)
     except OSError as error:
         raise UserError(f"cannot write into --out={out}: {error.strerror}") from None
     print(f"{Path(out) / 'report.html'} and report.md compare {len(runs)} runs")
@@ -123,7 +126,7 @@ def scores_in(folder, digest):
 def side_by_side(what, columns, figures):
     """A table with a column for each {name: figure}."""
     names = dict.fromkeys(name for found in figures for name in found)
-    return Table([what, *columns],
+    return table([what, *columns],
                  [[name, *(found.get(name, NOTHING) for found in figures)] for name in names])
 
 
@@ -138,4 +141,4 @@ def plot(runs):
             lines += [(label, points, {"color": colour, "markersize": 4, **look})] if points else []
     units = {"pairs" if "batch_pairs" in run.info["settings"] else "tokens" for run in runs}
     xlabel, alt = " or ".join(sorted(units)), "Dots: held-out loss. Faint: training loss."
-    return [log.curves("loss.png", lines, xlabel, alt), Notes([alt])] if lines else []
+    return [log.curves("loss.png", lines, xlabel, alt), alt] if lines else []

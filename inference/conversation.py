@@ -302,7 +302,7 @@ def sample_answers(model, tokenizer, chats, n=8, max_tokens=64):
                 turns.append(turn)
     found = answer_all(model, tokenizer, [turn[0] for turn in turns], images)
     return [Sample([*spoken(tokenizer, prompt), ("model", answer),
-                    ("right", tokenizer.decode(right))], shown)
+                    ("reference", tokenizer.decode(right))], shown)
             for (prompt, right), answer, shown in zip(turns, found, images, strict=True)]
 
 
@@ -329,5 +329,5 @@ def sample_texts(model, tokenizer, texts, n=8, given=16, max_tokens=60):
     rights = [window[given : given + max_tokens] for window in windows]
     rights = [right[: right.index(end)] if end in right else right for right in rights]
     return [Sample([("beginning", tokenizer.decode(window[:given]).strip()),
-                    ("model", text.strip()), ("right", tokenizer.decode(right).strip())])
+                    ("model", text.strip()), ("reference", tokenizer.decode(right).strip())])
             for window, text, right in zip(windows, found, rights, strict=True)]

@@ -39,7 +39,7 @@ from train.anomaly import Guard
 from train.async_save import Saver
 from train.flops import flop_counter
 from train.fsdp import number_of_shard, shard, unshard, whole, whole_weights
-from train.log import Log, with_origin, write_report
+from train.log import Log, report_run, with_origin
 from train.optim import lr_factor
 from train.resuming import make_folder, resume
 from train.signals import STOPPED_EARLY, Stopping, end_torchrun
@@ -385,6 +385,6 @@ class Run:
         if n_lost:
             self.note(f"{n_lost:.0f} times a chat was left out because its picture had gone")
         if self.machine.is_main:
-            write_report(self, samples, data)
+            report_run(self, samples, data)
         self.log.say(f"done: {self.folder} (report.html, report.md, log.jsonl, the checkpoint)")
         self.machine.leave()
