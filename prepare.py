@@ -221,7 +221,7 @@ def document_maker(cfg, tokenizer):
 def documents_of(cfg, journals, tokenizer):
     """{split: (how many documents, iterator of their ids)}."""
     if len(journals) == 1 and len(journals["rows"]) == 1:  # one long text: its end is held out
-        rows, n_ids = journals["rows"], journals["rows"].lengths["ids"]
+        rows, n_ids = journals["rows"], journals["rows"].n_ids
         n_held = max(1, round(n_ids * cfg.val_share)) if cfg.val_share else 0
         tail = chain([[tokenizer.end_of_text]], rows.blocks(n_ids - n_held, n_ids))
         return {"train": (1, rows.blocks(0, n_ids - n_held)),

@@ -1,35 +1,40 @@
-"""A journal of rows already read: what lets prepare.py be killed at any moment and go on.
+"""Rows to records, resumably: killed at any time, prepare.py continues with the same command.
 
-Rows stream in, batches of them become token ids on all cores, and the results are appended, in the
-order of the rows, to a few growing files. About once a second the files are forced to the disk and
-progress.json is replaced, which says how long each file is and how many rows that makes. Started
-again with the same settings, the journal cuts its files to those lengths and goes on behind those
-rows; with other settings it starts over. Neither the number of cores nor a restart changes a byte.
+Batches of rows become records on all cores, and are stored in the order of the rows in a SQLite
+file. Once a second the new records and the number of rows that made them are committed together.
+Started again with the same settings, reading continues after those rows; with other settings it
+starts over. Neither the number of cores nor a restart changes a byte of the data set.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import sqlite3
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from urllib.parse import quote
 
 import numpy as np
+from tqdm import tqdm
 
-from common.checkpoint import write_json
-from common.config import UserError, read_json
+from common.config import UserError
 from common.device import cores
 from common.images import ImageError
 from prep.sources import Refused, parsed
 
-FILES = {"ids": np.uint16, "supervised": np.bool_, "images": np.uint8, "starts": np.int64,
-         "image_starts": np.int64, "first_image": np.int64, "image_keys": np.uint64}
-COUNTS_IN = {"starts": "ids", "image_starts": "images", "first_image": "image_starts"}
 BATCH_ROWS, BATCH_BYTES = 128, 1 << 20  # a batch is full at either
-BLOCK_IDS = 1 << 20
-COMMIT_SECONDS, SAY_SECONDS = 1.0, 10.0
+COMMIT_SECONDS, PROGRESS_SECONDS = 1.0, 10.0
+MAX_IMAGES = 8  # above the number of images that a row can have
+# Keys are numbers of rows: a document begins in its row, and ends before the next document's.
+TABLES = """PRAGMA page_size = 16384;
+CREATE TABLE IF NOT EXISTS progress (key INTEGER PRIMARY KEY, state TEXT);
+CREATE TABLE IF NOT EXISTS documents (row INTEGER PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS records (row INTEGER PRIMARY KEY, ids BLOB, supervised BLOB);
+CREATE TABLE IF NOT EXISTS images (number INTEGER PRIMARY KEY, content BLOB);
+CREATE TABLE IF NOT EXISTS image_keys (number INTEGER PRIMARY KEY, key INTEGER)"""
 
 
 @dataclass
@@ -37,8 +42,8 @@ class Record:
     """What is kept of a row: a document, the continuation of one (goes_on), or a chat."""
 
     ids: np.ndarray  # uint16
-    supervised: list = field(default_factory=list)  # a chat's, as long as ids
-    images: list = field(default_factory=list)  # encoded pictures
+    supervised: list = field(default_factory=list)  # of a chat, as long as ids
+    images: list = field(default_factory=list)  # encoded images
     goes_on: bool = False
 
 
@@ -47,161 +52,144 @@ def digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-class Journal:
-    """The files of one source's records in a folder; len() counts documents or chats."""
+class Records:
+    """The records of one source, in a SQLite file; len() counts documents or chats."""
 
-    def __init__(self, folder, settings):
-        """settings: whatever decides what the records are, as JSON can hold it."""
-        self.folder, self.path = folder, folder / "progress.json"
-        self.settings = digest(settings)
-        self.rows, self.bytes, self.complete = 0, 0, False
-        self.lengths, self.refused = dict.fromkeys(FILES, 0), Refused()
-        if not self._resume():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        self.files = {name: open(folder / name, "ab") for name in FILES}  # noqa: SIM115
+    def __init__(self, path):
+        """Open the file, or make it; sqlite3.Error or a KeyError if it is damaged."""
+        # Without SQLite's locks, which network disks may lack: NewFolder has locked the folder.
+        self.db = sqlite3.connect(f"file:{quote(os.fsencode(path))}?nolock=1", uri=True)
+        self.db.executescript(TABLES)
+        state = self.db.execute("SELECT state FROM progress").fetchone()
+        state = json.loads(state[0]) if state else {"counts": {}, "refused": {}}
+        self.rows, self.bytes = state.get("rows", 0), state.get("bytes", 0)
+        self.documents, self.n_ids = state.get("documents", 0), state.get("n_ids", 0)
+        self.complete = state.get("complete", False)
+        self.refused = Refused(state["counts"], state["refused"])
         self.committed = time.monotonic()
 
-    def _resume(self):
-        """Take up what an earlier start left; False if there is nothing to go on with."""
-        if not self.path.is_file():
-            return False
-        try:
-            progress = read_json(self.path)
-            if progress["settings"] != self.settings:
-                print(f"{self.folder} was begun with other settings or files: starting over")
-                return False
-            for name, dtype in FILES.items():
-                size = progress["lengths"][name] * np.dtype(dtype).itemsize
-                if (self.folder / name).stat().st_size < size:
-                    raise ValueError
-                os.truncate(self.folder / name, size)
-        except (UserError, OSError, KeyError, TypeError, ValueError):
-            print(f"{self.folder} is damaged: starting over")
-            return False
-        self.rows, self.bytes = progress["rows"], progress["bytes"]
-        self.complete, self.lengths = progress["complete"], progress["lengths"]
-        self.refused = Refused(progress["refused_counts"], progress["refused"])
-        print(f"going on after {self.rows:,} rows that are done", flush=True)
-        return True
-
     def __len__(self):
-        return self.lengths["starts"]
+        return self.documents
 
-    def append(self, part):
-        """Add the records of a batch of rows."""
-        lengths = dict(self.lengths)
-        for name, values in part.arrays.items():
-            values = values + lengths[COUNTS_IN[name]] if name in COUNTS_IN else values
-            self.files[name].write(values.astype(FILES[name], copy=False).tobytes())
-            self.lengths[name] += len(values)
-        for reason, where in part.refused:
-            self.refused.add(reason, where)
-        self.rows, self.bytes = self.rows + part.rows, self.bytes + part.bytes
+    def add(self, results, n_bytes):
+        """Add what a batch of rows gave: for each row a Record, or (reason, where) of a refusal."""
+        for result in results:
+            if isinstance(result, Record):
+                self._insert(result)
+            else:
+                self.refused.add(*result)
+            self.rows += 1
+        self.bytes += n_bytes
         if time.monotonic() - self.committed >= COMMIT_SECONDS:
             self.commit()
 
+    def _insert(self, record):
+        supervised = np.array(record.supervised, np.bool_).tobytes()
+        self.db.execute("INSERT INTO records VALUES (?, ?, ?)",
+                        (self.rows, record.ids.tobytes(), supervised))
+        self.n_ids += len(record.ids)
+        if not record.goes_on:
+            self.db.execute("INSERT INTO documents VALUES (?)", (self.rows,))
+            self.documents += 1
+        for number, image in enumerate(record.images, MAX_IMAGES * self.rows):
+            key = hashlib.blake2b(image, digest_size=8).digest()
+            self.db.execute("INSERT INTO images VALUES (?, ?)", (number, image))
+            self.db.execute("INSERT INTO image_keys VALUES (?, ?)",
+                            (number, int.from_bytes(key, "little", signed=True)))
+
     def commit(self, complete=False):
-        """Make what was appended so far last; a journal without any record is not worth it."""
-        self.complete = complete
-        for file in self.files.values():
-            file.flush()
-            if len(self):
-                os.fsync(file.fileno())
-        if len(self):
-            fresh = self.path.with_suffix(".new")
-            write_json(fresh, {
-                "settings": self.settings, "rows": self.rows, "bytes": self.bytes,
-                "complete": complete, "lengths": self.lengths, "refused": self.refused.first,
-                "refused_counts": self.refused.counts})
-            fresh.replace(self.path)
+        """Force everything added so far to the disk. complete: the source has no more rows."""
+        state = {"rows": self.rows, "bytes": self.bytes, "documents": self.documents,
+                 "n_ids": self.n_ids, "complete": complete, "counts": self.refused.counts,
+                 "refused": self.refused.first}
+        self.db.execute("REPLACE INTO progress VALUES (0, ?)", (json.dumps(state),))
+        self.db.commit()
         self.committed = time.monotonic()
 
-    # ------------------------------------------------------------------------------ reading it
+    # ------------------------------------------------------------- reading, when it is complete
 
     def open(self):
-        """Make ready for `ids`, `supervised` and `images`, when nothing more will be appended."""
-        for file in self.files.values():
-            file.close()
-        self.at = {name: np.append(np.fromfile(self.folder / name, np.int64),
-                                   self.lengths[COUNTS_IN[name]]) for name in COUNTS_IN}
-        self.image_keys = np.fromfile(self.folder / "image_keys", np.uint64)
-        self.handles = {name: open(self.folder / name, "rb", buffering=0)  # noqa: SIM115
-                        for name in ("ids", "supervised", "images")}
+        """Make ready for the methods below. starts: the row that every document begins with."""
+        starts = self.db.execute("SELECT row FROM documents ORDER BY row")
+        self.starts = np.fromiter((row for row, in starts), np.int64)
+
+    def _select(self, query, i, scale=1):
+        """The rows of the database that belong to document i."""
+        end = self.starts[i + 1] if i + 1 < len(self.starts) else self.rows
+        return self.db.execute(query, (int(self.starts[i]) * scale, int(end) * scale))
 
     def ids(self, i):
-        return self._read("ids", self.at["starts"][i], self.at["starts"][i + 1])
-
-    def blocks(self, start, end):
-        """Yield the ids from position start to end, a few at a time."""
-        for at in range(start, end, BLOCK_IDS):
-            yield self._read("ids", at, min(at + BLOCK_IDS, end))
+        parts = self._select("SELECT ids FROM records WHERE row >= ? AND row < ?", i)
+        return np.frombuffer(b"".join(part for part, in parts), np.uint16)
 
     def supervised(self, i):
-        return self._read("supervised", self.at["starts"][i], self.at["starts"][i + 1])
+        parts = self._select("SELECT supervised FROM records WHERE row >= ? AND row < ?", i)
+        return np.frombuffer(b"".join(part for part, in parts), np.bool_)
 
     def images(self, i):
-        """The encoded pictures of chat i."""
-        bounds = self.at["image_starts"]
-        return [self._read("images", bounds[n], bounds[n + 1]).tobytes()
-                for n in range(*self.at["first_image"][i : i + 2])]
+        """The encoded images of chat i."""
+        query = "SELECT content FROM images WHERE number >= ? AND number < ?"
+        return [content for content, in self._select(query, i, MAX_IMAGES)]
 
-    def _read(self, name, start, end):
-        # Reads, not a memory map: pages of a map would count as this process's memory.
-        size, parts = np.dtype(FILES[name]).itemsize, []
-        at, end = int(start) * size, int(end) * size
-        while at < end:  # one call reads 2 GiB at most
-            parts.append(os.pread(self.handles[name].fileno(), end - at, at))
-            at += len(parts[-1])
-        return np.frombuffer(b"".join(parts), FILES[name])
+    def blocks(self, start, end):
+        """Yield the ids of all documents, end to end, from position start to end, in blocks."""
+        at = 0
+        for (block,) in self.db.execute("SELECT ids FROM records ORDER BY row"):
+            ids = np.frombuffer(block, np.uint16)
+            yield ids[max(0, start - at) : max(0, end - at)]
+            at += len(ids)
 
-
-# --------------------------------------------------------------------------------- filling it
-
-
-@dataclass
-class Part:
-    """The records of a batch of rows, ready to be appended."""
-
-    arrays: dict  # by the names of FILES; positions count from the start of the part
-    refused: list  # (reason, where)
-    rows: int
-    bytes: int
+    def image_keys(self, n):
+        """(chat, key) arrays, an element per image of the first n chats; equal images or names
+        have equal keys."""
+        found = self.db.execute("SELECT number, key FROM image_keys ORDER BY number").fetchall()
+        numbers, keys = np.array(found, np.int64).reshape(-1, 2).T
+        chats = np.searchsorted(self.starts, numbers // MAX_IMAGES)
+        return chats[chats < n], keys[chats < n]
 
 
-def fill(journal, source, make, limit=0, workers=None):
-    """Read the rows of `source` behind the journal's and append make(row) of each, in order.
+# --------------------------------------------------------------------------------- filling them
 
-    make runs in threads, on all cores unless workers says otherwise: decoding and tokenising let go
-    of Python's lock. It refuses a row by a ValueError or ImageError with the reason. Where limit
-    is above 0, reading ends soon after that many records are there.
+
+def fill(records, source, make, limit=0, workers=None):
+    """Add make(row) of all rows of `source` that the Records lack, in order.
+
+    make runs in threads, on all cores unless workers says otherwise: decoding and tokenizing
+    release Python's lock. It refuses a row by a ValueError or ImageError with the reason. With
+    a limit, reading ends soon after there are more records than that.
     """
-    if journal.complete:
+    if records.complete:
         return
     workers = workers or cores()
-    pool, waiting, progress = ThreadPoolExecutor(workers), deque(), Progress(journal, source, limit)
+    pool, waiting = ThreadPoolExecutor(workers), deque()
+    bar = tqdm(total=source.total or None, initial=records.bytes, unit="B", unit_scale=True,
+               mininterval=PROGRESS_SECONDS, delay=PROGRESS_SECONDS)
 
     def take(left):
-        """Append what is ready until `left` batches wait; True once that is enough."""
-        while len(waiting) > left and not (limit and len(journal) > limit):
-            journal.append(waiting[0].result())  # it stays the first where it raises an error
+        """Add results until `left` batches wait; True once there are records enough."""
+        while len(waiting) > left and not (limit and len(records) > limit):
+            results, n_bytes = waiting[0].result()  # it stays the first where it raises an error
             waiting.popleft()
-            progress.show()
-        return limit and len(journal) > limit  # one more than the limit: the last may go on
+            records.add(results, n_bytes)
+            bar.update(n_bytes)
+        return limit and len(records) > limit  # one more than the limit: the last may continue
 
     try:
-        for batch in batches(source.rows(journal.rows)):
-            waiting.append(pool.submit(work, make, batch))
+        for batch in batches(source.rows(records.rows)):
+            waiting.append(pool.submit(convert, make, batch))
             if take(2 * workers):
                 break
         take(0)
-        journal.commit(complete=True)
-    except UserError:  # the source failed; or a row did, and take raises its error again
+        records.commit(complete=True)
+    except UserError:  # of the source; or of a row, and take raises its error again
         take(0)
-        journal.commit()
+        records.commit()
         raise
+    except sqlite3.Error as error:
+        raise OSError(f"cannot store records: {error}") from None
     finally:
         pool.shutdown(cancel_futures=True)
+        bar.close()
 
 
 def batches(rows):
@@ -220,106 +208,62 @@ def batches(rows):
     yield batch
 
 
-def work(make, batch):
-    """The Part that a batch of rows makes."""
-    records, refused = [], []
+def convert(make, batch):
+    """([Record or (reason, where) of each row of a batch], bytes of the rows)."""
+    results = []
     for where, row, _ in batch:
         try:
-            records.append(make(parsed(row)))
+            results.append(make(parsed(row)))
         except ImageError as error:
-            refused.append((error.reason, where))
+            results.append((error.reason, where))
         except ValueError as error:
-            refused.append((str(error), where))
+            results.append((str(error), where))
         except TypeError:
-            refused.append(("a row of another form", where))
-    return Part(pack(records), refused, len(batch), sum(int(item[2]) for item in batch))
+            results.append(("a row of another form", where))
+    return results, sum(int(size) for _, _, size in batch)
 
 
-def pack(records):
-    """The arrays of FILES for some records, end to end."""
-    arrays = {"ids": [np.empty(0, np.uint16)], "supervised": [np.empty(0, np.bool_)]}
-    images, starts, image_starts, first_image, n_ids, n_bytes = [], [], [], [], 0, 0
-    for record in records:
-        if not record.goes_on:
-            starts.append(n_ids)
-            first_image.append(len(image_starts))
-        for image in record.images:
-            image_starts.append(n_bytes)
-            n_bytes += len(image)
-        images += record.images
-        arrays["ids"].append(record.ids)
-        arrays["supervised"].append(np.array(record.supervised, np.bool_))
-        n_ids += len(record.ids)
-    return {
-        **{name: np.concatenate(parts) for name, parts in arrays.items()},
-        "images": np.frombuffer(b"".join(images), np.uint8),
-        "starts": np.array(starts, np.int64), "image_starts": np.array(image_starts, np.int64),
-        "first_image": np.array(first_image, np.int64),
-        "image_keys": np.array([key_of(image) for image in images], np.uint64),
-    }
+def open_records(folder, name, settings):
+    """The Records that an earlier start with the same settings left in a folder, or new ones.
 
-
-def key_of(image):
-    """A number that a picture shares only with the same bytes, or the same name."""
-    return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little")
-
-
-class Progress:
-    """Prints every ten seconds how far a journal is."""
-
-    def __init__(self, journal, source, limit):
-        self.journal, self.total, self.limit = journal, source.total, limit
-        self.began = self.said = time.monotonic()
-        self.bytes_before, self.share_before = journal.bytes, self._share()
-        self.pictures_before = self._pictures()
-
-    def _pictures(self):
-        return self.journal.lengths.get("image_starts", 0)
-
-    def _share(self):
-        """How much of the work is done, 0 to 1, or None where nobody knows."""
-        if self.limit:
-            return min(1, len(self.journal) / self.limit)
-        return min(1, self.journal.bytes / self.total) if self.total else None
-
-    def show(self):
-        now, journal = time.monotonic(), self.journal
-        if now - self.said < SAY_SECONDS:
-            return
-        self.said, seconds, share = now, now - self.began, self._share()
-        left = ""
-        if share is not None and share > self.share_before:
-            rest = seconds * (1 - share) / (share - self.share_before)
-            left = f", {rest / 60:.0f} min left" if rest >= 90 else f", {rest:.0f} s left"
-        if pictures := self._pictures() - self.pictures_before:
-            left = f", {pictures / seconds:.0f} pictures/s{left}"
-        print(f"{journal.rows:,} rows, {journal.lengths['ids']:,} tokens, "
-              f"{(journal.bytes - self.bytes_before) / seconds / 1e6:.1f} MB/s{left}", flush=True)
-
-
-# ------------------------------------------------------------------------------ all of a data set
+    settings: everything that decides what the records are, as JSON can hold it.
+    """
+    path = folder / f"{name}-{digest(settings)[:16]}.sqlite"
+    for other in folder.glob(f"{name}-*.sqlite"):
+        if other != path:
+            print(f"{other} was begun with other settings or files: starting over")
+            other.unlink()
+    try:
+        records = Records(path)
+    except (sqlite3.Error, ValueError, KeyError, TypeError):
+        print(f"{path} is damaged: starting over")
+        path.unlink()
+        records = Records(path)
+    if records.rows:
+        print(f"resuming after {records.rows:,} completed rows", flush=True)
+    return records
 
 
 def read_all(folder, cfg, sources, tokenizer, make, limit, workers=None, archives=()):
-    """Journals, filled, of all sources: {name: journal}, and which rows were left out, printed.
+    """Records, filled, of all sources: {name: Records}, and which rows were left out, printed.
 
-    archives: the identities of the files that pictures come from, as records depend on them too.
+    archives: the identities of the files that images come from, as records depend on them too.
     """
     later = ("out", "files", "val_files", "val_share", "seed", "shard_tokens", "shard_bytes")
     kept = {name: value for name, value in asdict(cfg).items()
-            if name not in later}  # they change no record
-    journals, refused = {}, Refused()
+            if name not in later}  # those change no record
+    found, refused = {}, Refused()
     try:
         for name, source in sources.items():
             settings = {**kept, "tokenizer": tokenizer.fingerprint, "source": source.identity,
                         "archives": archives}
-            journals[name] = Journal(folder.work / name, settings)
-            fill(journals[name], source, make, limit if name == "rows" else 0, workers)
-            journals[name].open()
+            found[name] = open_records(folder.work, name, settings)
+            fill(found[name], source, make, limit if name == "rows" else 0, workers)
+            found[name].open()
     finally:
-        for journal in journals.values():
-            refused.add_all(journal.refused)
+        for records in found.values():
+            refused.add_all(records.refused)
         refused.show()
-    if len(journals["rows"]) == 0:
+    if len(found["rows"]) == 0:
         shutil.rmtree(folder.work)  # nothing in it is worth keeping
-    return journals, refused
+    return found, refused

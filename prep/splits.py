@@ -27,9 +27,8 @@ def splits_of(cfg, journals, limit):
 def groups_of(rows, n):
     """The group of each of the first n records, by number: records with a picture in common are of
     one, and so are those that a third one links; a record without a picture is alone."""
-    first = rows.at["first_image"][: n + 1]
-    record = np.repeat(np.arange(n), np.diff(first))  # of each picture
-    names, picture = np.unique(rows.image_keys[: first[-1]], return_inverse=True)
+    record, keys = rows.image_keys(n)
+    names, picture = np.unique(keys, return_inverse=True)
     group = np.arange(n)  # the first record of it that is known so far
     while True:
         lowest = np.full(len(names), n)

@@ -7,7 +7,7 @@ import time
 
 from common.archives import BLOCK, Joined, identity_of
 from common.config import UserError
-from prep.resumable import SAY_SECONDS
+from prep.resumable import PROGRESS_SECONDS
 
 RATIO, ROOM = 100, 1 << 30  # an archive that grows to more than RATIO times and ROOM is a trap
 
@@ -37,7 +37,7 @@ def unpacked(paths, codec, folder):
                 half.unlink()
                 raise UserError(f"{paths[0]} unpacks to more than {RATIO} times its size, as no "
                                 "pictures do; it was made to fill the disk, so do not use it")
-            if time.monotonic() - said > SAY_SECONDS:
+            if time.monotonic() - said > PROGRESS_SECONDS:
                 said = time.monotonic()
                 print(f"unpacking {paths[0]}: {at / 1e9:.1f} GB, {source.at / source.size:.0%} "
                       "done", flush=True)
