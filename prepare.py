@@ -174,7 +174,7 @@ def text(cfg):
     with folder as out:
         tokenizer = text_tokenizer(cfg, folder, sources["rows"])
         check_size(tokenizer, cfg)
-        journals, refused = read_all(folder, cfg, sources, tokenizer,
+        journals, refused = read_all(folder.work, cfg, sources, tokenizer,
                                      document_maker(cfg, tokenizer), cfg.max_documents)
         if len(journals["rows"]) == 0:
             raise UserError(f"{sources['rows'].name} holds no text")

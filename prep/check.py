@@ -1,58 +1,64 @@
-"""A look at a data set before anybody pays for a GPU: python prepare.py check DATA
+"""Inspect a data set before paying for a GPU: python prepare.py check DATA
 
-DATA is a file of rows, or a folder that prepare.py made. Every row goes the way it goes in training
-(its turns, its pictures, its ids, whether it fits), and nothing is written but a report. Of a row
-only its name and a few numbers are kept, so a data set of any size takes little memory.
+DATA is a file of rows, which is converted into a temporary folder just as `prepare.py images` does
+it, or a folder that prepare.py made. Then every chat is read as training reads it.
 """
 
+import hashlib
 import os
+import tempfile
+import textwrap
 import warnings
-from array import array
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 
+import tokenizer as tokenizers
 from common.checkpoint import write_json
-from common.config import UserError
+from common.checksums import check_sums
+from common.config import UserError, read_sealed
 from common.device import cores
-from prep.look import COPY, NO_PICTURE, Made, Originals, measured
-from prep.report import draw_sheet, print_figures, print_tokens
-from prep.resumable import Progress, batches
-from prep.sources import Refused, at_least
-from train.packing import pack
+from common.images import ImageError
+from data import Chats, check_tokenizer
+from prep.convert import image_reader, read_chats, write_split
+from prep.sources import Refused, at_least, source_of
+from prep.writers import check_size, write_manifest
+from train.packing import Packed
 
 QUANTILES = {"min": 0, **{f"{q} %": q for q in (5, 25, 50, 75, 95, 99)}, "max": 100}
-TILES = 16  # rows on the contact sheet
+COLUMNS, TILES = 4, 16  # of the contact sheet
+LINE_WIDTH, LINES = 46, 13  # characters and lines of the text of a tile
+BLOCK = 4096  # chats inspected at a time
 
 
 @dataclass
 class Check:
-    """What is in a data set, what is wrong with it, and whether it can be trained on.
+    """Count what is in a data set, what is wrong with it, and what training makes of it.
 
     DATA is a .json, .jsonl or .parquet file or a pattern, or a folder that prepare.py made.
     """
 
-    files: str = ""  # DATA, where it does not come first: paths or patterns, separated by commas
+    files: str = ""  # DATA, if it is not the first argument: paths or patterns, comma-separated
     dataset: str = ""  # instead of files: a data set of the Hugging Face hub, or a folder of one
     subset: str = ""  # which configuration of the data set, where it has several
     split: str = "train"  # which split of the data set
-    image_root: str = ""  # where the pictures are, as in prepare.py images
+    image_root: str = ""  # where the images are, as in prepare.py images
     tokenizer: str = "gpt2"  # gpt2, or a folder with a tokenizer.json; a made folder has its own
-    items: int = 0  # rows to look at, the first ones; 0 for all
+    max_chats: int = 0  # chats of files or a dataset to convert, the first ones; 0 for all
 
     context: int = 1024  # positions of a training row
-    patches: int = 256  # positions that a picture takes in it: 256 for ViT-L/14 at 224 pixels
-    image_size: int = 224  # pixels of the square that pictures are fitted into
-    fit: Literal["pad", "short"] = "pad"  # how they are, as in prepare.py images
+    patches: int = 256  # positions of an image in it: 256 for ViT-L/14 at 224 pixels
+    image_size: int = 224  # pixels of the square that images are fitted into
+    fit: Literal["pad", "short"] = "pad"  # how they are fitted, as in prepare.py images
     short_answers: bool = False  # as in prepare.py images
     batch_tokens: int = 65_536  # positions of a training step
 
-    sheet: str = "contact_sheet.png"  # 16 rows drawn at random, as a picture; empty for none
+    sheet: str = "contact_sheet.png"  # image of 16 random chats; empty for none
     seed: int = 0  # of the draw
     report: str = ""  # a .json file for the same figures, for scripts
     show: int = 0  # above 0: print row number N token by token, and nothing else
@@ -69,149 +75,271 @@ def data_first(argv):
 
 def check(cfg):
     """Print what is in the data set; with --show one row of it."""
-    at_least(cfg, items=0, context=2, patches=1, image_size=1, batch_tokens=1, seed=0, show=0)
+    at_least(cfg, max_chats=0, context=2, patches=1, image_size=1, batch_tokens=1, seed=0, show=0)
     for path in cfg.sheet, cfg.report:
         if path and not Path(path).absolute().parent.is_dir():
             raise UserError(f"there is no folder for {path}; make it first")
-    data = Made(cfg) if os.path.isdir(cfg.files) and not cfg.dataset else Originals(cfg)
-    with warnings.catch_warnings():  # here, because threads share what read_image sets for itself
-        warnings.simplefilter("ignore")
+    # beside the data that prepare.py will make, as /tmp may be small
+    with tempfile.TemporaryDirectory(prefix=".check-", dir=".") as work, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of images, and of letters that the sheet's font lacks
+        made = os.path.isdir(cfg.files) and not cfg.dataset
+        data = opened(cfg.files) if made else converted(cfg, Path(work))
         if cfg.show:
-            return show(cfg, data)
-        tally = look_at_all(cfg, data)
-        figures = tally.figures(data)
-        tiles = measured(cfg, data, tally.drawn if cfg.sheet else [], keep=True)
-    print_figures(figures)
-    try:
-        if cfg.sheet:
-            draw_sheet(cfg.sheet, data.tokenizer, tiles)
-            print(f"contact sheet: {len(tiles)} rows drawn at random, in {cfg.sheet}")
-        if cfg.report:
-            write_json(cfg.report, figures)
-    except OSError as error:
-        raise UserError(f"cannot write the report: {error}") from None
+            number = cfg.show - 1 if made else 0
+            if number >= len(data.chats):
+                raise UserError(f"--show={cfg.show}: {data.name} has fewer rows than that")
+            return print_tokens(data, number, cfg.patches)
+        figures = inspected(cfg, data)
+        print_figures(figures)
+        try:
+            if cfg.sheet:
+                draw_sheet(cfg.sheet, data, cfg.seed)
+                print(f"contact sheet of random chats: {cfg.sheet}")
+            if cfg.report:
+                write_json(cfg.report, figures)
+        except OSError as error:
+            raise UserError(f"cannot write the report: {error}") from None
     print(figures["verdict"])
 
 
-def show(cfg, data):
-    item = next(islice(data.rows(cfg.show - 1), 1), None)
-    if item is None:
-        raise UserError(f"--show={cfg.show}: {data.name} has fewer rows than that")
-    row = data.look(*item[:2])
-    if row.problem:
-        raise UserError(f"row {cfg.show} of {data.name}, {row.name}, cannot be used: {row.problem}")
-    print_tokens(data.tokenizer, row, cfg.patches)
+# ------------------------------------------------------------------------------------ the data set
 
 
-# ------------------------------------------------------------------------------------ all rows
+@dataclass
+class DataSet:
+    """A data set of prepare.py: its chats, what to call them, and the rows that it left out."""
+
+    name: str
+    tokenizer: object
+    splits: list  # Chats
+    chats: list  # (name, split, number in the split)
+    left_out: dict  # {reason: {"rows": how many, "first": names}}
 
 
-def look_at_all(cfg, data):
-    """The Tally of all rows, looked at by all cores, in their order."""
-    tally, waiting = Tally(cfg), deque()
-    progress = Progress(tally, data, cfg.items)
+def opened(path):
+    """The DataSet in a folder that prepare.py made; its checksums are verified first."""
+    folder, name = Path(path), path.rstrip("/")
+    if not (folder / "manifest.json").is_file():
+        raise UserError(f"the folder {name} has no manifest.json, so prepare.py did not make it; "
+                        f"name files, like '{name}/*.json'")
+    manifest = read_sealed(folder / "manifest.json")
+    found = {path.parent.name for path in folder.glob("*/ids.npy")}
+    if not found:
+        inside = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
+        raise UserError(f"{name} holds no chats" + (
+            f"; name one of the folders in it: {', '.join(inside)}" if inside
+            else "; check inspects chats, not shards of text"))
+    check_sums(folder, manifest.get("sha256", {}), anew=True)
+    names = sorted(found, key=lambda split: (split != "train", split != "val", split))
+    splits = [Chats(folder, split) for split in names]
+    chats = [(f"{split}:{i + 1}", s, i) for s, split in enumerate(names)
+             for i in range(len(splits[s]))]
+    return DataSet(name, check_tokenizer(folder), splits, chats, manifest.get("left_out", {}))
 
-    def take(left):
-        while len(waiting) > left:
-            batch, future = waiting.popleft()
-            for item, row in zip(batch, future.result(), strict=True):
-                tally.add(item, row)
-            progress.show()
 
-    pool = ThreadPoolExecutor(cores())
+def converted(cfg, work):
+    """The DataSet that prepare.py images makes of rows, in one split; with --show of that row."""
+    source, tokenizer = source_of(cfg), tokenizers.load(cfg.tokenizer)
+    check_size(tokenizer, cfg)
+    name, number, settings = source.name, max(0, cfg.show - 1), SimpleNamespace(**vars(cfg))
+    settings.copy = True
+    (work / "records").mkdir()
+    if cfg.show:
+        source = SimpleNamespace(name=name, total=0, identity=source.identity, rows=(
+            lambda skip, rows=source.rows: islice(rows(number + skip), 1 - skip)))
+    records, refused = read_chats(settings, work / "records", {"rows": source}, tokenizer,
+                                  image_reader(settings))
+    records, left_out = records["rows"], refused.table()
+    if cfg.show and not records.rows:
+        raise UserError(f"--show={cfg.show}: {name} has fewer rows than that")
+    if len(records) == 0:
+        lost = left_out.get("a missing image", {"rows": 0})["rows"]
+        hint = "; is --image_root right?" if lost > records.rows / 2 else ""
+        raise UserError(f"{name} holds no row that can be used{hint}")
+    chosen = range(min(len(records), cfg.max_chats or len(records)))
+    stored = {"size": cfg.image_size, "fit": cfg.fit, "copied": True}
+    counts = write_split(work / "data/train", records, chosen, shard_bytes=1_000_000_000)
+    write_manifest(work / "data", tokenizer, train=counts, stored_images=stored)
+    names = [f"row {number + row + 1}" for row in records.starts[chosen].tolist()]
+    return DataSet(name, tokenizer, [Chats(work / "data", "train")],
+                   [(name, 0, i) for i, name in enumerate(names)], left_out)
+
+
+# ------------------------------------------------------------------------------------- its figures
+
+
+@dataclass
+class Measured:
+    """What one chat has."""
+
+    ids: int
+    images: int
+    answers: int
+    key: bytes  # equal for equal ids and images
+    problem: str = ""  # why it cannot be used
+
+
+def measured(data, chat):
+    """The Measured of a chat (name, split, number), its images decoded."""
+    _, split, number = chat
+    ids, supervised = data.splits[split].chat(number)
+    key, problem, images = hashlib.blake2b(ids.tobytes(), digest_size=8), "", []
     try:
-        for batch in batches(islice(data.rows(), cfg.items or None)):
-            waiting.append((batch, pool.submit(measured, cfg, data, batch)))
-            take(2 * cores())
-        take(0)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    if not tally.rows:
-        raise UserError(f"{data.name} holds no rows")
-    if tally.problems.counts["not a line of JSON"] == tally.rows:
-        raise UserError(f"{data.name} is not JSON: no line of it is a row")
-    return tally
+        images = data.splits[split].images(number)
+    except ImageError as error:
+        problem = error.reason
+    for image in images:
+        key.update(image.tobytes())
+    answers = np.count_nonzero(supervised & (ids == data.tokenizer.end))
+    return Measured(len(ids), np.count_nonzero(ids == data.tokenizer.image), answers, key.digest(),
+                    problem)
 
 
-class Tally:
-    """Counts of all rows. What Progress reads of a Journal is here too: rows, bytes, lengths."""
+def inspected(cfg, data):
+    """The figures of a data set, as JSON can hold them."""
+    packed = Packed(data.splits, cfg.context, data.tokenizer, cfg.patches)
+    cut = {(s, i): cut for s, i, cut in packed.chats[:, [0, 1, 5]].tolist()}
+    left_out, notes, keys = Refused(), Refused(), set()
+    good, ids, positions = {"rows": 0, "answers": 0, "images": 0}, [], []
+    pool = ThreadPoolExecutor(cores())
+    for start in range(0, len(data.chats), BLOCK):
+        block = data.chats[start : start + BLOCK]
+        for chat, found in zip(block, pool.map(lambda chat: measured(data, chat), block),
+                               strict=True):
+            name, *place = chat
+            ids.append(found.ids)
+            positions.append(found.ids + found.images * (cfg.patches - 1))
+            if not found.problem and tuple(place) not in cut:
+                found.problem = (f"its first answer ends beyond {cfg.context:,} positions"
+                                 if found.answers else "no supervised token")
+            if found.problem:
+                left_out.add(found.problem, name)
+                continue
+            for note, applies in {
+                f"longer than {cfg.context:,} positions: cut after an answer": cut[tuple(place)],
+                "no image": found.images == 0, "more than one image": found.images > 1,
+                "a copy of an earlier chat: the same text and images": found.key in keys,
+            }.items():
+                if applies:
+                    notes.add(note, name)
+            keys.add(found.key)
+            good["rows"] += 1
+            good["answers"] += int(found.answers)
+            good["images"] += int(found.images)
+    pool.shutdown()
+    return {
+        "data": data.name, "rows": len(data.chats), "good": good, "left_out": left_out.table(),
+        "left_out_when_prepared": data.left_out, "notes": notes.table(),
+        "percentiles": {name: dict(zip(QUANTILES, np.percentile(
+            values, list(QUANTILES.values()), method="nearest").tolist(), strict=True))
+            for name, values in {"ids": ids, "positions": positions}.items()},
+        "epoch": {"context": cfg.context, "batch_tokens": cfg.batch_tokens,
+                  "training_rows": len(packed), "filled": float(packed.filled),
+                  "steps": -(-len(packed) // max(1, cfg.batch_tokens // cfg.context))},
+        "verdict": verdict(good["rows"], len(data.chats), data.left_out),
+    }
 
-    def __init__(self, cfg):
-        self.cfg, self.rng = cfg, np.random.default_rng(cfg.seed)
-        self.rows, self.bytes, self.lengths = 0, 0, {"ids": 0, "image_starts": 0}
-        self.problems, self.notes, self.keys = Refused(), Refused(), set()
-        self.measures = {name: array("q") for name in (
-            "ids of a row", "positions of a row", "picture width", "picture height")}
-        self.used, self.n_good = array("q"), dict.fromkeys(
-            ("rows", "no picture", "one picture", "several", "turns", "answers", "pictures"), 0)
-        self.drawn = []  # (where, row, bytes), each row as likely as any other
 
-    def __len__(self):
-        return self.rows
+def verdict(good, chats, left_out):
+    """Whether the data set can be trained on, in one line."""
+    rows = chats + sum(found["rows"] for found in left_out.values())
+    missing = left_out.get("a missing image", {"rows": 0})["rows"]
+    if good == rows:
+        return f"all {rows:,} rows are good: this can be trained on as it is"
+    hint = "; look at the reasons first" if good < 0.9 * rows else ""
+    hint = "; most images are missing: is --image_root right?" if missing > rows / 2 else hint
+    return f"{good:,} of {rows:,} rows are good; training leaves the others out{hint}"
 
-    def add(self, item, row):
-        self.rows, self.bytes = self.rows + 1, self.bytes + item[2]
-        if len(self.drawn) < TILES:
-            self.drawn.append(item)
-        elif (spot := self.rng.integers(self.rows)) < TILES:
-            self.drawn[spot] = item
-        if row.lengths:
-            self.lengths["ids"] += row.lengths[0]
-            self.lengths["image_starts"] += len(row.sizes)
-            self.measures["ids of a row"].append(row.lengths[0])
-            self.measures["positions of a row"].append(row.lengths[1])
-            for width, height in row.sizes:
-                self.measures["picture width"].append(width)
-                self.measures["picture height"].append(height)
-        if row.problem:
-            self.problems.add(row.problem, row.name)
-            return
-        if row.key in self.keys:
-            row.notes.append(COPY)
-        self.keys.add(row.key)
-        for note in row.notes:
-            self.notes.add(note, row.name)
-        self.used.append(row.used)
-        kind = ("no picture", "one picture", "several")[min(2, len(row.sizes))]
-        for name, n in {"rows": 1, kind: 1, "turns": row.lengths[2], "answers": row.lengths[3],
-                        "pictures": len(row.sizes)}.items():
-            self.n_good[name] += int(n)
 
-    def figures(self, data):
-        """All there is to say, as JSON can hold it."""
-        cfg, n_good = self.cfg, self.n_good["rows"]
-        smaller = zip(self.measures["picture width"], self.measures["picture height"], strict=True)
-        side = max if cfg.fit == "pad" else min
-        training_rows = len(pack(self.used.tolist(), cfg.context, cfg.seed))
-        notes = self.notes.table()
-        if self.n_good["no picture"] == n_good:  # a data set of text: that is no news of a row
-            notes.pop(NO_PICTURE, None)
-        a_step = max(1, cfg.batch_tokens // cfg.context)
-        return {
-            "data": data.name, "items": cfg.items, "rows": self.rows, "good": self.n_good,
-            "left_out": self.problems.table(), "notes": notes,
-            "left_out_when_made": data.left_out,
-            "percentiles": {name: dict(zip(QUANTILES, np.percentile(
-                values, list(QUANTILES.values()), method="nearest").tolist(), strict=True))
-                for name, values in self.measures.items() if len(values)},
-            "pictures_enlarged": sum(side(size) < cfg.image_size for size in smaller),
-            "image_size": cfg.image_size, "patches": cfg.patches,
-            "epoch": {"context": cfg.context, "batch_tokens": cfg.batch_tokens,
-                      "training_rows": training_rows, "steps": -(-training_rows // a_step),
-                      "filled": sum(self.used) / max(1, training_rows * cfg.context)},
-            "share_lost": 1 - n_good / self.rows, "verdict": self.verdict(),
-        }
+def print_figures(figures):
+    """The figures of `inspected`, aligned."""
+    good = figures["good"]
+    print(f"{figures['data']}: {figures['rows']:,} chats, {good['rows']:,} of them good, "
+          f"with {good['answers']:,} answers and {good['images']:,} images")
+    for title, reasons in (("left out when prepared", figures["left_out_when_prepared"]),
+                           ("left out by training", figures["left_out"]),
+                           ("kept, and worth knowing", figures["notes"])):
+        if reasons:
+            print(f"\n{title}")
+        for reason, found in reasons.items():
+            more = ", ..." if found["rows"] > len(found["first"]) else ""
+            print(f"{found['rows']:>8,}  {reason} ({', '.join(found['first'])}{more})")
+    table = figures["percentiles"]
+    print(f"\n{'percentiles':<20}" + "".join(f"{q:>8}" for q in QUANTILES))
+    for name, values in table.items():
+        print(f"{name + ' per chat':<20}" + "".join(f"{n:>8,}" for n in values.values()))
+    epoch = figures["epoch"]
+    print(f"\nan epoch: {epoch['steps']:,} steps of {epoch['batch_tokens']:,} positions "
+          f"({epoch['training_rows']:,} packed rows of {epoch['context']:,}, "
+          f"{epoch['filled']:.1%} filled)")
 
-    def verdict(self):
-        """Whether this can be trained on, in one line."""
-        rows, good = self.rows, self.n_good["rows"]
-        hint = "; most pictures are missing: is --image_root right?" if (
-            self.problems.counts["a missing image"] > rows / 2) else ""
-        if good == 0:
-            return f"none of {rows:,} rows is good: this cannot be trained on{hint or ' as it is'}"
-        if good == rows:
-            return f"all {rows:,} rows are good: this can be trained on as it is"
-        if good < 0.9 * rows:
-            return (f"only {good:,} of {rows:,} rows are good; training leaves the others out"
-                    f"{hint or ', so look at the reasons first'}")
-        return f"{good:,} of {rows:,} rows are good; training leaves the others out"
+
+# ------------------------------------------------------------------------------------ single chats
+
+
+def print_tokens(data, number, patches):
+    """The ids of a chat one per line: position, id, whether it is supervised, text.
+
+    Special tokens stand bare, ordinary text in quotes: a data set cannot write the former.
+    """
+    (name, split, i), tokenizer = data.chats[number], data.tokenizer
+    ids, supervised = data.splits[split].chat(i)
+    n_images = np.count_nonzero(ids == tokenizer.image)
+    print(f"{name}: {len(ids):,} ids, {n_images} of them images, "
+          f"{len(ids) + n_images * (patches - 1):,} positions, "
+          f"{np.count_nonzero(supervised):,} of them supervised\n")
+    print(f"{'position':>13}  {'id':>6}  {'supervised':<10}  token")
+    at, special = 0, set(tokenizer.specials.values())
+    for i, mask in zip(ids.tolist(), supervised.tolist(), strict=True):
+        width = patches if i == tokenizer.image else 1
+        where = f"{at:,}" if width == 1 else f"{at:,}-{at + width - 1:,}"
+        text = tokenizer.decode([i])
+        text = text if i in special else repr(text)
+        times = f" x {width}" if i == tokenizer.image else ""
+        print(f"{where:>13}  {i:>6}  {'yes' if mask else '-':<10}  {text}{times}")
+        at += width
+
+
+def turns_of(tokenizer, ids):
+    """[(role, text)] of a chat's ids."""
+    roles, turns = {i: role for role, i in tokenizer.role_ids.items()}, []
+    for i in ids.tolist():
+        if i in roles:
+            turns.append((roles[i], []))
+        elif turns and i not in (tokenizer.end, tokenizer.image):
+            turns[-1][1].append(i)
+    return [(role, tokenizer.decode(part)) for role, part in turns]
+
+
+def draw_sheet(path, data, seed):
+    """A PNG of random chats: a tile for each, the images on top, the turns below."""
+    from matplotlib.figure import Figure
+
+    rng = np.random.default_rng(seed)
+    chosen = np.sort(rng.permutation(len(data.chats))[:TILES])
+    n_lines = -(-len(chosen) // COLUMNS)
+    figure = Figure(figsize=(3 * COLUMNS, 3.6 * n_lines))
+    axes = figure.subplots(2 * n_lines, COLUMNS, squeeze=False)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 0.98, wspace=0.05, hspace=0.05)
+    for ax in axes.flat:
+        ax.axis("off")
+    for tile, number in enumerate(chosen):
+        top, text = axes[tile // COLUMNS * 2 : tile // COLUMNS * 2 + 2, tile % COLUMNS]
+        name, split, i = data.chats[number]
+        chats, lines = data.splits[split], []
+        top.set_title(name, fontsize=8, color="grey", loc="left")
+        try:
+            images = chats.images(i)
+        except ImageError as error:
+            images, lines = [], [(str(error), "red")]
+        for place, image in enumerate(images):
+            top.inset_axes((place / len(images), 0, 1 / len(images), 1)).imshow(image)
+        for child in top.child_axes:
+            child.axis("off")
+        for role, content in turns_of(data.tokenizer, chats.chat(i)[0]):
+            color = "blue" if role == "assistant" else "black"
+            wrapped = textwrap.wrap(f"{role[0].upper()}: {content}", LINE_WIDTH, max_lines=5)
+            lines += [(line, color) for line in wrapped]
+        for n, (line, color) in enumerate(lines[:LINES]):
+            text.text(0, 1 - n / LINES, line, color=color, fontsize=8, va="top", parse_math=False)
+    figure.savefig(path, format="png", dpi=100)

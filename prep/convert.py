@@ -28,7 +28,7 @@ def write_text_chats(cfg):
         return messages, []
 
     # Turns are so short that threads would only wait for Python's lock: two take 1.6 times as long.
-    write_conversations(cfg, lambda folder: (read, []), workers=1)
+    write_conversations(cfg, lambda work: (read, []), workers=1)
 
 
 def write_image_chats(cfg):
@@ -40,9 +40,16 @@ def write_image_chats(cfg):
             raise UserError("--copy=False leaves the pictures where they are: say --image_root")
         said["root"] = ",".join(absolute(part.strip()) for part in cfg.image_root.split(","))
 
-    def reader(folder):
+    with warnings.catch_warnings():  # here, because threads share what read_image sets for itself
+        warnings.simplefilter("ignore")
+        write_conversations(cfg, image_reader(cfg), cfg.shard_bytes, stored_images=said)
+
+
+def image_reader(cfg):
+    """The `reader` of chats about images, see read_chats."""
+    def reader(work):
         def unpack(paths, codec):
-            return unpacked(paths, codec, folder.work / "unpacked")
+            return unpacked(paths, codec, work / "unpacked")
 
         find = open_images(cfg.image_root, unpack if cfg.copy else None)
 
@@ -53,9 +60,7 @@ def write_image_chats(cfg):
 
         return read, find.identity
 
-    with warnings.catch_warnings():  # here, because threads share what read_image sets for itself
-        warnings.simplefilter("ignore")
-        write_conversations(cfg, reader, cfg.shard_bytes, stored_images=said)
+    return reader
 
 
 def absolute(path):
@@ -77,25 +82,13 @@ def prepared(source, find, cfg):
 
 
 def write_conversations(cfg, reader, shard_bytes=0, workers=None, **manifest):
-    """Tokenise chats. manifest: what else manifest.json should say.
-
-    reader(folder) gives a function from a row to (messages, encoded pictures), and the identity of
-    the archives that those come from.
-    """
+    """Tokenise chats. reader: see read_chats; manifest: what else manifest.json should say."""
     tokenizer = tokenizers.load(cfg.tokenizer)
     check_size(tokenizer, cfg)
     sources, folder = sources_of(cfg), new_data_set(cfg.out)
 
     with folder as out:
-        read, archives = reader(folder)
-
-        def make(row):
-            messages, images = read(row)
-            chat = tokenizers.render(tokenizer, messages, len(images))
-            return Record(np.array(chat.ids, np.uint16), chat.supervised, images)
-
-        journals, refused = read_all(folder, cfg, sources, tokenizer, make, cfg.max_chats, workers,
-                                     archives)
+        journals, refused = read_chats(cfg, folder.work, sources, tokenizer, reader, workers)
         splits = splits_of(cfg, journals, cfg.max_chats)
         if len(splits["train"][1]) == 0:
             raise UserError(f"{sources['rows'].name} holds no chat that can be used")
@@ -103,11 +96,33 @@ def write_conversations(cfg, reader, shard_bytes=0, workers=None, **manifest):
             raise UserError("no chat is left for validation (those about one picture stay "
                             "together); say --val_files or a --val_share")
         for split, (journal, numbers) in splits.items():
-            writer = ChatWriter(out / split, shard_bytes=shard_bytes)
-            for i in np.sort(numbers):  # the loader shuffles; here reading in order is quicker
-                writer.append(journal.ids(i), journal.supervised(i), journal.images(i))
-            manifest[split] = writer.close()
+            # the loader shuffles; here reading in order is quicker
+            manifest[split] = write_split(out / split, journal, np.sort(numbers), shard_bytes)
         write_manifest(out, tokenizer, **manifest, left_out=refused.table())
     for split, count in ((split, manifest[split]) for split in splits):
         print(f"{cfg.out}/{split}: {count['chats']} chats, {count['tokens']:,} tokens, "
               f"{count['images']} pictures")
+
+
+def read_chats(cfg, work, sources, tokenizer, reader, workers=None):
+    """The Records of all sources, and which rows were refused, see read_all.
+
+    reader(work) gives a function from a row to (messages, encoded images), and the identity of the
+    archives that those come from.
+    """
+    read, archives = reader(work)
+
+    def make(row):
+        messages, images = read(row)
+        chat = tokenizers.render(tokenizer, messages, len(images))
+        return Record(np.array(chat.ids, np.uint16), chat.supervised, images)
+
+    return read_all(work, cfg, sources, tokenizer, make, cfg.max_chats, workers, archives)
+
+
+def write_split(folder, records, numbers, shard_bytes):
+    """Write the records of these numbers as one split; returns its counts."""
+    writer = ChatWriter(folder, shard_bytes=shard_bytes)
+    for i in numbers:
+        writer.append(records.ids(i), records.supervised(i), records.images(i))
+    return writer.close()

@@ -14,7 +14,7 @@ import sqlite3
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from urllib.parse import quote
 
 import numpy as np
@@ -23,11 +23,11 @@ from tqdm import tqdm
 from common.config import UserError
 from common.device import cores
 from common.images import ImageError
+from prep.schema import MAX_IMAGES
 from prep.sources import Refused, parsed
 
 BATCH_ROWS, BATCH_BYTES = 128, 1 << 20  # a batch is full at either
 COMMIT_SECONDS, PROGRESS_SECONDS = 1.0, 10.0
-MAX_IMAGES = 8  # above the number of images that a row can have
 # Keys are numbers of rows: a document begins in its row, and ends before the next document's.
 TABLES = """PRAGMA page_size = 16384;
 CREATE TABLE IF NOT EXISTS progress (key INTEGER PRIMARY KEY, state TEXT);
@@ -244,20 +244,21 @@ def open_records(folder, name, settings):
     return records
 
 
-def read_all(folder, cfg, sources, tokenizer, make, limit, workers=None, archives=()):
-    """Records, filled, of all sources: {name: Records}, and which rows were left out, printed.
+def read_all(work, cfg, sources, tokenizer, make, limit, workers=None, archives=()):
+    """Records of all sources, filled: {name: Records}, and which rows were left out, printed.
 
+    work: a folder for them, where an earlier start may have left some; cfg: its settings.
     archives: the identities of the files that images come from, as records depend on them too.
     """
     later = ("out", "files", "val_files", "val_share", "seed", "shard_tokens", "shard_bytes")
-    kept = {name: value for name, value in asdict(cfg).items()
+    kept = {name: value for name, value in vars(cfg).items()
             if name not in later}  # those change no record
     found, refused = {}, Refused()
     try:
         for name, source in sources.items():
             settings = {**kept, "tokenizer": tokenizer.fingerprint, "source": source.identity,
                         "archives": archives}
-            found[name] = open_records(folder.work, name, settings)
+            found[name] = open_records(work, name, settings)
             fill(found[name], source, make, limit if name == "rows" else 0, workers)
             found[name].open()
     finally:
@@ -265,5 +266,5 @@ def read_all(folder, cfg, sources, tokenizer, make, limit, workers=None, archive
             refused.add_all(records.refused)
         refused.show()
     if len(found["rows"]) == 0:
-        shutil.rmtree(folder.work)  # nothing in it is worth keeping
+        shutil.rmtree(work)  # nothing in it is worth keeping
     return found, refused
