@@ -10,7 +10,7 @@ import fake_hub
 import pytest
 from conftest import COMMON, DEMO, TINY
 from test_hub import NAMES, REPOSITORY, shards
-from test_prepare import many_pictures, many_rows
+from test_resumable import many_images, many_rows
 
 from common import checkpoint
 from faults.conftest import FULL, scale
@@ -30,7 +30,7 @@ def making(request, world_data, tmp_path):
     (tmp_path / "in").mkdir()
     source = [many_rows(tmp_path / "in/rows.jsonl", 100)]
     if request.param == "images":
-        source = [many_pictures(tmp_path / "in", 60), f"--image_root={tmp_path}/in/pictures",
+        source = [many_images(tmp_path / "in", 60), f"--image_root={tmp_path}/in/images",
                   "--image_size=32"]
     return ["prepare.py", request.param, f"--tokenizer={world_data}/text", f"--files={source[0]}",
             *source[1:]]

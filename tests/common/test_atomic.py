@@ -1,0 +1,66 @@
+"""The claims of common/atomic.py: folders complete or absent, JSON lines resumed."""
+
+import os
+
+import pytest
+
+from common.atomic import NewFolder, append_rows, read_rows, truncate_rows
+from common.config import UserError
+
+
+def test_a_folder_appears_complete_and_replaces_an_older_one(tmp_path):
+    for text in "old", "new":
+        with NewFolder(tmp_path / "in/out") as folder:
+            (folder / "a").write_text(text)
+            assert (tmp_path / "in/out").exists() == (text == "new")
+        assert os.listdir(tmp_path / "in") == ["out"]
+        assert os.listdir(tmp_path / "in/out") == ["a"]
+        assert (tmp_path / "in/out/a").read_text() == text
+
+
+@pytest.mark.parametrize("error, raised", [(KeyboardInterrupt(), KeyboardInterrupt),
+                                           (OSError("No space left on device"), UserError)])
+def test_an_error_keeps_the_older_folder_and_removes_the_new_one(error, raised, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a").write_text("old")
+    with pytest.raises(raised), NewFolder(tmp_path / "out") as folder:
+        (folder / "b").write_text("new")
+        raise error
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["a"]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_work_survives_an_error_for_the_next_start(keep, tmp_path):
+    folder = NewFolder(tmp_path / "out", keep)
+    with pytest.raises(ValueError), folder as new:
+        (new / "a").write_text("a")
+        (folder.work / "rows").write_text("1")
+        raise ValueError
+    with NewFolder(tmp_path / "out", keep) as new:
+        assert os.listdir(new) == ["a"] * keep
+        assert (new.parent / "rows").read_text() == "1"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_two_processes_cannot_write_one_folder(tmp_path):
+    with NewFolder(tmp_path / "out"):
+        with pytest.raises(UserError, match="another process"), NewFolder(tmp_path / "out"):
+            pass
+        assert (tmp_path / ".writing-out/new").is_dir()
+
+
+def test_rows_are_resumed_after_the_last_complete_one(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert read_rows(path) == ([], b"")
+    rows = [{"n": n, "text": "größe \ud800 \n"} for n in range(4)]
+    append_rows(path, rows)
+    assert read_rows(path) == (rows, b"")
+    path.write_bytes(path.read_bytes()[:-5])  # as a kill leaves it
+    found, cut = read_rows(path)
+    assert found == rows[:3] and cut.startswith(b'{"n": 3, "text')
+    truncate_rows(path, 3)
+    append_rows(path, rows[3:])
+    assert read_rows(path) == (rows, b"")
+    path.write_text("no JSON\n")
+    with pytest.raises(ValueError):
+        read_rows(path)

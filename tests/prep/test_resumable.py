@@ -1,0 +1,153 @@
+"""The claims of prep/resumable.py: an interrupted prepare.py resumes to the same bytes."""
+
+import json
+import os
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import run
+from PIL import Image
+
+import tokenizer as tokenizers
+from common.checkpoint import sums
+from prep import resumable
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    """A folder with a tokenizer.json."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    tokenizers.train(["Story 1. say 1 it is 1"] * 9, 300).save(folder)
+    return folder
+
+
+def many_rows(path, n=400):
+    """A file of documents that are chats too; two of them cannot be used."""
+    rows = [{"text": f"Story {i}. " * (i % 7 + 1), "prompt": f"say {i}", "output": f"it is {i}"}
+            for i in range(n)]
+    rows[n // 20] = rows[n // 2] = {"text": " ", "prompt": "hi", "output": ""}
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def many_images(folder, n=120):
+    """A file of chats about the images in folder/images; one in 21 is missing."""
+    (folder / "images").mkdir()
+    for i in range(20):
+        Image.new("RGB", (30, 20), (12 * i, 0, 0)).save(folder / f"images/{i}.png")
+    rows = [{"image": f"{i % 21}.png", "conversations": [
+        {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"It is {i}."}]}
+        for i in range(n)]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder / "rows.json"
+
+
+def prepared(*argv):
+    """What prepare.py prints."""
+    result = run("prepare.py", *argv)
+    assert result.status == 0, result.err
+    return result.out
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """interrupted(*argv): prepare.py, ended by Ctrl-C after 64 rows; gives the Result."""
+    monkeypatch.setattr(resumable, "BATCH_ROWS", 16)
+    monkeypatch.setattr(resumable, "COMMIT_SECONDS", 0)
+
+    def interrupted(*argv):
+        commit, calls = resumable.Records.commit, []
+
+        def ending(records, complete=False):
+            calls.append(records.rows)
+            if len(calls) > 4:
+                raise KeyboardInterrupt
+            commit(records, complete)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(resumable.Records, "commit", ending)
+            return run("prepare.py", *argv)
+
+    return interrupted
+
+
+@pytest.mark.parametrize("command", ["text", "chat", "images", "dataset"])
+def test_interrupted_and_resumed_it_makes_the_same_bytes(command, vocabulary, tmp_path,
+                                                         interrupted):
+    (tmp_path / "in").mkdir()
+    if command == "images":
+        source = [f"--files={many_images(tmp_path / 'in')}", "--image_size=32",
+                  f"--image_root={tmp_path}/in/images"]
+    elif command == "dataset":
+        many_rows(tmp_path / "in/a.parquet")
+        source = [f"--dataset={tmp_path}/in"]
+    else:
+        source = [f"--files={many_rows(tmp_path / 'in/a.jsonl')}"]
+    argv = ["text" if command == "dataset" else command, *source, f"--tokenizer={vocabulary}"]
+    said = prepared(*argv, f"--out={tmp_path}/complete")
+    stopped = interrupted(*argv, f"--out={tmp_path}/out")
+    assert stopped.status == 130 and "the same command resumes" in stopped.out
+    assert not (tmp_path / "out").exists()
+    resumed = prepared(*argv, f"--out={tmp_path}/out")
+    assert "resuming after 64 completed rows" in resumed
+    assert sums(tmp_path / "out") == sums(tmp_path / "complete")
+    left_out = [line for line in said.splitlines() if line.startswith("left out")]
+    assert left_out and set(left_out) <= set(resumed.splitlines())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["complete", "in", "out"]
+
+
+def test_only_settings_and_files_that_change_records_start_over(vocabulary, tmp_path, interrupted):
+    path = many_rows(tmp_path / "a.jsonl")
+    argv = ["text", f"--tokenizer={vocabulary}", f"--files={path}", f"--out={tmp_path}/out"]
+    interrupted(*argv)
+    said = prepared(*argv, "--field=output")
+    assert "starting over" in said and "resuming" not in said
+    interrupted(*argv)
+    assert "resuming after 64" in prepared(*argv, "--val_share=0.5", "--seed=3")
+    interrupted(*argv)
+    many_rows(path, 100)  # another file of the same name
+    said = prepared(*argv)
+    assert "starting over" in said and "97 documents" in said
+
+
+@pytest.mark.parametrize("size", [100, 20_000])
+def test_damaged_records_start_over(size, vocabulary, tmp_path, interrupted):
+    argv = ["text", f"--tokenizer={vocabulary}", f"--files={many_rows(tmp_path / 'a.jsonl')}",
+            f"--out={tmp_path}/out"]
+    interrupted(*argv)
+    (records,) = (tmp_path / ".writing-out").glob("rows-*.sqlite")
+    os.truncate(records, size)
+    said = prepared(*argv)
+    assert "damaged: starting over" in said and "394 documents" in said
+
+
+def test_an_error_keeps_the_completed_rows(vocabulary, tmp_path):
+    many_rows(tmp_path / "a.jsonl")
+    (tmp_path / "z.parquet").write_bytes(b"not parquet")
+    argv = ["text", f"--tokenizer={vocabulary}", f"--files={tmp_path}/a.jsonl,{tmp_path}/z.parquet",
+            f"--out={tmp_path}/out"]
+    for said in "the same command resumes", "resuming after 400 completed rows":
+        result = run("prepare.py", *argv)
+        assert "z.parquet" in result.refusal and said in result.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_number_of_cores_changes_no_byte(vocabulary, tmp_path, monkeypatch):
+    many_rows(tmp_path / "a.jsonl", 1000)
+    for cores in 1, 7:
+        monkeypatch.setattr("prep.resumable.cores", lambda cores=cores: cores)
+        prepared("text", f"--files={tmp_path}/a.jsonl", f"--tokenizer={vocabulary}",
+                 f"--out={tmp_path}/{cores}")
+    assert sums(tmp_path / "1") == sums(tmp_path / "7")
+
+
+def test_a_long_run_shows_its_progress(vocabulary, tmp_path, monkeypatch):
+    monkeypatch.setattr("prep.resumable.PROGRESS_SECONDS", 0)
+    many_rows(tmp_path / "a.jsonl", 1000)
+    result = run("prepare.py", "text", f"--files={tmp_path}/a.jsonl", f"--tokenizer={vocabulary}",
+                 f"--out={tmp_path}/out")
+    assert "100%" in result.err
