@@ -188,3 +188,27 @@ def pipeline(world_data, shared):
             Pipeline(world_data, folder).run_stage(stage, folder / stage)
 
     return Pipeline(world_data, shared("out", make))
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """interrupted(*argv): prepare.py, ended by Ctrl-C after 64 rows; gives the Result."""
+    from prep import resumable
+
+    monkeypatch.setattr(resumable, "BATCH_ROWS", 16)
+    monkeypatch.setattr(resumable, "COMMIT_SECONDS", 0)
+
+    def interrupted(*argv):
+        commit, calls = resumable.Records.commit, []
+
+        def ending(records, complete=False):
+            calls.append(records.rows)
+            if len(calls) > 4:
+                raise KeyboardInterrupt
+            commit(records, complete)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(resumable.Records, "commit", ending)
+            return run("prepare.py", *argv)
+
+    return interrupted

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from conftest import logged, run
 from PIL import Image, PngImagePlugin
-from test_prepare import asked, chats, dies, encoded, prepared, write_rows
+from test_prepare import asked, chats, encoded, prepared, write_rows
 
 import tokenizer as tokenizers
 from common import archives
@@ -514,30 +514,30 @@ def test_files_of_the_hub_are_fetched_by_their_name(vocabulary, tmp_path, monkey
 
 
 @pytest.mark.parametrize("form", ["a.zip", "a.tar", "a.tar.zst"])
-def test_killed_and_started_again_it_makes_the_same_bytes(form, vocabulary, tmp_path):
+def test_interrupted_and_resumed_it_makes_the_same_bytes(form, vocabulary, tmp_path, interrupted):
     root = keep(tmp_path, form, numbered(20))
     rows = write_rows(tmp_path / "rows.json", [asked(f"{i % 21}.bmp") for i in range(120)])
     argv = ["images", f"--files={rows}", f"--image_root={root}", "--image_size=32",
             f"--tokenizer={vocabulary}", "--shard_bytes=9000"]
     prepared(*argv, f"--out={tmp_path}/whole")
-    killed = dies([*argv, f"--out={tmp_path}/out"], 4)
-    assert killed.returncode == -9 and not (tmp_path / "out").exists(), killed.stderr
-    said = prepared(*argv, f"--out={tmp_path}/out")
-    assert "going on after" in said
+    interrupted(*argv, f"--out={tmp_path}/out")
+    assert not (tmp_path / "out").exists()
+    assert "resuming after 64" in prepared(*argv, f"--out={tmp_path}/out")
     assert sums(tmp_path / "out") == sums(tmp_path / "whole")
     assert manifest(tmp_path / "out") == manifest(tmp_path / "whole")
     assert len(list((tmp_path / "out/train").glob("images_*.bin"))) > 2
 
 
 @pytest.mark.parametrize("form", ["a.zip", "a.tar"])
-def test_an_archive_that_was_replaced_is_read_from_the_start(form, vocabulary, tmp_path):
+def test_an_archive_that_was_replaced_is_read_from_the_start(form, vocabulary, tmp_path,
+                                                             interrupted):
     root = keep(tmp_path, form, numbered(40))
     whole = root.read_bytes()
     root.write_bytes(whole[: len(whole) // 2])
     rows = write_rows(tmp_path / "rows.json", [asked(f"{i % 40}.bmp") for i in range(160)])
     argv = ["images", f"--files={rows}", f"--image_root={root}", "--image_size=32",
             f"--tokenizer={vocabulary}", f"--out={tmp_path}/out"]
-    assert dies(argv, 4).returncode == -9
+    interrupted(*argv)
     root.write_bytes(whole)
     said = prepared(*argv)
     assert "other settings or files: starting over" in said and "left out" not in said

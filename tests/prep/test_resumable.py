@@ -11,7 +11,6 @@ from PIL import Image
 
 import tokenizer as tokenizers
 from common.checkpoint import sums
-from prep import resumable
 
 
 @pytest.fixture(scope="module")
@@ -51,28 +50,6 @@ def prepared(*argv):
     result = run("prepare.py", *argv)
     assert result.status == 0, result.err
     return result.out
-
-
-@pytest.fixture
-def interrupted(monkeypatch):
-    """interrupted(*argv): prepare.py, ended by Ctrl-C after 64 rows; gives the Result."""
-    monkeypatch.setattr(resumable, "BATCH_ROWS", 16)
-    monkeypatch.setattr(resumable, "COMMIT_SECONDS", 0)
-
-    def interrupted(*argv):
-        commit, calls = resumable.Records.commit, []
-
-        def ending(records, complete=False):
-            calls.append(records.rows)
-            if len(calls) > 4:
-                raise KeyboardInterrupt
-            commit(records, complete)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(resumable.Records, "commit", ending)
-            return run("prepare.py", *argv)
-
-    return interrupted
 
 
 @pytest.mark.parametrize("command", ["text", "chat", "images", "dataset"])
