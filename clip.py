@@ -249,7 +249,7 @@ def contrast(images, texts, scale, keys):
 
 
 def feature_pulls(model, batches, machine):
-    """For each micro-batch (train.packing.Pairs), a function from CLIP.forward's output to its
+    """For each micro-batch (data.Batch), a function from CLIP.forward's output to its
     share of the full batch's contrastive loss, with the exact full-batch gradient.
 
     Every pair is a negative for every other, also across micro-batches. So the features of all are

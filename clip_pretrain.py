@@ -1,12 +1,12 @@
-"""Stage 0: train CLIP from nothing, on captioned pictures.
+"""Stage 0: train CLIP on captioned images, from random weights.
 
     python clip_pretrain.py configs/demo/clip_pretrain.py
     torchrun --standalone --nproc_per_node=8 clip_pretrain.py configs/full/clip_pretrain.py
     python eval.py out/demo/clip_pretrain --data=data/demo
 
-Picture and caption of a pair are pulled together, all other pairs of the batch pushed apart, those
-of every process and of every micro-batch included. Skip this stage and name
-openai/clip-vit-large-patch14 as --clip to start from a trained one.
+Every pair of the batch is a negative for every other, across micro-batches and processes. To start
+from a trained CLIP instead, skip this stage and pass --clip=openai/clip-vit-large-patch14 to
+vision_pretrain.py.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,10 @@ from common.config import TrainSettings, UserError, parse, run_main
 from common.report import Sample
 from data import Chats, check_tokenizer
 from evals.zero_shot import Labelled, caption_choice, zero_shot
-from train.loader import Loader
 from train.optim import make_optimizer
 from train.packing import Captions
 from train.run import Run
-from vision import describe
+from vision import describe, image_spec
 
 
 @dataclass
@@ -33,27 +32,27 @@ class Config(TrainSettings):
 
     image_size: int = 224  # pixels
     patch_size: int = 14  # pixels
-    vision_width: int = 1024  # of the image tower
+    vision_width: int = 1024  # of the image encoder
     vision_layers: int = 24
     vision_heads: int = 16
-    text_width: int = 768  # of the text tower
+    text_width: int = 768  # of the text encoder
     text_layers: int = 12
     text_heads: int = 12
-    embed_dim: int = 768  # of the space they share
-    context: int = 77  # longest caption in tokens
+    embed_dim: int = 768  # of the shared embedding
+    context: int = 77  # tokens of the longest caption
     activation: Literal["gelu", "quick_gelu"] = "gelu"  # quick_gelu is OpenAI's
-    fit: Literal["pad", "crop"] = "pad"  # how pictures become squares: padded, or their middle
+    fit: Literal["pad", "crop"] = "pad"  # how images become square
 
-    batch_pairs: int = 4096  # pairs of a step in the whole job; each is the others' negative
-    micro_pairs: int = 0  # most pairs a GPU takes at once, for its memory; 0 for all of its share
-    workers: int = -1  # processes that decode pictures; -1 for the cores that a GPU leaves over
+    batch_pairs: int = 4096  # pairs of a step, in all processes together
+    micro_pairs: int = 0  # pairs of a forward pass on one GPU, for its memory; 0 for its share
+    workers: int = -1  # processes that decode images; -1 for the cores that each GPU leaves over
 
-    zero_shot: str = ""  # folder of pictures, a subfolder a class, to tell apart; empty for none
+    zero_shot: str = ""  # folder of images, a subfolder a class, to classify; empty for none
     prompt: str = "a photo of a {}."  # the caption of a class there
-    val_pairs: int = 2048  # most validation pairs, always the same ones
+    val_pairs: int = 2048  # validation pairs at most, always the same ones
 
     def clip(self, tokenizer):
-        """The CLIPConfig that these settings and a vocabulary make."""
+        """The CLIPConfig for these settings and a tokenizer."""
         if self.image_size % self.patch_size:
             raise UserError(f"--patch_size={self.patch_size} does not divide --image_size="
                             f"{self.image_size}")
@@ -63,36 +62,41 @@ class Config(TrainSettings):
             tokenizer.n_vocab, tokenizer.end, self.embed_dim, self.activation, self.fit)
 
 
+def loss(net, batch, pull):
+    """This micro-batch's share of the step's contrastive loss; pull: see clip.feature_pulls."""
+    return pull(net(normalise(batch.pixels), batch.ids))
+
+
 def main():
     cfg = parse(Config)
     run = Run(cfg, "clip_pretrain")
 
-    # Data: pictures with the first answer about each as its caption
+    # Data: images with the first answer about each as its caption
     tokenizer = check_tokenizer(cfg.data)
-    train, val = (Captions(Chats(cfg.data, split), tokenizer, cfg.image_size, cfg.context, cfg.fit)
+    config = cfg.clip(tokenizer)
+    train, val = (Captions(Chats(cfg.data, split), tokenizer, image_spec(config), cfg.context)
                   for split in ("train", "val"))
     labelled = Labelled(cfg.zero_shot, cfg.prompt) if cfg.zero_shot else None
-    micro_pairs = cfg.micro_pairs or cfg.batch_pairs // run.ranks
-    loader = Loader(train, cfg.batch_pairs, micro_pairs, run, cfg.seed, run.workers())
+    loader = run.loader(train, cfg.batch_pairs, cfg.micro_pairs or cfg.batch_pairs // run.ranks)
 
-    # Model: both towers are new
-    model = CLIP(cfg.clip(tokenizer)).to(run.device)
+    # Model: both encoders are new and trained
+    model = CLIP(config).to(run.device)
     optimizer = make_optimizer(model, cfg)
     net = run.start(model, optimizer, tokenizer, describe(model), "img", cfg.batch_pairs,
                     model.flops_per_pair())
 
     for step in run.steps():
-        batches = list(loader.step(step))  # on a GPU all its pixels at once, in bytes
+        batches = list(loader.step(step))  # on a GPU all its pixels at once, as bytes
         pulls = feature_pulls(model, batches, run.machine)
-        for micro, (batch, pull) in enumerate(zip(batches, pulls, strict=True)):
-            with run.forward(micro):
-                loss = pull(net(normalise(batch.pixels), batch.ids))
-            run.backward(loss)
-        run.update(step)
+        for batch, pull in zip(batches, pulls, strict=True):
+            with run.forward(batch):
+                micro_loss = loss(net, batch, pull)
+            run.backward(micro_loss)
+        run.optimizer_step(step)
         run.progress(step)
         if run.due(step, cfg.eval_every):
-            right, loss = caption_choice(model, val, run.machine, cfg.val_pairs)
-            figures = {"val_loss": loss, "choice32": right}
+            accuracy, val_loss = caption_choice(model, val, run.machine, cfg.val_pairs)
+            figures = {"val_loss": val_loss, "choice32": accuracy}
             if labelled:
                 figures["zero_shot"] = zero_shot(model, tokenizer, labelled, run.machine)
             run.record(step, **figures)
@@ -104,8 +108,8 @@ def main():
 
 @torch.no_grad()
 def sample_choices(model, tokenizer, pairs, machine, n=8, choices=32):
-    """The first n pictures of a packing.Captions, each with the caption that the model finds
-    nearest among the first `choices`: for a report."""
+    """For the report: the first n images of a packing.Captions, each with the caption that the
+    model ranks first among the first `choices`."""
     batch = pairs.batch(range(min(choices, len(pairs)))).to(machine.device)
     pixels = batch.pixels[:n]
     with machine.autocast():
@@ -114,9 +118,9 @@ def sample_choices(model, tokenizer, pairs, machine, n=8, choices=32):
     captions = [tokenizer.decode([i for i in ids if i < tokenizer.end_of_text])
                 for ids in batch.ids.tolist()]
     label = f"model, choosing among {len(set(captions))} captions"
-    shown = [Image.fromarray(picture) for picture in pixels.cpu().numpy()]
-    return [Sample([(label, captions[i]), ("reference", right)], [picture])
-            for i, right, picture in zip(nearest, captions[:n], shown, strict=True)]
+    shown = [Image.fromarray(image) for image in pixels.cpu().numpy()]
+    return [Sample([(label, captions[i]), ("reference", reference)], [image])
+            for i, reference, image in zip(nearest, captions[:n], shown, strict=True)]
 
 
 if __name__ == "__main__":

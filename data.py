@@ -1,19 +1,42 @@
-"""What a batch, a document and a chat are, and how they lie on disk.
+"""What a batch, a document and a chat are, and how they are stored.
 
-    text/     *train*.npy, *val*.npy      1-D uint16 token shards, documents behind <|endoftext|>
+    text/   *train*.npy, *val*.npy      1-D uint16 token shards; <|endoftext|> begins each document
 
-    chats/    {train,val}/ ids.npy, supervised.npy, offsets.npy    chats end to end
-              images_*.bin, image_offsets.npy, first_image.npy     where there are pictures: their
-              encoded bytes end to end, or their names where they stayed elsewhere; one <|image|> id
-              stands for a picture
+    chats/  {train,val}/ ids.npy, supervised.npy, offsets.npy            chats, concatenated
+            images_*.bin, image_offsets.npy, first_image.npy             their encoded images, or
+            their names where they were not copied; one <|image|> id marks the place of an image
 
-Beside the splits of chats lies a manifest.json of counts and sha256 sums. prepare.py makes all of
-it; train/packing.py packs chats into rows, train/loader.py hands them out.
+Each data set has a manifest.json with counts and sha256 sums. prepare.py writes all of it.
+
+One micro-batch from disk to loss, in vision_sft.py:
+B rows of T positions, M images of P patches and S x S pixels, N supervised positions, width C.
+
+    ids.npy, supervised.npy                          images_*.bin
+       |  Chats.chat(i)                                 |  Chats.images(i, spec)
+       v                                                v
+    ids (n,), supervised (n,)                        PIL images
+       |                                                |
+       |  Packed.batch (train/packing.py) puts complete chats side by side into rows
+       |  and repeats each <|image|> id for the P patches of its image
+       v                                                v
+    ids        (B, T)  |chat 1  |chat 2      |pad|   pixels (M, S, S, 3) uint8
+    positions  (B, T)   0 1 2 3  0 1 2 3 4 5  0         |
+    segments   (B, T)   1 1 1 1  2 2 2 2 2 2  0         |   attention stays within a segment
+    where      (N,)     flat indices of the positions   |
+    targets    (N,)     whose next id is supervised     |
+       |                                                |
+       |  Loader (train/loader.py): this process's share of the step, on its device
+       v                                                v
+    token_embedding (B, T, C)  <--image_positions--  vision_tower, projector (M, P, C)   vision.py
+       |  GPT.hidden, model.py
+       v
+    (B, T, C)  --where-->  (N, C)  --head_loss-->  summed cross-entropy  --/ n_targets-->  loss
 """
 
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,33 +50,30 @@ from common.images import read_image
 
 @dataclass
 class Batch:
-    """One micro-batch on the device. Shapes as in GPT.forward and VisionLanguageModel.embed."""
+    """One micro-batch of one process; shapes as in the drawing above."""
 
     ids: torch.Tensor  # (B, T)
-    targets: torch.Tensor  # (B, T), or (N,) for the positions `where`
-    where: torch.Tensor | None = None  # (N,) flat positions that are supervised
+    targets: torch.Tensor | None = None  # (N,), or (B, T) where every position is supervised
+    where: torch.Tensor | None = None  # (N,), flat positions into B * T
     positions: torch.Tensor | None = None  # (B, T), from 0 in every chat
-    segments: torch.Tensor | None = None  # (B, T), number of the chat in its row
-    bounds: torch.Tensor | None = None  # (N + 1,) int32, where chats and padding begin in B * T
+    segments: torch.Tensor | None = None  # (B, T), number of the chat in its row; 0 is padding
+    bounds: torch.Tensor | None = None  # int32, where chats and pieces of padding begin in B * T
     longest: int = 0  # positions of the longest of those
     pixels: torch.Tensor | None = None  # (M, S, S, 3) uint8
-    image_positions: torch.Tensor | None = None  # (M * P,)
-    n_targets: int = 0  # supervised positions of the whole step, in all processes
-    lost: list = field(default_factory=list)  # why chats were left out: pictures that are gone
-
-    def inputs(self):
-        """What GPT.forward takes, in its order."""
-        return (self.ids, self.targets, self.where, self.positions, self.segments, self.bounds,
-                self.longest)
+    image_positions: torch.Tensor | None = None  # (M * P,), flat positions, image by image
+    keys: torch.Tensor | None = None  # (B,), for CLIP: equal for identical captions
+    n_targets: int = 0  # supervised positions of the complete step, in all processes
+    is_last: bool = False  # of the micro-batches of its step
+    lost: list = field(default_factory=list)  # messages about images that could not be read
 
     def to(self, device):
-        """Itself, its tensors moved to the device (from pinned memory, so without a wait)."""
+        """This batch with its tensors on the device; copies to a GPU are asynchronous."""
         if device.type == "cuda":
             self.pin_memory()
         return self._each(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def pin_memory(self):
-        """Itself, its tensors in memory that a GPU can read by itself."""
+        """This batch with its tensors in pinned memory."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change):
@@ -64,14 +84,22 @@ class Batch:
         return self
 
 
+class ImageSpec(NamedTuple):
+    """How a model takes an image: as so many positions, of so many pixels, made square how."""
+
+    n_patches: int
+    size: int  # pixels a side
+    fit: str = "pad"  # see common.images.fit
+
+
 # ------------------------------------------------------------------------------------------- text
 
 
 class Text:
     """Windows of T + 1 tokens over all shards of a split; consecutive windows share one token.
 
-    folder: a folder of shards, or of shards still to come (hub.stream makes it). Those are shuffled
-    in groups that double, 1, 1, 2, 4 ... shards, so that training can begin with the first.
+    folder: with shards, or one that hub.stream fills. The latter is shuffled within groups of 1, 1,
+    2, 4 ... shards (`groups`: window numbers), so that training can begin with the first shard.
     """
 
     def __init__(self, folder, split, T, n_vocab):
@@ -80,7 +108,7 @@ class Text:
         self.paths = list(coming) or sorted(Path(folder).glob(f"*{split}*.npy"))
         if not self.paths:
             raise UserError(f"no *{split}*.npy in {folder}; prepare.py text makes such a folder")
-        lengths = list(coming.values()) or [self._checked(path) for path in self.paths]
+        lengths = list(coming.values()) or [len(read_array(p, np.uint16)) for p in self.paths]
         self.first = np.cumsum([0, *((length - 1) // T for length in lengths)])
         if len(self) == 0:
             raise UserError(f"the data set {self.name} is empty: no shard has {T + 1} tokens")
@@ -107,25 +135,16 @@ class Text:
         return window
 
     def batch(self, rows):
-        # Shards are mapped for one batch at a time: pages that were read belong to the process as
-        # long as the mapping, and 10 B tokens would become 20 GB.
+        """The Batch of some windows: ids and targets (B, T)."""
+        # Shards are mapped for one batch at a time: pages read count as the process's memory as
+        # long as the mapping exists, and 10 B tokens would become 20 GB.
         opened = {}
         tokens = np.stack([self.window(i, opened) for i in rows]).astype(np.int64)
-        self._check_ids(tokens, self.name)
+        if tokens.max() >= self.n_vocab:
+            raise UserError(f"{self.name} holds the id {tokens.max()}, but the vocabulary has "
+                            f"{self.n_vocab}: it was made with another tokenizer")
         tokens = torch.from_numpy(tokens)
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-
-    def _checked(self, path):
-        """The length of a shard, after a look at 16 places of it."""
-        shard = read_array(path, np.uint16)
-        for start in range(0, len(shard), len(shard) // 16 + 1):
-            self._check_ids(shard[start : start + 4096], path)
-        return len(shard)
-
-    def _check_ids(self, tokens, where):
-        if tokens.size and tokens.max() >= self.n_vocab:
-            raise UserError(f"{where} holds the id {tokens.max()}, but the vocabulary ends at "
-                            f"{self.n_vocab - 1}: it was made with another tokenizer")
 
 
 def read_array(path, dtype):
@@ -134,21 +153,19 @@ def read_array(path, dtype):
         raise hub.NotYet(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # NumPy parses the header, and raises whatever it stumbles over
-        raise UserError(f"{path} is not a whole .npy file: {one_line(error)}") from None
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{path} is an archive, not a .npy file")
+        found = f"{array.ndim}-D {array.dtype}"
+    except Exception as error:  # NumPy raises many types on malformed headers, and for archives
+        raise UserError(f"{path} is not a complete .npy file: {one_line(error)}") from None
     if array.ndim != 1 or array.dtype != dtype:
-        raise UserError(f"{path} holds {array.ndim}-D {array.dtype}, "
-                        f"expected 1-D {np.dtype(dtype)}")
+        raise UserError(f"{path} holds {found}, expected 1-D {np.dtype(dtype)}")
     return array
 
 
 def check_tokenizer(folder, tokenizer=None):
-    """The tokenizer that the data in `folder` was made with; UserError if it is not `tokenizer`,
-    or if a file of the folder is not what it was when it was made.
+    """The tokenizer of the data in `folder`, which must be `tokenizer` if that is given.
 
-    A folder without a manifest (the public token shards) is taken to be GPT-2's.
+    Raises UserError, also if a file does not have the manifest's sha256. A folder without a
+    manifest (the public token shards) is taken to be GPT-2's.
     """
     manifest = Path(folder) / "manifest.json"
     if not Path(folder).is_dir():
@@ -160,7 +177,7 @@ def check_tokenizer(folder, tokenizer=None):
         return tokenizer or tokenizers.load("gpt2")
     info = read_sealed(manifest)
     if not {"tokenizer", "tokenizer_name"} <= info.keys():
-        raise UserError(f"{folder} is no data set; name one of the folders in it")
+        raise UserError(f"{folder} is not a data set; name one of the folders in it")
     coming = {path.name for path in hub.expected(folder, "*")}  # hub.py checks those on arrival
     check_together(folder, info.get("sha256", {}), coming)
     if tokenizer is None:
@@ -174,104 +191,106 @@ def check_tokenizer(folder, tokenizer=None):
 # ------------------------------------------------------------------------------------------ chats
 
 
-class Chats:
-    """Chats of one split as ids, with their pictures; prepare.py writes it, see the top.
+class ChatSource(Protocol):
+    """What train.packing.Packed packs: Chats, Documents, Share, evals.image_ablation.Held."""
 
-    manifest: what prepare.py says of the data set; empty for one made by hand.
-    """
+    folder: Path  # names it in messages
+    manifest: dict  # what prepare.py recorded of it; may be empty
+
+    def __len__(self): ...
+
+    def chat(self, i):
+        """(ids int64 (n,), supervised bool (n,)) of chat i, with one <|image|> id an image."""
+
+    def images(self, i, spec=None):
+        """The PIL images of chat i; with an ImageSpec, decoded no finer than that needs."""
+
+
+class Chats:
+    """The chats of one split of a folder that prepare.py made, and their images."""
 
     def __init__(self, folder, split):
         self.root, self.split, self.folder = Path(folder), split, Path(folder) / split
         self.ids = read_array(self.folder / "ids.npy", np.uint16)
         self.supervised = read_array(self.folder / "supervised.npy", np.bool_)
         self.offsets = read_array(self.folder / "offsets.npy", np.int64)
-        self.manifest = manifest_of(self.root / "manifest.json")
+        self.manifest = read_manifest(self.root / "manifest.json")
         shards = sorted(self.folder.glob("images_*.bin"))
-        self.has_images = bool(shards)
-        if not shards and (self.folder / "first_image.npy").exists():
-            raise UserError(f"the pictures images_*.bin of {self.folder} are not there: an older "
-                            "prepare.py made it, or they were lost; prepare it again")
+        self.has_images = bool(shards) or (self.folder / "first_image.npy").exists()
         if self.has_images:
             self.first_image = read_array(self.folder / "first_image.npy", np.int64)
             self.image_offsets = read_array(self.folder / "image_offsets.npy", np.int64)
             self.shards = [open(path, "rb", buffering=0) for path in shards]  # noqa: SIM115
             self.shard_starts = np.cumsum([0, *(path.stat().st_size for path in shards)])
             if self.shard_starts[-1] != self.image_offsets[-1]:
-                raise UserError(f"the pictures in {self.folder} are {self.shard_starts[-1]} bytes, "
-                                f"and {self.image_offsets[-1]} were written; prepare them again")
-            self.find = None if self.stored.get("copied", True) else self._find_in(
-                self.stored["root"])
+                raise UserError(f"images_*.bin in {self.folder} hold {self.shard_starts[-1]} bytes,"
+                                f" expected {self.image_offsets[-1]}; prepare it again")
+            self.find = None if self.stored.get("copied", True) else self._open_images()
 
     def __reduce__(self):  # other processes open the files again
         return Chats, (self.root, self.split)
 
     @property
     def stored(self):
-        """How the pictures are stored: size, fit, copied, root; empty where nobody says."""
+        """How the images are stored: size, fit, copied, root; empty if the manifest has none."""
         return self.manifest.get("stored_images", {})
 
-    def _find_in(self, root):
+    def _open_images(self):
         try:
-            return archives.open_images(root)
+            return archives.open_images(self.stored["root"])
         except UserError as error:
-            raise UserError(f"the pictures of {self.root} are not where they were ({error}); put "
+            raise UserError(f"the images of {self.root} are not where they were ({error}); put "
                             "them back or prepare it again") from None
 
     def __len__(self):
         return len(self.offsets) - 1
 
     def chat(self, i):
-        """(ids, supervised) of chat i, one <|image|> id a picture."""
         part = slice(self.offsets[i], self.offsets[i + 1])
         return self.ids[part].astype(np.int64), self.supervised[part]
 
     def n_images(self, i):
         return int(self.first_image[i + 1] - self.first_image[i]) if self.has_images else 0
 
-    def images(self, i, size=0, how="pad"):
-        """The pictures of chat i, as PIL images; size and how as in pictures.read_image."""
-        numbers = range(*self.first_image[i : i + 2]) if self.has_images else ()
+    def images(self, i, spec=None):
+        size = spec[1:] if spec else ()
         found = []
-        for n in numbers:
-            source, name = self._bytes(n), f"picture {n} of {self.folder}"
+        for n in range(*self.first_image[i : i + 2]) if self.has_images else ():
+            source, name = self._bytes(n), f"image {n} of {self.folder}"
             if self.find is not None:
                 name = source.decode()
                 source = self.find(name)
-            found.append(read_image(source, name, size, how))
+            found.append(read_image(source, name, *size))
         return found
 
     def _bytes(self, n):
-        """What is stored of picture n, read rather than mapped: pages of a map would count."""
+        """What is stored of image n. Read, not mapped: mapped pages count as memory."""
         start, end = self.image_offsets[n : n + 2].tolist()
         shard = int(np.searchsorted(self.shard_starts, start, side="right")) - 1
         file = self.shards[shard].fileno()
         return os.pread(file, end - start, start - int(self.shard_starts[shard]))
 
 
-def manifest_of(path):
-    """What a data set's manifest.json says; {} if there is none, a UserError if it makes no sense.
-    """
+def read_manifest(path):
+    """A data set's manifest as a dict, {} without one; UserError if `stored_images` is malformed"""
     manifest = read_json(path) if path.is_file() else {}
     stored = manifest.get("stored_images", {}) if isinstance(manifest, dict) else None
     kinds = {"size": int, "fit": str, "copied": bool, "root": str}
     if not isinstance(stored, dict) or any(
-            name in stored and not isinstance(stored[name], kind) for name, kind in kinds.items()):
-        raise UserError(f"{path} is not of the form that prepare.py writes it in: "
-                        "stored_images should be like {\"size\": 224, \"fit\": \"pad\", "
-                        "\"copied\": true}; correct it")
-    if not stored.get("copied", True) and "root" not in stored:
-        raise UserError(f"{path} says that the pictures were not copied, but not where they are; "
-                        "add their folder as stored_images.root")
+            name in stored and not isinstance(stored[name], kind) for name, kind in kinds.items()
+            ) or not ("root" in stored or stored.get("copied", True)):
+        raise UserError(f"{path} is malformed: stored_images should be like {{\"size\": 224, "
+                        "\"fit\": \"pad\", \"copied\": true}, with the images' folder as root "
+                        "where they were not copied; correct it or prepare the data again")
     return manifest
 
 
 class Documents:
-    """Windows of plain text in the place of chats, all of it to be learnt. length: positions."""
-
-    has_images, manifest = False, {}
+    """Windows of `length` + 1 tokens of plain text as chats in which every token is supervised."""
 
     def __init__(self, folder, split, length, tokenizer):
-        self.folder, self._text = Path(folder), Text(folder, split, length, tokenizer.n_vocab)
+        self.folder, self.manifest = Path(folder), {}
+        self._text = Text(folder, split, length, tokenizer.n_vocab)
 
     def __len__(self):
         return len(self._text)
@@ -280,25 +299,25 @@ class Documents:
         ids = self._text.window(i).astype(np.int64)
         return ids, np.arange(len(ids)) > 0
 
-    def images(self, i, size=0, how="pad"):
+    def images(self, i, spec=None):
         return []
 
 
 class Share:
-    """`count` chats of a Chats, drawn by a seed, some more than once if there are too few."""
+    """`count` chats of a source, drawn by a seed; some repeated if there are fewer than that."""
 
-    def __init__(self, chats, count, seed):
-        self.folder, self.manifest, self._chats = chats.folder, chats.manifest, chats
-        generator = np.random.default_rng(seed)
-        rounds = -(-count // max(1, len(chats))) if len(chats) else 0
-        order = [generator.permutation(len(chats)) for _ in range(rounds)]
-        self._chosen = np.concatenate(order)[:count] if order else np.empty(0, int)
+    def __init__(self, source, count, seed):
+        self.folder, self.manifest, self._source = source.folder, source.manifest, source
+        generator, n = np.random.default_rng(seed), len(source)
+        rounds = -(-count // n) if n else 0
+        order = [generator.permutation(n) for _ in range(rounds)]
+        self._chosen = np.concatenate([np.empty(0, int), *order])[:count]
 
     def __len__(self):
         return len(self._chosen)
 
     def chat(self, i):
-        return self._chats.chat(self._chosen[i])
+        return self._source.chat(self._chosen[i])
 
-    def images(self, i, size=0, how="pad"):
-        return self._chats.images(self._chosen[i], size, how)
+    def images(self, i, spec=None):
+        return self._source.images(self._chosen[i], spec)

@@ -112,23 +112,23 @@ class GPT(nn.Module):
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.mlp.down.weight)
 
-    def forward(self, ids, targets=None, where=None, positions=None, segments=None, bounds=None,
-                longest=0, embeddings=None):
-        """Logits, or with `targets` the cross-entropy in nats, summed over what is supervised.
+    def forward(self, batch, embeddings=None):
+        """Cross-entropy in nats of a data.Batch, summed over its supervised positions.
 
-        ids (B, T), or instead of them embeddings (B, T, C), are the input. Without `where`, targets
-        (B, T) holds the id that follows each position. With it, only the N flat positions `where`
-        (into B * T) are supervised and targets is (N,): the head sees no other position.
-        segments (B, T) number the documents of packed rows, bounds (N + 1,) say where they begin
-        and longest how long they are (packed_mask): no attention crosses them.
+        The head sees only the positions batch.where, if given, else all. Attention stays within the
+        segments of packed rows. embeddings (B, T, C): the input in place of batch.ids.
         """
-        x = self.token_embedding(ids) if embeddings is None else embeddings
-        x = self.hidden(x, positions, packed_mask(segments, bounds, longest, compute_dtype(x)))
-        if targets is None:
-            return self.head(x)
-        x = x.flatten(0, 1)
-        x = x if where is None else x.index_select(0, where)
-        return head_loss(x, self.head.weight, targets.flatten())
+        x = self.token_embedding(batch.ids) if embeddings is None else embeddings
+        mask = packed_mask(batch.segments, batch.bounds, batch.longest, compute_dtype(x))
+        x = self.hidden(x, batch.positions, mask).flatten(0, 1)
+        x = x if batch.where is None else x.index_select(0, batch.where)
+        return head_loss(x, self.head.weight, batch.targets.flatten())
+
+    def logits(self, ids, positions=None, segments=None):
+        """Logits (B, T, V) of ids (B, T); positions and segments as in data.Batch."""
+        x = self.token_embedding(ids)
+        mask = packed_mask(segments, None, 0, compute_dtype(x))
+        return self.head(self.hidden(x, positions, mask))
 
     def hidden(self, x, positions=None, mask=None, cache=None, run=None, where=None):
         """Embeddings (B, T, C) to normalised final states (B, T, C).

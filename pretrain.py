@@ -1,11 +1,11 @@
-"""Stage 1: teach the decoder English, from nothing, on text.
+"""Stage 1: pretrain the decoder on text, from random weights.
 
     python pretrain.py configs/demo/pretrain.py                        # a laptop, 2 minutes
     torchrun --standalone --nproc_per_node=8 pretrain.py configs/full/pretrain.py
     python sample.py out/demo/pretrain --prompt='Mia has'              # look at the result
 
 Reads token shards (prepare.py text, or the public FineWeb-Edu ones); writes a decoder checkpoint
-that sft.py starts from.
+for sft.py.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from common.config import TrainSettings, UserError, parse, run_main
 from data import Text, check_tokenizer
 from inference.conversation import sample_texts
 from model import GPT, GPTConfig
-from train.loader import Loader, validation_loss
+from train.loader import validation_loss
 from train.optim import make_optimizer
 from train.run import Run
 from vision import describe, open_model
@@ -25,27 +25,32 @@ from vision import describe, open_model
 @dataclass
 class Config(TrainSettings):
     data: str = "data/text"  # folder of *train*.npy and *val*.npy token shards, or
-    # hf://OWNER/NAME for those of a hub data set, fetched ahead of training
-    init_from: str = ""  # a decoder checkpoint to go on from with new data; empty: from nothing
+    # hf://OWNER/NAME for those of a hub data set, which are downloaded during training
+    init_from: str = ""  # decoder checkpoint to continue with new data; empty: random weights
 
     n_layer: int = 20  # blocks
     n_head: int = 10  # attention heads
     n_embd: int = 1280  # width
-    max_positions: int = 2048  # longest sequence the decoder will ever see
-    init: Literal["small", "torch"] = "small"  # small: model.py's; torch: PyTorch's own defaults
+    max_positions: int = 2048  # longest sequence of the decoder
+    init: Literal["small", "torch"] = "small"  # small: model.py's; torch: PyTorch's defaults
 
     context: int = 1024  # tokens of a training row
-    batch_tokens: int = 524_288  # tokens of a step in the whole job, whatever the number of GPUs
-    micro_rows: int = 32  # rows a GPU takes at once: what fits its memory
-    val_rows: int = 512  # validation windows, always the same ones
+    batch_tokens: int = 524_288  # tokens of a step, in all processes together
+    micro_rows: int = 32  # rows of a forward pass on one GPU: as many as fit its memory
+    val_rows: int = 512  # rows of an evaluation, always the same ones
 
     def decoder(self, tokenizer):
-        """The GPTConfig that these settings and a vocabulary make."""
+        """The GPTConfig for these settings and a tokenizer."""
         if self.n_embd % (2 * self.n_head):
             raise UserError(f"--n_embd={self.n_embd} is not a multiple of 2 * --n_head="
                             f"{self.n_head}")
         return GPTConfig(tokenizer.n_vocab, self.n_layer, self.n_head, self.n_embd,
                          self.max_positions)
+
+
+def loss(net, batch):
+    """This micro-batch's share of the step's mean cross-entropy, in nats per token."""
+    return net(batch) / batch.n_targets
 
 
 def main():
@@ -55,34 +60,32 @@ def main():
     # Data: windows over all shards in a seeded order
     folder = hub.stream(cfg.data, run)
     tokenizer = check_tokenizer(folder)
-    train = Text(folder, "train", cfg.context, tokenizer.n_vocab)
-    val = Text(folder, "val", cfg.context, tokenizer.n_vocab)
+    train, val = (Text(folder, split, cfg.context, tokenizer.n_vocab) for split in ("train", "val"))
 
-    # Model: everything is new and everything is trained
+    # Model: all weights are new and trained
     if cfg.init_from:
-        model, its_tokenizer, _ = open_model(cfg.init_from, run.device, kinds=("decoder",))
-        check_tokenizer(folder, its_tokenizer)
+        model, own_tokenizer, _ = open_model(cfg.init_from, run.device, kinds=("decoder",))
+        check_tokenizer(folder, own_tokenizer)
     else:
         model = GPT(cfg.decoder(tokenizer))
         if cfg.init == "torch":
             model.apply(lambda module: getattr(module, "reset_parameters", lambda: None)())
     model.to(run.device).train()
-    rows = run.rows(model.config.max_positions)
-    loader = Loader(train, rows, cfg.micro_rows, run, cfg.seed)
+    loader = run.loader(train, run.rows(model.config.max_positions), cfg.micro_rows)
     optimizer = make_optimizer(model, cfg)
     net = run.start(model, optimizer, tokenizer, describe(model), "tok", cfg.batch_tokens,
                     model.flops_per_token(cfg.context))
 
     for step in run.steps():
-        for micro, batch in enumerate(loader.step(step)):
-            with run.forward(micro):
-                loss = net(batch.ids, batch.targets) / batch.n_targets
-            run.backward(loss)
-        run.update(step)
+        for batch in loader.step(step):
+            with run.forward(batch):
+                micro_loss = loss(net, batch)
+            run.backward(micro_loss)
+        run.optimizer_step(step)
         run.progress(step)
         if run.due(step, cfg.eval_every):
-            run.record(step, val_loss=validation_loss(
-                run.machine, val, cfg.micro_rows, lambda b: model(b.ids, b.targets), cfg.val_rows))
+            run.record(step, val_loss=validation_loss(run.machine, val, cfg.micro_rows, model,
+                                                      cfg.val_rows))
         if run.due(step, cfg.save_every):
             run.save(step)
 

@@ -1,11 +1,11 @@
-"""Stage 2: teach the decoder to chat, on conversations.
+"""Stage 2: supervised fine-tuning of the decoder on chats.
 
     python sft.py configs/demo/sft.py
     torchrun --standalone --nproc_per_node=8 sft.py configs/full/sft.py
     python sample.py out/demo/sft                                      # chat with it
 
-Chats are packed whole into rows and see only themselves; the loss is on what the assistant says.
-Starts from pretrain.py's checkpoint; vision_pretrain.py goes on from here.
+Chats are packed into rows and attend only to themselves; the loss is on the assistant's turns.
+Starts from a pretrain.py checkpoint; writes a decoder checkpoint for vision_pretrain.py.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from common.checkpoint import lineage
 from common.config import TrainSettings, parse, run_main
 from data import Chats, check_tokenizer
 from inference.conversation import sample_answers
-from train.loader import Loader, validation_loss
+from train.loader import validation_loss
 from train.optim import make_optimizer
 from train.packing import Packed
 from train.run import Run
@@ -23,29 +23,34 @@ from vision import describe, open_model
 
 @dataclass
 class Config(TrainSettings):
-    init_from: str = "out/pretrain"  # the decoder checkpoint to start from
+    init_from: str = "out/pretrain"  # decoder checkpoint to start from
     data: str = "data/chat"  # folder made by prepare.py chat
 
     context: int = 1024  # tokens of a training row
-    batch_tokens: int = 65_536  # tokens of a step in the whole job, whatever the number of GPUs
-    micro_rows: int = 32  # rows a GPU takes at once: what fits its memory
-    val_rows: int = 256  # validation rows, always the same ones
+    batch_tokens: int = 65_536  # tokens of a step, in all processes together
+    micro_rows: int = 32  # rows of a forward pass on one GPU: as many as fit its memory
+    val_rows: int = 256  # rows of an evaluation, always the same ones
+
+
+def loss(net, batch):
+    """This micro-batch's share of the step's mean cross-entropy, in nats per supervised token."""
+    return net(batch) / batch.n_targets
 
 
 def main():
     cfg = parse(Config)
     run = Run(cfg, "sft")
 
-    # Model: all of the pretrained decoder goes on learning
+    # Model: all weights of the pretrained decoder are trained
     model, tokenizer, info = open_model(cfg.init_from, run.device, kinds=("decoder",))
     model.train()
     rows = run.rows(model.config.max_positions)
 
-    # Data: whole chats packed into rows
+    # Data: complete chats packed into rows
     check_tokenizer(cfg.data, tokenizer)
-    train = Packed([Chats(cfg.data, "train")], cfg.context, tokenizer)
-    val = Packed([Chats(cfg.data, "val")], cfg.context, tokenizer)
-    loader = Loader(train, rows, cfg.micro_rows, run, cfg.seed)
+    train, val = (Packed([Chats(cfg.data, split)], cfg.context, tokenizer)
+                  for split in ("train", "val"))
+    loader = run.loader(train, rows, cfg.micro_rows)
     run.note(*train.notes())
 
     optimizer = make_optimizer(model, cfg)
@@ -53,15 +58,15 @@ def main():
                     "tok", cfg.batch_tokens, model.flops_per_token(cfg.context))
 
     for step in run.steps():
-        for micro, batch in enumerate(loader.step(step)):
-            with run.forward(micro):
-                loss = net(*batch.inputs()) / batch.n_targets
-            run.backward(loss)
-        run.update(step)
+        for batch in loader.step(step):
+            with run.forward(batch):
+                micro_loss = loss(net, batch)
+            run.backward(micro_loss)
+        run.optimizer_step(step)
         run.progress(step)
         if run.due(step, cfg.eval_every):
-            run.record(step, val_loss=validation_loss(
-                run.machine, val, cfg.micro_rows, lambda b: model(*b.inputs()), cfg.val_rows))
+            run.record(step, val_loss=validation_loss(run.machine, val, cfg.micro_rows, model,
+                                                      cfg.val_rows))
         if run.due(step, cfg.save_every):
             run.save(step)
 

@@ -19,6 +19,7 @@ import tokenizer as tokenizers
 from clip import CLIP, CLIPConfig, VisionTower, normalise
 from common import checkpoint
 from common.config import UserError, read_json
+from data import ImageSpec
 from model import GPT, GPTConfig
 
 
@@ -46,14 +47,12 @@ class VisionLanguageModel(nn.Module):
         self.decoder = GPT(decoder_config)
         self.vision_tower = VisionTower(clip_config).requires_grad_(False)
         self.projector = Projector(clip_config.vision_width, decoder_config.n_embd)
-        # what packing.Packed has to know: positions a picture, pixels, how they become a square
-        self.pictures = clip_config.n_patches, clip_config.image_size, clip_config.fit
+        self.image_spec = image_spec(clip_config)
 
     def forward(self, batch):
         """Cross-entropy of a data.Batch in nats, summed over its supervised positions."""
         embeddings = self.embed(batch.ids, batch.pixels, batch.image_positions)
-        return self.decoder(None, batch.targets, batch.where, batch.positions, batch.segments,
-                            batch.bounds, batch.longest, embeddings)
+        return self.decoder(batch, embeddings)
 
     def embed(self, ids, pixels=None, image_positions=None):
         """Ids (B, T) -> embeddings (B, T, C), with image tokens replaced by projected features.
@@ -73,6 +72,11 @@ class VisionLanguageModel(nn.Module):
             pixels = normalise(pixels).to(self.projector.linear_1.weight.dtype)
             features = self.vision_tower.patches(pixels)
         return self.projector(features.clone())  # inference tensors cannot be saved for backward
+
+
+def image_spec(clip_config):
+    """The data.ImageSpec of images for a CLIP with this configuration."""
+    return ImageSpec(clip_config.n_patches, clip_config.image_size, clip_config.fit)
 
 
 def open_model(name, device="cpu", kinds=("decoder", "vision", "clip"), dtype=None):

@@ -1,11 +1,11 @@
-"""Stage 3: give the decoder eyes. Only the projector learns, on captions.
+"""Stage 3: train the projector from CLIP's features to the decoder's embeddings, on captions.
 
     python vision_pretrain.py configs/demo/vision_pretrain.py
     python vision_pretrain.py configs/full/vision_pretrain.py
     python sample.py out/demo/vision_pretrain --image=FILE --prompt='Write a caption.'
 
-CLIP and the decoder are frozen: the projector learns to say in the decoder's language what CLIP
-sees. Starts from an sft.py and a clip_pretrain.py checkpoint; vision_sft.py goes on from here.
+CLIP and the decoder are frozen. Starts from an sft.py and a clip_pretrain.py checkpoint; writes a
+vision checkpoint for vision_sft.py.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,6 @@ from common.config import TrainSettings, parse, run_main
 from data import Chats, check_tokenizer
 from evals.image_ablation import Looking, blind
 from inference.conversation import sample_answers
-from train.loader import Loader
 from train.optim import make_optimizer
 from train.packing import Packed
 from train.run import Run
@@ -25,24 +24,29 @@ from vision import describe, join
 
 @dataclass
 class Config(TrainSettings):
-    init_from: str = "out/sft"  # the decoder checkpoint: a language model that can chat
-    clip: str = "out/clip_pretrain"  # the CLIP checkpoint
+    init_from: str = "out/sft"  # decoder checkpoint: a language model that can chat
+    clip: str = "out/clip_pretrain"  # CLIP checkpoint, or one of the hub
     data: str = "data/captions"  # folder made by prepare.py images
-    fit: Literal["", "pad", "crop"] = ""  # pictures into squares: padded, as LLaVA does with
-    # OpenAI's CLIP, or their middle; empty for what the CLIP was trained with, or pad
+    fit: Literal["", "pad", "crop"] = ""  # how images become square: padded, as LLaVA does with
+    # OpenAI's CLIP, or cropped; empty for what the CLIP was trained with, else pad
 
     context: int = 1024  # positions of a training row, image tokens included
-    batch_tokens: int = 65_536  # positions of a step in the whole job
-    micro_rows: int = 16  # rows a GPU takes at once: what fits its memory
-    val_chats: int = 512  # held-out chats of an evaluation, always the same ones
-    workers: int = -1  # processes that decode pictures; -1 for the cores that a GPU leaves over
+    batch_tokens: int = 65_536  # positions of a step, in all processes together
+    micro_rows: int = 16  # rows of a forward pass on one GPU: as many as fit its memory
+    val_chats: int = 512  # validation chats of an evaluation, always the same ones
+    workers: int = -1  # processes that decode images; -1 for the cores that each GPU leaves over
+
+
+def loss(net, batch):
+    """This micro-batch's share of the step's mean cross-entropy, in nats per supervised token."""
+    return net(batch) / batch.n_targets
 
 
 def main():
     cfg = parse(Config)
     run = Run(cfg, "vision_pretrain")
 
-    # Model: the projector is new and learns; CLIP and decoder stand still
+    # Model: the projector is new and trained; CLIP and the decoder are frozen
     model, tokenizer, parents = join(cfg.init_from, cfg.clip, cfg.fit)
     model.to(run.device).train()
     model.decoder.requires_grad_(False)
@@ -50,10 +54,10 @@ def main():
 
     # Data: captions, packed into rows
     check_tokenizer(cfg.data, tokenizer)
-    train = Packed([Chats(cfg.data, "train")], cfg.context, tokenizer, *model.pictures)
+    train = Packed([Chats(cfg.data, "train")], cfg.context, tokenizer, model.image_spec)
     val = Chats(cfg.data, "val")
-    looking = Looking(val, cfg.val_chats, cfg.context, tokenizer, *model.pictures)
-    loader = Loader(train, rows, cfg.micro_rows, run, cfg.seed, run.workers())
+    looking = Looking(val, cfg.val_chats, cfg.context, tokenizer, model.image_spec)
+    loader = run.loader(train, rows, cfg.micro_rows)
     run.note(*train.notes())
 
     optimizer = make_optimizer(model, cfg)
@@ -62,11 +66,11 @@ def main():
                     model.decoder.flops_per_token(cfg.context) * 2 / 3)  # no weight gradients
 
     for step in run.steps():
-        for micro, batch in enumerate(loader.step(step)):
-            with run.forward(micro):
-                loss = net(batch) / batch.n_targets
-            run.backward(loss)
-        run.update(step)
+        for batch in loader.step(step):
+            with run.forward(batch):
+                micro_loss = loss(net, batch)
+            run.backward(micro_loss)
+        run.optimizer_step(step)
         run.progress(step)
         if run.due(step, cfg.eval_every):
             losses = looking.losses(run.machine, model, cfg.micro_rows)

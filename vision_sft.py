@@ -1,12 +1,11 @@
-"""Stage 4: teach the model to talk about pictures. Projector and decoder learn, CLIP does not.
+"""Stage 4: supervised fine-tuning on chats about images. Projector and decoder are trained.
 
     python vision_sft.py configs/demo/vision_sft.py
     torchrun --standalone --nproc_per_node=8 vision_sft.py configs/full/vision_sft.py
-    python sample.py out/demo/vision_sft --image=FILE                  # talk about a picture
+    python sample.py out/demo/vision_sft --image=FILE                  # chat about an image
 
-Reads conversations about pictures, with some chats about text mixed in so that the model does not
-forget how to talk without one, and with --replay plain text, so that it does not forget to write.
-Starts from vision_pretrain.py's checkpoint.
+Reads chats about images, mixed with text-only chats and with --replay also plain text, against
+catastrophic forgetting. CLIP is frozen. Starts from a vision_pretrain.py checkpoint.
 """
 
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from common.config import TrainSettings, parse, run_main
 from data import Chats, Documents, Share, check_tokenizer
 from evals.image_ablation import Looking, blind
 from inference.conversation import sample_answers
-from train.loader import Loader, validation_loss
+from train.loader import validation_loss
 from train.optim import make_optimizer
 from train.packing import Packed
 from train.run import Run
@@ -25,31 +24,36 @@ from vision import describe, open_model
 
 @dataclass
 class Config(TrainSettings):
-    init_from: str = "out/vision_pretrain"  # the vision checkpoint to start from
-    data: str = "data/images"  # folder made by prepare.py images: conversations about pictures
-    text_data: str = ""  # folder made by prepare.py chat: chats about text; empty for none
-    text_share: float = 0.1  # chats about text for every conversation about a picture
-    replay: str = ""  # folder of token shards to go on reading, or plain text is forgotten
-    replay_share: float = 0.05  # windows of a quarter of a row for every conversation
+    init_from: str = "out/vision_pretrain"  # vision checkpoint to start from
+    data: str = "data/images"  # folder made by prepare.py images: chats about images
+    text_data: str = ""  # folder made by prepare.py chat: text-only chats; empty for none
+    text_share: float = 0.1  # text-only chats for every chat about an image
+    replay: str = ""  # folder of token shards, against forgetting plain text; empty for none
+    replay_share: float = 0.05  # windows of a quarter of a row for every chat about an image
 
     context: int = 1024  # positions of a training row, image tokens included
-    batch_tokens: int = 65_536  # positions of a step in the whole job
-    micro_rows: int = 16  # rows a GPU takes at once: what fits its memory
-    val_chats: int = 512  # held-out chats of an evaluation, always the same ones
-    workers: int = -1  # processes that decode pictures; -1 for the cores that a GPU leaves over
+    batch_tokens: int = 65_536  # positions of a step, in all processes together
+    micro_rows: int = 16  # rows of a forward pass on one GPU: as many as fit its memory
+    val_chats: int = 512  # validation chats of an evaluation, always the same ones
+    workers: int = -1  # processes that decode images; -1 for the cores that each GPU leaves over
     projector_lr: float = 1.0  # the projector's learning rates, as a multiple of the decoder's
+
+
+def loss(net, batch):
+    """This micro-batch's share of the step's mean cross-entropy, in nats per supervised token."""
+    return net(batch) / batch.n_targets
 
 
 def main():
     cfg = parse(Config)
     run = Run(cfg, "vision_sft")
 
-    # Model: all but CLIP learns
+    # Model: all weights but CLIP's are trained
     model, tokenizer, info = open_model(cfg.init_from, run.device, kinds=("vision",))
     model.train()
     rows = run.rows(model.config.max_positions)
 
-    # Data: chats about pictures, and some without
+    # Data: chats about images, text-only chats, plain text
     check_tokenizer(cfg.data, tokenizer)
     sources, val_text = [Chats(cfg.data, "train")], None
     if cfg.text_data:
@@ -61,10 +65,10 @@ def main():
         check_tokenizer(cfg.replay, tokenizer)
         documents = Documents(cfg.replay, "train", cfg.context // 4, tokenizer)
         sources.append(Share(documents, round(len(sources[0]) * cfg.replay_share), cfg.seed))
-    train = Packed(sources, cfg.context, tokenizer, *model.pictures)
+    train = Packed(sources, cfg.context, tokenizer, model.image_spec)
     val = Chats(cfg.data, "val")
-    looking = Looking(val, cfg.val_chats, cfg.context, tokenizer, *model.pictures)
-    loader = Loader(train, rows, cfg.micro_rows, run, cfg.seed, run.workers())
+    looking = Looking(val, cfg.val_chats, cfg.context, tokenizer, model.image_spec)
+    loader = run.loader(train, rows, cfg.micro_rows)
     run.note(*train.notes())
 
     optimizer = make_optimizer(model, cfg, {"projector.": cfg.projector_lr})
@@ -72,11 +76,11 @@ def main():
                     "tok", cfg.batch_tokens, model.decoder.flops_per_token(cfg.context))
 
     for step in run.steps():
-        for micro, batch in enumerate(loader.step(step)):
-            with run.forward(micro):
-                loss = net(batch) / batch.n_targets
-            run.backward(loss)
-        run.update(step)
+        for batch in loader.step(step):
+            with run.forward(batch):
+                micro_loss = loss(net, batch)
+            run.backward(micro_loss)
+        run.optimizer_step(step)
         run.progress(step)
         if run.due(step, cfg.eval_every):
             losses = looking.losses(run.machine, model, cfg.micro_rows)

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from clip import normalise
 from common import device as system
 from common.config import TrainSettings, UserError
+from data import Batch
 from export.to_transformers import llava_config
 from model import GPT, GPTConfig
 from train.optim import make_optimizer
@@ -94,7 +95,7 @@ def our_text_step(machine, ids):
 
     def step():
         with machine.autocast():
-            loss = model(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
+            loss = model(Batch(ids[:, :-1], ids[:, 1:])) / ids[:, 1:].numel()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step(skip=~torch.isfinite(norm))

@@ -15,17 +15,16 @@ import torch
 import tokenizer as tokenizers
 from benchmarks.baselines import REPEATS, WARM
 from benchmarks.decoding import jpeg
-from clip import CLIP, feature_pulls, normalise
+from clip import CLIP, feature_pulls
 from common import device as system
 from common.config import parse
 from common.images import fit, read_image
 from data import Batch, check_tokenizer
 from model import GPT
-from train.loader import Loader
 from train.optim import make_optimizer
 from train.packing import Captions, Packed
 from train.run import Run
-from vision import VisionLanguageModel
+from vision import VisionLanguageModel, image_spec
 
 
 class Training:
@@ -33,6 +32,7 @@ class Training:
 
     def __init__(self, cfg, stage, folder, tokenizer=None):
         self.run = run = Run(cfg, stage)
+        self.loss = importlib.import_module(stage).loss
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)  # there is nothing to save
         make = {"clip_pretrain": clip_job, "pretrain": text_job}.get(stage, chat_job)
@@ -40,8 +40,7 @@ class Training:
         (self.model, self.dataset, self.rows, micro_rows, self.unit, self.per_step,
          self.flops) = make(stage, folder, run, tokenizer)
         self.model.to(run.device).train()
-        workers = run.workers() if hasattr(cfg, "workers") else 0
-        self.loader = Loader(self.dataset, self.rows, micro_rows, run, cfg.seed, workers)
+        self.loader = run.loader(self.dataset, self.rows, micro_rows)
         self.net = run.start(self.model, make_optimizer(self.model, cfg), tokenizer, {}, self.unit,
                              self.per_step, self.flops)
         self.watched, self.waited, self.images = False, 0.0, 0  # see batches
@@ -53,11 +52,11 @@ class Training:
             if self.run.stage == "clip_pretrain":
                 batches = list(batches)
                 pulls = feature_pulls(self.model, batches, self.run.machine)
-            for micro, (batch, pull) in enumerate(zip(batches, pulls, strict=False)):
-                with self.run.forward(micro):
-                    loss = loss_of(self.net, batch, pull)
-                self.run.backward(loss / max(1, batch.n_targets))
-            self.run.update(step)
+            for batch, pull in zip(batches, pulls, strict=False):
+                with self.run.forward(batch):
+                    loss = self.loss(self.net, batch, *([pull] if pull else []))
+                self.run.backward(loss)
+            self.run.optimizer_step(step)
         return self.run.loss.item()
 
     def batches(self, step):
@@ -79,8 +78,8 @@ class Training:
 def timing(training, n_steps):
     """The figures of a training step: the median of five times n_steps."""
     run, dataset, unit, per_step = training.run, training.dataset, training.unit, training.per_step
-    size = getattr(dataset, "image_size", 0)
-    more = decode_speed(size, dataset.how) if size else {}  # while nothing else is at work
+    spec = getattr(dataset, "spec", None)
+    more = decode_speed(*spec[1:]) if spec else {}  # while nothing else is at work
     training.take(range(WARM))  # compiles, allocates
     seconds = []
     for i in range(REPEATS + 1):
@@ -89,7 +88,7 @@ def timing(training, n_steps):
         training.take(range(WARM + i * n_steps, WARM + (i + 1) * n_steps))
         seconds.append((time.perf_counter() - began) / n_steps)
     watched, median = seconds.pop(), statistics.median(seconds[:REPEATS])
-    if size:
+    if spec:
         images = run.machine.sum(torch.tensor(training.images, device=run.device)).item()
         more.update(img_per_step=images / n_steps, img_per_s=images / n_steps / median)
     gpu_gb, host_gb = system.peak_memory_gb(run.device)
@@ -130,15 +129,6 @@ def profile(training, n_steps):
     return {"stage": training.run.stage, "operations_ms": total}
 
 
-def loss_of(net, batch, pull=None):
-    """The stage's loss: CLIP's of pairs, a vision model's of a batch, a decoder's of its parts."""
-    if pull:
-        return pull(net(normalise(batch.pixels), batch.ids)) * batch.n_targets
-    if isinstance(getattr(net, "module", net), VisionLanguageModel):
-        return net(batch)
-    return net(*batch.inputs())
-
-
 def tokenizer_of(cfg):
     """That of the config's data where they are prepared, else GPT-2's."""
     known = (Path(cfg.data) / "manifest.json").is_file()
@@ -154,25 +144,26 @@ def text_job(stage, folder, run, tokenizer):
 
 def chat_job(stage, folder, run, tokenizer):
     cfg, decoder = run.cfg, GPT(sibling(folder, "pretrain").decoder(tokenizer))
-    flops, model, patches, size = decoder.flops_per_token(cfg.context), decoder, 0, 0
+    flops, model, spec = decoder.flops_per_token(cfg.context), decoder, None
     if stage != "sft":
         clip_config = sibling(folder, "clip_pretrain").clip(tokenizer)
         model = VisionLanguageModel(decoder.config, clip_config)
-        patches, size = clip_config.n_patches, clip_config.image_size
+        spec = model.image_spec
     if stage == "vision_pretrain":
         model.decoder.requires_grad_(False)
         flops *= 2 / 3  # no weight gradients
     length = {"sft": cfg.context // 5, "vision_pretrain": 40, "vision_sft": 200}[stage]
     rows = run.rows(decoder.config.max_positions)
-    chats = RandomChats(tokenizer, max(4096, 4 * rows), length, size)  # rows fill up
-    packed = Packed([chats], cfg.context, tokenizer, patches, size)
+    n_chats = max(4096, 4 * rows)  # enough to fill the rows
+    chats = RandomChats(tokenizer, n_chats, length, spec.size if spec else 0)
+    packed = Packed([chats], cfg.context, tokenizer, spec)
     return model, packed, rows, cfg.micro_rows, "tok", cfg.batch_tokens, flops
 
 
 def clip_job(stage, folder, run, tokenizer):
     cfg, model = run.cfg, CLIP(run.cfg.clip(tokenizer))
     chats = RandomChats(tokenizer, cfg.batch_pairs, 30, cfg.image_size)
-    captions = Captions(chats, tokenizer, cfg.image_size, cfg.context)
+    captions = Captions(chats, tokenizer, image_spec(model.config), cfg.context)
     micro_pairs = cfg.micro_pairs or cfg.batch_pairs // run.ranks
     return (model, captions, cfg.batch_pairs, micro_pairs, "img", cfg.batch_pairs,
             model.flops_per_pair())
@@ -218,7 +209,7 @@ class RandomChats:
     def n_images(self, i):
         return 1 if self.image_size else 0
 
-    def images(self, i, size=0, how="pad"):
+    def images(self, i, spec=None):
         return [read_image(self.jpeg)] if self.image_size else []
 
     def chat(self, i):

@@ -46,15 +46,15 @@ class Held:
             ids, supervised = ids[kept], supervised[kept]
         return ids, supervised
 
-    def images(self, i, size=0, how="pad"):
+    def images(self, i, spec=None):
         number = self.numbers[i]
         if self.pictures == "none":
             return []
         if self.pictures == "blank":
-            return [blank(size or 1)] * self.chats.n_images(number)
+            return [blank(spec.size if spec else 1)] * self.chats.n_images(number)
         if self.pictures == "other":
             number = self.other[number]
-        return self.chats.images(number, size, how)
+        return self.chats.images(number, spec)
 
 
 class Looking:
@@ -62,13 +62,13 @@ class Looking:
 
     kinds = "other", "none"
 
-    def __init__(self, chats, n, T, tokenizer, *pictures):
-        own = Packed([Held(chats, n, tokenizer)], T, tokenizer, *pictures)
-        fits = dict(own.chats[:, 1:3].tolist())
+    def __init__(self, chats, n, T, tokenizer, spec=None):
+        own = Packed([Held(chats, n, tokenizer)], T, tokenizer, spec)
+        fits = dict(own.chats[["number", "n_ids"]].tolist())
         self.packed = {"own": own}
         for kind in self.kinds:
             held = Held(chats, n, tokenizer, kind, fits)
-            self.packed[kind] = Packed([held], T, tokenizer, *pictures)
+            self.packed[kind] = Packed([held], T, tokenizer, spec)
 
     def losses(self, machine, model, micro_rows):
         """{"val_loss", "val_other_picture", "val_no_picture"}, in nats a supervised token."""
@@ -137,7 +137,7 @@ def nats_by_chat(machine, model, packed, micro_rows):
             counts = counts.tolist()
             parts = zip(chats.T.tolist(), x.split(counts), batch.targets.split(counts), strict=True)
             for (row, number), states, targets in parts:
-                place = packed.chats[packed.rows[rows[row]][number - 1], 1]
+                place = packed.chats["number"][packed.rows[rows[row]][number - 1]]
                 nats = head_loss(states, decoder.head.weight, targets).item()
                 found[held.numbers[place]] = nats, len(targets)
     return found

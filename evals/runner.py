@@ -133,7 +133,7 @@ class Asking:
 
     def picture(self, name):
         content = name if isinstance(name, bytes) else self.find(name)
-        _, size, how = self.model.pictures
+        _, size, how = self.model.image_spec
         return fit(read_image(content, str(name)[:80], size, how), size, how)
 
     def render(self, question, seeing):

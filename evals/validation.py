@@ -27,7 +27,7 @@ from evals.zero_shot import Labelled, choose_captions, counted, features_of, gro
 from inference.conversation import answer_all, fits, ready_to_chat, turns_of
 from model import head_loss
 from train.packing import Captions, Packed
-from vision import VisionLanguageModel, open_model
+from vision import image_spec, open_model
 
 ANSWER_TOKENS = 64  # longest answer that is scored
 CHOICES = 32
@@ -127,7 +127,7 @@ def looking_scores(model, tokenizer, data, stage, items, machine, split):
     kind, label = ("scenes", "answer") if stage == "vision_sft" else ("captions", "caption")
     check_tokenizer(data / kind, tokenizer)
     looking = Gains(Chats(data / kind, split), items, model.config.max_positions, tokenizer,
-                    *model.pictures)
+                    model.image_spec)
     nats = looking.nats(machine, model, 8)
     names = {"own": f"{label}_loss", "other": f"{label}_loss_other_picture",
              "none": f"{label}_loss_no_picture", "blank": f"{label}_loss_blank_picture"}
@@ -158,7 +158,7 @@ def caption_choice(model, tokenizer, chats, items):
         answer = [*answer, tokenizer.end]
         if chats.n_images(number) == 1 and fits(model, tokenizer, prompt, len(answer)):
             try:
-                asked.append((prompt, answer, chats.images(number, *model.pictures[1:])))
+                asked.append((prompt, answer, chats.images(number, model.image_spec)))
             except ImageError as error:
                 print(f"(left out: {error})", file=sys.stderr)
     if not asked:
@@ -179,8 +179,8 @@ def clip_scores(model, tokenizer, folder, cfg, machine, split):
     scores = {}
     if folder.is_dir() or not cfg.zero_shot:
         check_tokenizer(folder, tokenizer)
-        pairs = Captions(Chats(folder, split), tokenizer, model.config.image_size,
-                         model.config.context, model.config.fit)
+        pairs = Captions(Chats(folder, split), tokenizer, image_spec(model.config),
+                         model.config.context)
         images, texts, keys = features_of(model, pairs, machine, max(cfg.items, 2048))
         marks, _ = choose_captions(model, images[:2048], texts[:2048], keys[:2048], CHOICES)
         scores["clip_choice32"] = share(marks, 1 / min(CHOICES, len(set(keys[:2048]))))
@@ -241,13 +241,13 @@ def exact(model, tokenizer, chats, items, pictures="own"):
     """
     prompts, wanted, images, groups = [], [], [], []
     shown = Held(chats, items, tokenizer, pictures)
-    pixels = model.pictures[1:] if isinstance(model, VisionLanguageModel) else ()
+    spec = getattr(model, "image_spec", None)
     file = chats.folder / "groups.json"
     names = read_json(file) if file.is_file() else [""] * len(chats)
     too_long = 0
     for i in range(len(shown)):
         try:
-            found = shown.images(i, *pixels)
+            found = shown.images(i, spec)
         except ImageError as error:
             print(f"(left out: {error})", file=sys.stderr)
             continue

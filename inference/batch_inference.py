@@ -153,7 +153,7 @@ def question(model, tokenizer, stage, row, folder):
     if names and not isinstance(model, VisionLanguageModel):
         raise ValueError(BLIND)
     # fitted at once: a batch of photographs as they are would fill the memory
-    pictures = [fit(read_image(found(name, folder)), *model.pictures[1:]) for name in names]
+    pictures = [fit(read_image(found(name, folder)), *model.image_spec[1:]) for name in names]
     if stage == "pretrain":
         return [tokenizer.end_of_text, *tokenizer.encode(messages[-1]["content"])], []
     chat = render(tokenizer, messages, len(pictures))

@@ -226,7 +226,7 @@ class Conversation:
 @torch.inference_mode()
 def see(model, images):
     """PIL images as the decoder reads them: (M, P, C)."""
-    pixels = to_pixels(images, *model.pictures[1:])
+    pixels = to_pixels(images, *model.image_spec[1:])
     return model.image_tokens(pixels.to(next(model.parameters()).device))
 
 
@@ -292,13 +292,13 @@ def fits(model, tokenizer, prompt, max_tokens):
 def sample_answers(model, tokenizer, chats, n=8, max_tokens=64):
     """The first turns of the first n chats that fit, with the model's answers: for a report."""
     model.eval()
-    pixels = model.pictures[1:] if isinstance(model, VisionLanguageModel) else ()
+    spec = getattr(model, "image_spec", None)
     turns, images = [], []
     for i in range(min(len(chats), 10 * n)):
         turn = turns_of(chats, i)[0]
         if len(turns) < n and fits(model, tokenizer, turn[0], max_tokens):
             with contextlib.suppress(ImageError):  # gone since it was prepared
-                images.append(chats.images(i, *pixels)[: turn[0].count(tokenizer.image)])
+                images.append(chats.images(i, spec)[: turn[0].count(tokenizer.image)])
                 turns.append(turn)
     found = answer_all(model, tokenizer, [turn[0] for turn in turns], images)
     return [Sample([*spoken(tokenizer, prompt), ("model", answer),

@@ -24,7 +24,7 @@ from common.checksums import check_sums
 from common.config import UserError, read_sealed
 from common.device import cores
 from common.images import ImageError
-from data import Chats, check_tokenizer
+from data import Chats, ImageSpec, check_tokenizer
 from prep.convert import image_reader, read_chats, write_split
 from prep.sources import Refused, at_least, source_of
 from prep.writers import check_size, write_manifest
@@ -197,8 +197,8 @@ def measured(data, chat):
 
 def inspected(cfg, data):
     """The figures of a data set, as JSON can hold them."""
-    packed = Packed(data.splits, cfg.context, data.tokenizer, cfg.patches)
-    cut = {(s, i): cut for s, i, cut in packed.chats[:, [0, 1, 5]].tolist()}
+    packed = Packed(data.splits, cfg.context, data.tokenizer, ImageSpec(cfg.patches, 0))
+    cut = {(s, i): cut for s, i, cut in packed.chats[["source", "number", "truncated"]].tolist()}
     left_out, notes, keys = Refused(), Refused(), set()
     good, ids, positions = {"rows": 0, "answers": 0, "images": 0}, [], []
     pool = ThreadPoolExecutor(cores())

@@ -15,8 +15,8 @@ from clip import CLIP, CLIPConfig, contrast, normalise
 from common.config import UserError
 from common.device import Machine
 from common.images import to_pixels
+from data import Batch
 from evals.zero_shot import caption_choice, features_of
-from train.packing import Pairs
 from vision import read_transformers_clip
 
 MACHINE = Machine(torch.device("cpu"), torch.float32)
@@ -301,7 +301,7 @@ class Listed:
 
     def batch(self, rows):
         rows = list(rows)
-        return Pairs(self.pixels[rows], self.ids[rows], self.keys[rows])
+        return Batch(self.ids[rows], pixels=self.pixels[rows], keys=self.keys[rows])
 
 
 class Knowing(torch.nn.Module):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("clip_pretrain", "pretrain", "sft", "vision_pretrain", "vision_sft")
 TOOLS = ("prepare", "sample", "app", "eval", "upload", "bench")
 # Each may import from those before it, and from itself where it is a folder.
-ORDER = (("common",), ("model",), ("tokenizer",), ("clip",), ("vision",), ("data",), ("train",),
+ORDER = (("common",), ("tokenizer",), ("data",), ("model",), ("clip",), ("vision",), ("train",),
          ("prep",), ("inference",), ("evals",), STAGES, ("export",), ("benchmarks",), TOOLS)
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import model as gpt
+from data import Batch
 from export.to_transformers import neox_config, neox_weights
 from inference.kv_cache import KVCache
 from model import GPT, GPTConfig
@@ -68,7 +69,7 @@ def test_logits_equal_those_of_gpt_neox(mode):
     ids = some_ids(2, SMALL.max_positions)
     theirs = neox_of(model)(ids).logits
     assert theirs.std() > 1
-    torch.testing.assert_close(model(ids), theirs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.logits(ids), theirs, atol=1e-4, rtol=0)
 
 
 def test_the_reference_size_is_522_million_parameters_and_3_gflop_per_token():
@@ -85,7 +86,7 @@ def test_a_new_model_has_identity_blocks_and_uniform_predictions():
     ids = some_ids(4, 32)
     x = model.token_embedding(ids)
     assert torch.equal(model.hidden(x), model.final_norm(x))
-    assert model(ids, ids).item() / ids.numel() == pytest.approx(math.log(96), abs=0.1)
+    assert model(Batch(ids, ids)).item() / ids.numel() == pytest.approx(math.log(96), abs=0.1)
 
 
 @torch.no_grad()
@@ -99,7 +100,7 @@ def test_hidden_with_where_returns_the_same_states():
 def test_every_parameter_gets_a_gradient():
     model = new_model()
     ids = some_ids(8, 32)
-    model(ids[:, :-1], ids[:, 1:]).backward()
+    model(Batch(ids[:, :-1], ids[:, 1:])).backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not idle
 
@@ -109,7 +110,7 @@ def test_every_parameter_gets_a_gradient():
 
 def test_attention_is_causal(mode):
     model, ids = new_model(), some_ids(1, 12)
-    before, after = model(ids), model(changed(ids, 0, 7))
+    before, after = model.logits(ids), model.logits(changed(ids, 0, 7))
     assert torch.equal(before[:, :7], after[:, :7])
     assert all((before[:, t] - after[:, t]).abs().max() > 1e-3 for t in range(7, 12))
 
@@ -117,7 +118,7 @@ def test_attention_is_causal(mode):
 def test_documents_in_a_packed_row_do_not_attend_to_each_other(mode):
     model, ids = new_model(), some_ids(1, 12)
     segments = torch.tensor([[1] * 7 + [2] * 5])
-    before, after = (model(i, segments=segments) for i in (ids, changed(ids, 0, 2)))
+    before, after = (model.logits(i, segments=segments) for i in (ids, changed(ids, 0, 2)))
     assert torch.equal(before[:, 7:], after[:, 7:])
     assert all((before[:, t] - after[:, t]).abs().max() > 1e-3 for t in range(2, 7))
 
@@ -134,9 +135,10 @@ def test_packing_does_not_change_logits(mode):
             positions[part], segments[part] = torch.arange(n), number
             parts.append(part)
             start += n
-    packed = model(ids, positions=positions, segments=segments)
+    packed = model.logits(ids, positions=positions, segments=segments)
     for part in parts:
-        torch.testing.assert_close(packed[part], model(ids[part][None])[0], atol=1e-5, rtol=0)
+        alone = model.logits(ids[part][None])[0]
+        torch.testing.assert_close(packed[part], alone, atol=1e-5, rtol=0)
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -145,9 +147,9 @@ def test_packing_does_not_change_logits(mode):
 @torch.no_grad()
 def test_loss_is_the_sum_of_cross_entropies():
     model, ids = new_model(), some_ids(3, 10)
-    log_p = model(ids[:, :-1]).log_softmax(-1)
+    log_p = model.logits(ids[:, :-1]).log_softmax(-1)
     by_hand = -sum(log_p[b, t, ids[b, t + 1]].item() for b in range(3) for t in range(9))
-    assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(by_hand, rel=1e-5)
+    assert model(Batch(ids[:, :-1], ids[:, 1:])).item() == pytest.approx(by_hand, rel=1e-5)
 
 
 @torch.no_grad()
@@ -156,7 +158,8 @@ def test_the_head_computes_only_supervised_positions(monkeypatch):
     where = torch.tensor([2, 3, 9, 17, 29])
     ignored = torch.full((30,), -100)
     ignored[where] = targets.flatten()[where]
-    whole = F.cross_entropy(model(ids).flatten(0, 1), ignored, ignore_index=-100, reduction="sum")
+    logits = model.logits(ids).flatten(0, 1)
+    whole = F.cross_entropy(logits, ignored, ignore_index=-100, reduction="sum")
     seen = []
 
     def head_loss(x, weight, targets):
@@ -164,7 +167,7 @@ def test_the_head_computes_only_supervised_positions(monkeypatch):
         return the_head_loss(x, weight, targets)
 
     monkeypatch.setattr(gpt, "head_loss", head_loss)
-    loss = model(ids, targets.flatten()[where], where)
+    loss = model(Batch(ids, targets.flatten()[where], where))
     assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
     assert seen == [5]
 
@@ -215,7 +218,7 @@ def test_loss_of_a_confident_model_is_exact(dtype):
 def test_no_supervised_positions_give_zero_loss_and_gradient():
     model = new_model()
     ids, none = some_ids(2, 5), torch.zeros(0, dtype=torch.long)
-    loss = model(ids, none, none)
+    loss = model(Batch(ids, none, none))
     loss.backward()
     assert loss.item() == 0
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
@@ -228,7 +231,8 @@ def test_no_supervised_positions_give_zero_loss_and_gradient():
 @pytest.mark.parametrize("cuts", [[1] * 12, [5, 7], [1, 11], [4, 1, 6, 1], [12]], ids=str)
 def test_the_cache_does_not_change_logits(cuts):
     model, ids = new_model(), some_ids(2, 12)
-    torch.testing.assert_close(cached_logits(model, ids, cuts), model(ids), atol=1e-5, rtol=0)
+    found = cached_logits(model, ids, cuts)
+    torch.testing.assert_close(found, model.logits(ids), atol=1e-5, rtol=0)
 
 
 # ------------------------------------------------------------------------ attention in documents
@@ -254,10 +258,11 @@ def test_varlen_attention_equals_the_mask(monkeypatch):
     segments = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1] * 9])
     bounds = torch.tensor([0, 4, 7, 9, 18], dtype=torch.int32)
     where = torch.tensor([0, 1, 2, 5, 9, 12, 17])
-    expected = model(ids, ids.flatten()[where], where, segments=segments, bounds=bounds)
+    batch = Batch(ids, ids.flatten()[where], where, segments=segments, bounds=bounds)
+    expected = model(batch)
     monkeypatch.setattr(gpt, "varlen_attn", documents_apart)
     monkeypatch.setattr(gpt, "takes_bounds", lambda device, dtype: True)
-    found = model(ids, ids.flatten()[where], where, segments=segments, bounds=bounds)
+    found = model(batch)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 

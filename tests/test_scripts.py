@@ -289,7 +289,7 @@ def test_a_flipped_byte_is_found_before_it_does_harm(pipeline, tmp_path, file):
         refusal = run(*command).refusal
         assert f"{path} is damaged" in refusal
     said = pipeline.run_stage("sft", tmp_path / "sft")  # the run itself has an older one
-    assert f"{path} is damaged" in said and f"going on from {tmp_path}/sft/step_00000004" in said
+    assert f"{path} is damaged" in said and f"resuming from {tmp_path}/sft/step_00000004" in said
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "manifest.json"])

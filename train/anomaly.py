@@ -1,81 +1,72 @@
-"""Steps that would do harm: not finite, or far out of what the last steps were like.
+"""The anomaly guard: steps with a non-finite or outlier loss or gradient norm are skipped.
 
-One bad batch can undo an hour. Whether a step is one is decided on the device, with figures that
-are the same in every process, so that all skip it alike and the host need not wait. The rule of the
-deviations is OLMo's (Groeneveld et al. 2024); here a gradient that needs no clipping is no harm.
+One bad batch can undo an hour of training. The decision is made on the device from figures that are
+the same in every process, so all skip alike and the host need not wait. The rule of deviations is
+OLMo's (Groeneveld et al. 2024), except that a gradient that needs no clipping is always accepted.
 """
 
 import torch
 
 from common.config import UserError
 
-WINDOW = 128  # steps that say what is usual
-LEAST = 32  # so many before anything can be unusual
-DEVIATIONS = 6.0  # how many standard deviations above the mean
-IN_A_ROW = 20  # skipped steps that end a run; fp16 needs 16 to find its scale
-NAMED = 64  # so many skipped steps are named after a while
+WINDOW = 128  # recent steps whose mean and deviation count
+MIN_STEPS = 32  # before so many, only what is not finite is skipped
+DEVIATIONS = 6.0  # standard deviations above the mean that make an outlier
+MAX_IN_A_ROW = 20  # skipped steps that end a run; fp16 needs 16 to find its scale
+NAMED = 64  # skipped steps that are named between two printed lines
 
 
 class Guard:
-    """Which steps are skipped. `state_dict` goes into checkpoints, so that resuming is exact."""
+    """Decides which steps are skipped; part of a checkpoint, so that resuming is exact."""
 
-    def __init__(self, device, harmless=0.0):
-        """harmless: a gradient norm up to which a step is taken, however large that is for it."""
-        self.harmless = torch.tensor([float("-inf"), harmless], device=device)
+    def __init__(self, device, grad_clip=0.0):
+        """grad_clip: gradient norms up to this are accepted, however unusual."""
+        self.accepted = torch.tensor([float("-inf"), grad_clip], device=device)
         self.n = 0  # steps seen
         self.recent = torch.zeros(2, WINDOW, device=device)  # their losses and gradient norms
         self.in_a_row = torch.zeros((), device=device)
-        self.begin()
+        self.count = torch.zeros((), device=device)  # skipped since the last `messages`
+        self.skipped = torch.zeros(NAMED + 1, 5, device=device)  # step, loss, norm, both means
 
-    def begin(self):
-        """Forget which steps were skipped; they were told."""
-        device = self.recent.device
-        self.count = torch.zeros((), device=device)
-        self.skipped = torch.zeros(NAMED + 1, 5, device=device)  # step, its figures, what is usual
-
-    def unusual(self, step, loss, norm):
-        """Whether to skip `step`: a tensor of one bool. loss, norm: of the whole job, tensors."""
+    def anomalous(self, step, loss, norm):
+        """Whether to skip `step`: a bool tensor. loss, norm: tensors, of all processes together."""
         now, n = torch.stack((loss.float(), norm.float())), min(self.n, WINDOW)
         past = self.recent[:, :n]
         mean = past.mean(dim=1) if n else torch.zeros_like(now)
         limit = torch.full_like(now, float("inf"))
-        if n >= LEAST:
-            limit = torch.maximum(mean + DEVIATIONS * past.std(dim=1), self.harmless)
+        if n >= MIN_STEPS:
+            limit = torch.maximum(mean + DEVIATIONS * past.std(dim=1), self.accepted)
         finite = torch.isfinite(now)
-        bad = ~finite.all() | (now > limit).any()
-        # What is far out counts as just at the limit: the next is still judged, but if all that
-        # comes is like this, a few steps make it usual.
-        usual = torch.where(finite, torch.minimum(now, limit), mean)
-        self.recent[:, self.n % WINDOW] = usual
+        skip = ~finite.all() | (now > limit).any()
+        # Outliers are remembered as if at the limit: the next one is judged as before, but if all
+        # that follows is like this, a few steps make it usual.
+        self.recent[:, self.n % WINDOW] = torch.where(finite, torch.minimum(now, limit), mean)
         self.n += 1
-        self.in_a_row = torch.where(bad, self.in_a_row + 1, 0.0)
+        self.in_a_row = torch.where(skip, self.in_a_row + 1, 0.0)
         row = torch.cat((torch.full_like(now[:1], step), now, mean))
-        place = torch.where(bad, self.count.clamp_max(NAMED - 1), NAMED).long()
-        self.skipped.index_copy_(0, place[None], row[None])
-        self.count += bad
-        return bad
+        place = torch.where(skip, self.count.clamp_max(NAMED - 1), NAMED).long()
+        self.skipped.index_copy_(0, place[None], row[None])  # the last row is for the others
+        self.count += skip
+        return skip
 
-    def told(self, where):
-        """Lines about the steps that were skipped since the last call; where(step) ends them, with
-        the rows that were read. Waits for the device."""
-        lines = []
+    def messages(self, rows_of):
+        """A line for each step skipped since the last call, with rows_of(step). Waits for a GPU."""
         count = int(self.count)
-        for step, loss, norm, usual, normal in self.skipped[: min(count, NAMED)].tolist():
-            lines.append(f"step {step:.0f} changed nothing: loss {loss:.4g} (usually {usual:.4g}),"
-                         f" gradient norm {norm:.4g} (usually {normal:.4g}){where(int(step))}")
-        if count > NAMED:
-            lines.append(f"and {count - NAMED} steps more")
-        self.begin()
-        return lines
+        lines = [f"step {step:.0f} skipped: loss {loss:.4g} (mean {mean_loss:.4g}), gradient norm "
+                 f"{norm:.4g} (mean {mean_norm:.4g}), {rows_of(int(step))}"
+                 for step, loss, norm, mean_loss, mean_norm in
+                 self.skipped[: min(count, NAMED)].tolist()]
+        self.count.zero_()
+        return lines + [f"and {count - NAMED} more steps"] * (count > NAMED)
 
     def check(self):
         """UserError if too many steps in a row were skipped."""
-        if self.in_a_row >= IN_A_ROW:
+        if self.in_a_row >= MAX_IN_A_ROW:
             raise UserError(
-                f"the last {self.in_a_row:.0f} steps changed nothing, so this run has come apart: "
-                "look at the rows named above, lower the learning rates (--lr, --muon_lr), or try "
-                "--precision=fp32; the same command goes on from the newest checkpoint, and "
-                "without that one's folder from the one before")
+                f"training diverged: the last {self.in_a_row:.0f} steps were skipped. Look at the "
+                "rows named above, lower the learning rates (--lr, --muon_lr), or try "
+                "--precision=fp32; the same command resumes from the newest checkpoint, and from "
+                "the one before if you delete that one's folder")
 
     def state_dict(self):
         return {"n": self.n, "recent": self.recent, "in_a_row": self.in_a_row}

@@ -1,6 +1,6 @@
-"""Saving while training goes on: the state is copied aside, and a thread writes the copy.
+"""Asynchronous saving: the state is copied to the host, and a thread writes the copy.
 
-At 522 M parameters a checkpoint of 6 GB takes 8 seconds to sum and to write, and 0.4 to copy into
+At 522 M parameters a checkpoint of 6 GB takes 8 seconds to hash and write, and 0.4 to copy into
 memory that stays allocated for the next one (docs/reliability.md).
 """
 
@@ -12,53 +12,53 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-NICE = 10  # the writing thread gives way to training (0 to 19)
+NICE = 10  # of the writing thread, so that training has priority (0 to 19)
 
 
 class Saver:
-    """One thread that writes, one write at a time."""
+    """One thread, one write at a time."""
 
     def __init__(self):
-        self.thread, self.job = ThreadPoolExecutor(1, initializer=give_way), None
-        self.memory = {}  # place in the state -> the tensor on the host that it is copied into
+        self.thread, self.job = ThreadPoolExecutor(1, initializer=lower_priority), None
+        self.buffers = {}  # path in the state -> the host tensor that it is copied into
 
     def start(self, write, *args, **kwargs):
-        """Have write(...) called; nothing may be being written."""
+        """Call write(...) in the thread; the write before must have ended."""
         self.job = self.thread.submit(write, *args, **kwargs)
 
     def ended(self, wait=False):
-        """The exception that the last write ended with; None if it went well or still goes on."""
+        """The exception of the last write; None if it succeeded or, without `wait`, still runs."""
         if self.job is None or not (wait or self.job.done()):
             return None
         job, self.job = self.job, None
         return job.exception()
 
     def copy(self, state):
-        """`state`, of dicts, lists and tensors, with copies of the tensors on the host.
+        """`state` (dicts, lists, tensors) with its tensors copied to the host, until the next call.
 
-        The copies hold until the next call; nothing may be being written.
+        The write before must have ended, as it uses the same buffers.
         """
         copied = self._copy(state, ())
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return copied
 
-    def _copy(self, value, place):
+    def _copy(self, value, path):
         if isinstance(value, dict):
-            return {key: self._copy(part, (*place, key)) for key, part in value.items()}
+            return {key: self._copy(part, (*path, key)) for key, part in value.items()}
         if isinstance(value, list):
-            return [self._copy(part, (*place, i)) for i, part in enumerate(value)]
+            return [self._copy(part, (*path, i)) for i, part in enumerate(value)]
         if not isinstance(value, torch.Tensor):
             return value
-        kept = self.memory.get(place)
-        if kept is None or kept.shape != value.shape or kept.dtype != value.dtype:
-            kept = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-            self.memory[place] = kept
-        return kept.copy_(value.detach(), non_blocking=value.is_cuda)
+        buffer = self.buffers.get(path)
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self.buffers[path] = buffer
+        return buffer.copy_(value.detach(), non_blocking=value.is_cuda)
 
 
-def give_way():
-    """Lower the priority of this thread, where a thread has one of its own (Linux)."""
+def lower_priority():
+    """For this thread alone, where a thread has its own priority (Linux)."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)

@@ -1,8 +1,8 @@
-"""Sharding (PyTorch's FSDP2): every process keeps a share of the rows of every weight, and of its
-gradient and optimizer state, for models that do not fit one GPU.
+"""Sharding by FSDP2 (--shard): every process keeps a part of the rows of each weight, gradient and
+optimizer state, for models that do not fit one GPU.
 
-A block's weights are gathered just before it runs and let go after it; gradients are summed to the
-process that keeps their rows. Shares are of whole rows, as even as can be, in order of processes.
+A block's weights are gathered before it runs and freed after it; gradients are reduced to the
+process that keeps their rows. Parts are of complete rows, as even as possible, in order of ranks.
 """
 
 import os
@@ -19,29 +19,26 @@ from common.config import UserError
 def shard(model, kind, machine):
     """Shard `model` in place; returns {old parameter: new parameter} for its optimizer.
 
-    kind: "full", over all processes, or "hybrid", inside each node, which saves traffic between
+    kind: "full", over all processes, or "hybrid", within each node, which saves traffic between
     nodes. Every process must hold the same weights.
     """
     if machine.dtype == torch.float16:
-        raise UserError(f"--shard={kind} does not go with fp16; use --precision=bf16 or fp32")
+        raise UserError(f"--shard={kind} does not work with fp16; use --precision=bf16 or fp32")
     if any(p.ndim == 0 for p in model.parameters()):
         raise UserError(f"--shard={kind} is not for this stage: one of its weights is a single "
                         "number, which cannot be divided; leave --shard=none")
-    # A process whose rows have no picture does not run CLIP, and would leave the others waiting for
-    # its share of it. CLIP is small and frozen, so it stays whole.
-    tower = getattr(model, "vision_tower", None)
-    own = set(tower.modules()) if tower is not None else set()
-    # fp32 sums of bf16 gradients, as without sharding
+    # A process whose rows have no image does not run CLIP, and would keep the others waiting for
+    # its part of it. CLIP is small and frozen, so it is not sharded.
+    tower = getattr(model, "vision_tower", nn.Module())
+    excluded = set(tower.modules())
+    dtype = None if machine.dtype == torch.float32 else machine.dtype
     settings = dict(
-        mesh=mesh_of(kind, machine),
-        mp_policy=MixedPrecisionPolicy(
-            param_dtype=None if machine.dtype == torch.float32 else machine.dtype,
-            reduce_dtype=torch.float32),
-        ignored_params=set(tower.parameters()) if tower is not None else None,
-    )
+        mesh=mesh_of(kind, machine), ignored_params=set(tower.parameters()),
+        # bf16 gradients are summed in fp32, as without sharding
+        mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     before = dict(model.named_parameters())
     for module in list(model.modules()):
-        if getattr(module, "repeated", False) and module not in own:
+        if getattr(module, "repeated", False) and module not in excluded:
             fully_shard(module, **settings)
     fully_shard(model, **settings)
     after = dict(model.named_parameters())
@@ -52,7 +49,7 @@ def shard(model, kind, machine):
 
 
 def mesh_of(kind, machine):
-    """The processes in a row, or in rows of one node each."""
+    """The device mesh: all processes ("full"), or nodes by the processes of one ("hybrid")."""
     ranks = machine.ranks
     if kind == "full":
         return init_device_mesh(machine.device.type, (ranks,))
@@ -65,7 +62,7 @@ def mesh_of(kind, machine):
 
 
 def unshard(model):
-    """Make a sharded `model` an ordinary one again, in fp32 and whole in every process."""
+    """Turn a sharded `model` back into an ordinary one, in fp32 and complete in every process."""
     for module in list(model.modules()):
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -92,19 +89,19 @@ def local(tensor):
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def whole(tensor):
-    """All rows of a sharded tensor, gathered: every process must ask. Others as they are."""
+def gathered(tensor):
+    """All rows of a sharded tensor, a collective operation; any other tensor as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def like(rows, p):
-    """The tensor sharded as `p` of which this process has these `rows`; `rows` if p is whole."""
+def sharded_as(p, rows):
+    """The tensor, sharded as `p`, of which this process has `rows`; `rows` if p is not sharded."""
     if not is_sharded(p):
         return rows
     return DTensor.from_local(rows, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
 
 
-def share_of(p):
+def row_range(p):
     """(first, last + 1) of the rows of `p` that this process keeps."""
     if not is_sharded(p):
         return 0, len(p)
@@ -115,19 +112,21 @@ def share_of(p):
 
 
 def number_of_shard(model):
-    """The number of the share that this process writes into a checkpoint; None if another one on
-    another node keeps the same and writes it."""
+    """The number of the part that this process writes into a checkpoint; None if a process of
+    another node keeps the same part and writes it."""
     mesh = next(p for p in model.parameters() if is_sharded(p)).device_mesh
     *outside, inside = mesh.get_coordinate()
     return None if any(outside) else inside
 
 
-def whole_weights(model, keep):
-    """The state dict of `model`, whole, where `keep`; every process must ask. What was sharded is
-    on the CPU: all of it together may not fit the GPU."""
+def gathered_weights(model, keep):
+    """The complete state dict of `model` where `keep`, else {}: a collective operation.
+
+    Sharded weights are returned on the CPU: all of them together may not fit the GPU.
+    """
     found = {}
     for name, tensor in model.state_dict().items():
-        tensor = whole(tensor).cpu() if is_sharded(tensor) else tensor
+        tensor = gathered(tensor).cpu() if is_sharded(tensor) else tensor
         if keep:
             found[name] = tensor
     return found

@@ -1,9 +1,8 @@
-"""The loader that feeds every stage.
+"""The loader: which rows each step reads, and the micro-batches of this process, made ahead.
 
-Which rows a step reads is a pure function of (seed, step), the same for any number of processes, so
-going on at any step needs no state. A data set has a length and `batch(rows)`; the one Loader asks
-for this process's share of each step and has the next batch ready before it is wanted: made by a
-thread, or by worker processes where pictures have to be decoded for a GPU.
+The rows of a step are a pure function of (seed, step), the same for any number of processes, so
+resuming at any step needs no state. A data set (data.Text, packing.Packed, packing.Captions) has a
+name, a length, `batch(rows)` and `n_targets(rows)`.
 """
 
 import os
@@ -20,98 +19,80 @@ from common.config import UserError
 
 
 class Loader:
-    """Batches of a step, for this process. rows: how many the whole job reads a step.
+    """Micro-batches (data.Batch) of every step for one process of a Machine.
 
-    workers: processes that make batches; with 0 a thread does.
+    rows: of a step, in all processes together. micro_rows: the most rows of a micro-batch.
+    workers: processes that prepare batches (images have to be decoded); 0 for one thread.
+    waiting(step, reason): called while the data of a step is missing, reason "" if for good.
     """
 
-    def __init__(self, dataset, rows, micro_rows, run, seed, workers=0):
+    def __init__(self, dataset, rows, micro_rows, machine, seed, workers=0, waiting=None):
         if len(dataset) == 0:
             raise UserError(f"the data set {dataset.name} is empty")
-        self.dataset, self.rows, self.run, self.seed = dataset, rows, run, seed
-        self.accumulate, self.micro_rows = run.split(rows, micro_rows)
-        run.loader = self
-        self.workers, self.worker = workers, ThreadPoolExecutor(1)
-        self.ahead = {}  # (step, micro) -> the future of its batch
-        self.stream, self.stream_at = None, None  # of the workers: batches, the next one's number
+        self.dataset, self.rows, self.machine, self.seed = dataset, rows, machine, seed
+        self.accumulate, self.micro_rows = split(rows, micro_rows, machine.ranks)
+        self.workers, self.waiting = workers, waiting or (lambda step, reason: None)
+        self.thread, self.ahead = ThreadPoolExecutor(1), {}  # micro-batch -> its future
+        self.stream, self.position = None, None  # the workers' micro-batches, number of the next
 
     def step(self, step):
         """Yield this process's micro-batches of `step`."""
+        n_targets = self.dataset.n_targets(self.rows_of(step))
+        fetch = self._from_workers if self.workers else self._from_thread
         for micro in range(self.accumulate):
-            if self.workers:
-                batch = self._from_workers(step * self.accumulate + micro)
-            else:
-                self._submit(step, micro)
-                last = micro + 1 == self.accumulate
-                self._submit(*((step + 1, 0) if last else (step, micro + 1)))
-                batch = self._wait(step, micro)
-            if getattr(batch, "lost", None):
-                self.run.lost(batch.lost)
+            batch = fetch(step * self.accumulate + micro)
+            batch.n_targets, batch.is_last = n_targets, micro == self.accumulate - 1
             yield batch
 
     def close(self):
-        """End the workers: no more batches are wanted."""
-        self.stream, self.stream_at = None, None
+        """End the worker processes."""
+        self.stream, self.position = None, None
+
+    def _from_thread(self, number):
+        """Micro-batch `number`, counted from the start of the run; the next one is begun."""
+        while True:
+            for n in (number, number + 1):
+                if n not in self.ahead:
+                    self.ahead[n] = self.thread.submit(self._make, n)
+            try:
+                return self.ahead.pop(number).result()
+            except hub.NotYet as missing:
+                self.waiting(number // self.accumulate, f"waiting for {missing}")
+                time.sleep(0.2)
+
+    def _make(self, number):
+        return self.dataset.batch(self._rows(number)).to(self.machine.device)
 
     def _from_workers(self, number):
-        """The micro-batch of that number, counted from the beginning of the run.
+        """As _from_thread, from PyTorch's worker processes.
 
-        Workers leave the group of processes that a Ctrl-C or a batch system's wish to stop goes to:
-        the process that they serve still needs batches until it has saved.
+        They leave the process group that Ctrl-C and batch systems send signals to: the training
+        process still needs batches until it has saved.
         """
-        if number != self.stream_at:
-            rows = (self._rows(*divmod(n, self.accumulate)) for n in count(number))
+        if number != self.position:
             self.stream = iter(DataLoader(
-                RowLists(self.dataset), batch_size=None, sampler=rows, num_workers=self.workers,
-                pin_memory=self.run.device.type == "cuda", generator=torch.Generator(),
-                worker_init_fn=leave_group))
-        self.stream_at = number + 1
+                ByRows(self.dataset), batch_size=None, sampler=map(self._rows, count(number)),
+                num_workers=self.workers, pin_memory=self.machine.device.type == "cuda",
+                generator=torch.Generator(), worker_init_fn=leave_group))
+        self.position = number + 1
         try:
-            batch = next(self.stream)
-        except RuntimeError as error:  # of PyTorch, when a worker was killed
-            if self.run.wants_to_stop():  # by what stops this process as well
-                self.run.stop_early(number // self.accumulate - 1, together=False)
-            raise UserError(f"a process that decodes pictures ended: {error} --workers=0 decodes "
-                            "without; in a container more shared memory (--shm-size=2g) may be "
-                            "what is missing") from None
-        batch.n_targets = self.dataset.n_targets(self.rows_of(number // self.accumulate))
-        return batch.to(self.run.device)
+            return next(self.stream).to(self.machine.device)
+        except RuntimeError as error:  # PyTorch's, when a worker was killed
+            self.waiting(number // self.accumulate, "")
+            raise UserError(f"a process that decodes images ended: {error} Try --workers=0, or in "
+                            "a container more shared memory (--shm-size=2g)") from None
 
-    def _submit(self, step, micro):
-        if (step, micro) not in self.ahead:
-            self.ahead[step, micro] = self.worker.submit(self._make, step, micro)
-
-    def _wait(self, step, micro):
-        """The batch, once its data have arrived; a run asked to stop meanwhile saves and ends."""
-        said = False
-        while True:
-            try:
-                return self.ahead.pop((step, micro)).result()
-            except hub.NotYet as missing:
-                if not said:
-                    self.run.log.say(f"waiting for {missing}")
-                said = True
-            self.run.watch.waits()
-            if self.run.wants_to_stop():
-                self.run.stop_early(step - 1, together=False)
-            time.sleep(0.2)
-            self._submit(step, micro)
-
-    def _make(self, step, micro):
-        batch = self.dataset.batch(self._rows(step, micro))
-        batch.n_targets = self.dataset.n_targets(self.rows_of(step))
-        return batch.to(self.run.device)
-
-    def _rows(self, step, micro):
-        """The rows (list of int) of this process's micro-batch."""
-        share = self.rows_of(step).reshape(self.accumulate, self.run.ranks, self.micro_rows)
-        return share[micro, self.run.machine.rank].tolist()
+    def _rows(self, number):
+        """The rows (list of int) of this process's micro-batch `number`."""
+        step, micro = divmod(number, self.accumulate)
+        share = self.rows_of(step).reshape(self.accumulate, self.machine.ranks, self.micro_rows)
+        return share[micro, self.machine.rank].tolist()
 
     def rows_of(self, step):
-        """The rows (numpy) that the whole job reads in `step`; every epoch has its own order.
+        """The rows (numpy) that all processes read in `step`; every epoch has its own order.
 
-        A data set with `groups`, row numbers that begin with 0 and end with its length, is shuffled
-        within each group, and the groups come one after the other.
+        A data set with `groups`, row numbers from 0 to its length, is shuffled within each group,
+        and the groups come one after the other.
         """
         n = len(self.dataset)
         groups = getattr(self.dataset, "groups", (0, n))
@@ -126,8 +107,8 @@ class Loader:
         return found
 
 
-class RowLists:
-    """What PyTorch's DataLoader asks of a data set: a batch for each list of rows."""
+class ByRows:
+    """What PyTorch's DataLoader expects of a data set: a batch for each list of rows."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -140,11 +121,24 @@ def leave_group(_worker):
     os.setsid()
 
 
-def shuffled(places, n, seed):
-    """What stands at `places` (integers) of a shuffled range(n): a permutation in no memory.
+def split(rows, micro_rows, ranks):
+    """(micro-batches, rows of each) of one of `ranks` processes that share `rows` evenly."""
+    if rows < 1:
+        raise UserError("--batch_tokens is smaller than --context: a step needs one row at least")
+    if rows % ranks:
+        raise UserError(f"a batch of {rows} rows does not divide by {ranks} processes")
+    mine = rows // ranks
+    accumulate = -(-mine // micro_rows)
+    while mine % accumulate:
+        accumulate += 1
+    return accumulate, mine // accumulate
 
-    A Feistel network, as ciphers are made of, permutes all numbers of 2 * half bits, n at least;
-    a result beyond n goes through once more until it is none (Black and Rogaway, 2002).
+
+def shuffled(places, n, seed):
+    """The numbers at `places` (integers) of a shuffled range(n), without storing it.
+
+    A Feistel network, as in ciphers, permutes all numbers of 2 * half bits, at least n; a result
+    beyond n is permuted again until it is below (Black and Rogaway, 2002).
     """
     half = np.uint64(max(1, -(-(int(n) - 1).bit_length() // 2)))
     low = (np.uint64(1) << half) - np.uint64(1)
@@ -162,10 +156,10 @@ def shuffled(places, n, seed):
     return found.astype(np.int64)
 
 
-def validation_loss(machine, dataset, micro_rows, loss_of, max_rows=512):
+def validation_loss(machine, dataset, micro_rows, model, max_rows=512):
     """Mean loss in nats over the first rows of `dataset`, the same ones every time.
 
-    loss_of(batch) gives the loss summed over the batch's supervised positions.
+    model(batch) gives the loss summed over the supervised positions.
     """
     n = min(len(dataset), max_rows)
     if n == 0:
@@ -176,11 +170,11 @@ def validation_loss(machine, dataset, micro_rows, loss_of, max_rows=512):
         rows = list(range(mine, min(mine + micro_rows, n)))
         batch = dataset.batch(rows or [0]).to(machine.device)  # sharded weights need every process
         with torch.no_grad(), machine.autocast():
-            loss = loss_of(batch)
+            loss = model(batch)
         if rows:
             total += torch.tensor([loss.item(), batch.targets.numel()])
     total = machine.sum(total.to(machine.device) if machine.device.type == "cuda" else total)
     if total[1] == 0:
-        raise UserError(f"{dataset.name}: nothing of it can be validated on: "
+        raise UserError(f"{dataset.name} has nothing to validate on: "
                         f"{(*batch.lost, 'it has no answers')[0]}")
     return (total[0] / total[1]).item()

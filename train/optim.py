@@ -1,9 +1,9 @@
 """Muon for matrices, AdamW for the rest, the learning-rate schedule, and which weight goes where.
 
 Muon (Keller Jordan, 2024) replaces a matrix's momentum by the nearest orthogonal matrix, found by a
-few Newton-Schulz steps, in the type that the device multiplies natively. `torch.optim.Muon` walks
-over matrices one by one; a small model has dozens of equal shape, so this one stacks them and
-multiplies once.
+few Newton-Schulz steps in the type that the device multiplies natively. `torch.optim.Muon` handles
+matrices one by one; a small model has dozens of equal shape, so this one stacks them and multiplies
+once.
 """
 
 import math
@@ -13,16 +13,15 @@ import torch.distributed as dist
 
 from common.config import UserError
 from common.device import pick_dtype
-from train.fsdp import is_sharded, like, local, share_of, whole
+from train.fsdp import gathered, is_sharded, local, row_range, sharded_as
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised. Parameters are matrices; an update moves every direction alike.
+    """Orthogonalised momentum for parameters that are matrices.
 
-    A weight whose attribute `stacked` is n holds n matrices one above the other (q, k and v, say)
-    and is orthogonalised one by one; a sharded weight is gathered for it. As in PyTorch's own
-    optimizers, `found_inf` (a tensor, 1 or 0) turns a step into none without the host having to
-    wait for it.
+    A weight with the attribute `stacked` holds so many matrices one above the other (q, k and v),
+    which are orthogonalised separately; a sharded weight is gathered. As in PyTorch's optimizers,
+    `found_inf` (a tensor, 1 or 0) cancels a step without the host having to wait for it.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
@@ -33,34 +32,34 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            alike = {}  # (shape, stacked) -> the parameters of that shape
+            by_shape = {}  # (shape, stacked) -> parameters
             for p in group["params"]:
                 if p.grad is not None:
-                    alike.setdefault((p.shape, getattr(p, "stacked", 1)), []).append(p)
-            for (shape, stacked), params in alike.items():
-                # Sharded, few at a time: whole ones of all of them may not fit.
-                some = dist.get_world_size() if is_sharded(params[0]) else len(params)
-                for start in range(0, len(params), some):
-                    self._step_alike(params[start : start + some], shape, stacked, group)
+                    by_shape.setdefault((p.shape, getattr(p, "stacked", 1)), []).append(p)
+            for (shape, stacked), params in by_shape.items():
+                # If sharded, few at a time: all of them gathered may not fit.
+                n = dist.get_world_size() if is_sharded(params[0]) else len(params)
+                for start in range(0, len(params), n):
+                    self._step_together(params[start : start + n], shape, stacked, group)
 
-    def _step_alike(self, params, shape, stacked, group):
+    def _step_together(self, params, shape, stacked, group):
         momenta = [local(self._momentum(p)) for p in params]
         grads = [local(p.grad) for p in params]
         lr = torch.full((), group["lr"], device=grads[0].device)
         if self.found_inf is not None:
-            bad = self.found_inf.bool()
-            grads = [torch.where(bad, m, g) for m, g in zip(momenta, grads, strict=True)]
-            lr = torch.where(bad, 0.0, lr)
+            skip = self.found_inf.bool()
+            grads = [torch.where(skip, m, g) for m, g in zip(momenta, grads, strict=True)]
+            lr = torch.where(skip, 0.0, lr)
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
         if is_sharded(params[0]):
             small = self.dtype if self.dtype == torch.bfloat16 else torch.float32  # fp16 overflows
-            pairs = zip(nesterov, params, strict=True)
-            nesterov = [whole(like(update.to(small), p)) for update, p in pairs]
+            pairs = zip(params, nesterov, strict=True)
+            nesterov = [gathered(sharded_as(p, update.to(small))) for p, update in pairs]
         updates = torch.stack(nesterov).view(-1, shape[0] // stacked, math.prod(shape[1:]))
-        updates = orthogonalise_together(updates, self.dtype)
+        updates = orthogonalise_distributed(updates, self.dtype)
         rows, columns = updates.shape[-2:]
-        updates = updates.view(len(params), *shape)[:, slice(*share_of(params[0]))]
+        updates = updates.view(len(params), *shape)[:, slice(*row_range(params[0]))]
         updates = updates * (-lr * max(1, rows / columns) ** 0.5)
         weights = [local(p) for p in params]
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
@@ -74,10 +73,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices, dtype, steps=5):
-    """(N, rows, columns) -> roughly the nearest orthogonal matrices, multiplied in `dtype`:
-    singular values near 1.
+    """(N, rows, columns) -> roughly the nearest orthogonal matrices: singular values near 1.
 
-    The quintic's coefficients are Keller Jordan's, chosen for the steepest start.
+    Products are in `dtype`. The quintic's coefficients are Keller Jordan's, chosen for the steepest
+    slope at zero.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
@@ -90,8 +89,8 @@ def orthogonalise(matrices, dtype, steps=5):
     return x.mT if tall else x
 
 
-def orthogonalise_together(matrices, dtype):
-    """orthogonalise, each process its share of the matrices, all of them the results of all."""
+def orthogonalise_distributed(matrices, dtype):
+    """orthogonalise; each process computes its share of the matrices, and all gather the result."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks == 1:
         return orthogonalise(matrices, dtype)
@@ -106,7 +105,7 @@ def orthogonalise_together(matrices, dtype):
 
 
 class Optimizers:
-    """Muon and AdamW side by side, used like one optimizer."""
+    """Muon and AdamW, used like one optimizer."""
 
     def __init__(self, members):
         self.members = members
@@ -114,7 +113,7 @@ class Optimizers:
 
     @property
     def dtype(self):
-        """What Muon's products are computed in; fp32 without Muon."""
+        """The type of Muon's products; fp32 without Muon."""
         return next((m.dtype for m in self.members if isinstance(m, Muon)), torch.float32)
 
     @dtype.setter
@@ -129,7 +128,7 @@ class Optimizers:
                 group["lr"] = peak * factor
 
     def step(self, skip):
-        """Take a step, or none if `skip`, a tensor of one bool: the host need not know which."""
+        """Take a step unless `skip`, a bool tensor: the host need not know its value."""
         for member in self.members:
             member.found_inf = skip.float()
             member.step()
@@ -145,7 +144,7 @@ class Optimizers:
                 group["params"] = [new[p] for p in group["params"]]
 
     def state_dict(self):
-        """Its state; of sharded parameters only the rows that this process keeps."""
+        """The states of all members; of sharded parameters only this process's rows."""
         found = []
         for member in self.members:
             state = member.state_dict()
@@ -155,58 +154,58 @@ class Optimizers:
         return {"members": found}
 
     def load_state_dict(self, states):
-        """Take over `states`: what state_dict gave, or all shards of it in their order. However
-        many shards there were, this process takes the rows that it keeps now.
+        """Load a list of `state_dict`s: one, or those of all shards in their order. This process
+        takes the rows that it keeps now, however many shards there were.
 
-        The settings of the groups (weight decay, say) are not taken over: they are this run's.
+        Settings such as weight decay are not loaded: this run's hold.
         """
         groups = [member["param_groups"] for member in self.state_dict()["members"]]
         saved = [member["param_groups"] for member in states[0]["members"]]
         if [[g["params"] for g in m] for m in groups] != [[g["params"] for g in m] for m in saved]:
-            raise UserError("the optimizer of the run to go on with trained other weights: give "
+            raise UserError("the optimizer of the checkpoint trained other weights: set "
                             "--optimizer as it was, or start over in another --out")
         for i, member in enumerate(self.members):
             shards = [state["members"][i]["state"] for state in states]
             params = [p for group in member.param_groups for p in group["params"]]
-            state = {n: {name: rows_kept([shard[n][name] for shard in shards], params[n])
+            state = {n: {name: own_rows([shard[n][name] for shard in shards], params[n])
                          for name in entry} for n, entry in shards[0].items()}
             member.load_state_dict({"state": state, "param_groups": groups[i]})
 
 
-def rows_kept(pieces, p):
-    """The part for this process of a tensor in `pieces`, one below the other; sharded as `p`."""
-    if pieces[0].ndim == 0:  # a count of steps: the same in all
-        return pieces[0].clone()
-    first, end = share_of(p)
-    found, start = [pieces[0][:0]], 0
-    for piece in pieces:
-        found.append(piece[max(0, first - start) : max(0, end - start)])
-        start += len(piece)
-    return like(torch.cat(found).to(p.device), p)
+def own_rows(parts, p):
+    """This process's rows of a tensor in `parts`, one above the other; sharded as `p`."""
+    if parts[0].ndim == 0:  # a number of steps: the same in all
+        return parts[0].clone()
+    first, end = row_range(p)
+    found, start = [], 0
+    for part in parts:  # memory-mapped: only the rows taken are read
+        found.append(part[max(0, first - start) : max(0, end - start)])
+        start += len(part)
+    return sharded_as(p, torch.cat(found).to(p.device))
 
 
 def make_optimizer(model, cfg, factors=None):
     """Optimizers for the parameters of `model` that require a gradient.
 
     Weight decay is for matrices that multiply; embeddings, norms and biases go without, unless
-    cfg.decay is "all". factors: {how names begin: what their learning rates are multiplied by}.
+    cfg.decay is "all". factors: {prefix of names: factor of their learning rates}.
     """
+    factors = {"": 1, **(factors or {})}
     decay_rest = cfg.weight_decay if cfg.decay == "all" else 0.0
-    kinds = {"inner": (cfg.muon_lr, cfg.weight_decay),
-             "embedding": (cfg.embedding_lr or cfg.lr, decay_rest), "plain": (cfg.lr, decay_rest),
+    kinds = {"muon": (cfg.muon_lr, cfg.weight_decay),
+             "embedding": (cfg.embedding_lr or cfg.lr, decay_rest), "vector": (cfg.lr, decay_rest),
              "matrix": (cfg.lr, cfg.weight_decay)}
-    groups = {}  # (kind, how the name begins) -> parameters
+    groups = {(kind, prefix): [] for kind in kinds for prefix in factors}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            start = next((start for start in factors or {} if name.startswith(start)), "")
-            groups.setdefault((kind_of(name, p, cfg.optimizer), start), []).append(p)
+            prefix = max((prefix for prefix in factors if name.startswith(prefix)), key=len)
+            groups[kind_of(name, p, cfg.optimizer), prefix].append(p)
     muon, adamw = [], []
-    for kind, (lr, decay) in kinds.items():
-        for start in ("", *(factors or {})):
-            if (kind, start) in groups:
-                factor = (factors or {}).get(start, 1)
-                group = dict(params=groups[kind, start], lr=lr * factor, weight_decay=decay)
-                (muon if kind == "inner" else adamw).append(group)
+    for (kind, prefix), params in groups.items():
+        if params:
+            lr, decay = kinds[kind]
+            group = dict(params=params, lr=lr * factors[prefix], weight_decay=decay)
+            (muon if kind == "muon" else adamw).append(group)
     members = [Muon(muon, cfg.muon_lr, cfg.momentum)] if muon else []
     if adamw:
         betas = (cfg.beta1, cfg.beta2)
@@ -215,26 +214,17 @@ def make_optimizer(model, cfg, factors=None):
 
 
 def kind_of(name, p, optimizer):
-    """Whose a parameter is: Muon's ("inner"), or AdamW's as a matrix, an embedding or the rest."""
+    """What a parameter is: Muon's, or AdamW's as an embedding, a matrix, or a vector or scalar."""
     if p.ndim < 2:
-        return "plain"
-    if is_embedding(name):
+        return "vector"
+    if "embedding" in name and "patch_embedding" not in name:  # looked up, not multiplied
         return "embedding"
-    return "inner" if optimizer == "muon" and not is_head(name) else "matrix"
-
-
-def is_embedding(name):
-    """Tables that are looked up, not multiplied: token and position embeddings, the class token."""
-    return "embedding" in name and "patch_embedding" not in name
-
-
-def is_head(name):
-    """The decoder's output matrix: its rows are words, so it is AdamW's."""
-    return name.endswith("head.weight")
+    # The decoder's output matrix has a row for each token, so it is AdamW's.
+    return "muon" if optimizer == "muon" and not name.endswith("head.weight") else "matrix"
 
 
 def lr_factor(cfg, step):
-    """The learning rate at `step`, as a share of its peak: up, along, and down."""
+    """The learning rate at `step`, as a fraction of its peak: warmup, constant, decay."""
     warmup, cooldown = cfg.warmup * cfg.max_steps, cfg.cooldown * cfg.max_steps
     if step < warmup:
         return (step + 1) / (warmup + 1)

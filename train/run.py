@@ -1,14 +1,15 @@
-"""One training run: the processes, the folder, the steps, and going on where a run stopped.
+"""One training run: processes, run folder, steps, checkpoints, and resuming from them.
 
     run = Run(cfg, "pretrain")
-    model, optimizer = ...
+    loader = run.loader(data, rows, micro_rows)
     net = run.start(model, optimizer, ...)         # resumes, compiles, joins the processes
     for step in run.steps():                       # ends early on SIGTERM, Ctrl-C or --time_limit
-        for micro, batch in enumerate(loader.step(step)):
-            with run.forward(micro):
-                loss = net(...) / batch.n_targets
+        for batch in loader.step(step):
+            with run.forward(batch):
+                loss = net(batch) / batch.n_targets
             run.backward(loss)
-        run.update(step)
+        run.optimizer_step(step)
+        run.progress(step)
         ...
     run.finish()
 """
@@ -26,6 +27,7 @@ import torch
 from common import checkpoint
 from common.config import UserError
 from common.device import (
+    PRECISIONS,
     averaging,
     compile_blocks,
     cores,
@@ -38,22 +40,22 @@ from common.device import (
 from train.anomaly import Guard
 from train.async_save import Saver
 from train.flops import flop_counter
-from train.fsdp import number_of_shard, shard, unshard, whole, whole_weights
+from train.fsdp import gathered, gathered_weights, number_of_shard, shard, unshard
+from train.loader import Loader
 from train.log import Log, report_run, with_origin
 from train.optim import lr_factor
-from train.resuming import make_folder, resume
-from train.signals import STOPPED_EARLY, Stopping, end_torchrun
+from train.signals import STOPPED_EARLY, StopSignal, end_torchrun
 from train.watchdog import Watch
 
-WARM_STEPS = 5  # after these nothing new lives long
+WARM_STEPS = 5  # after so many steps, what is in memory stays there
 LOWEST = dict(max_steps=1, context=1, batch_tokens=1, batch_pairs=1, micro_rows=1, val_rows=1,
               val_chats=1, micro_pairs=0, seed=0, workers=-1,
               projector_lr=0, text_share=0, replay_share=0, keep_every=0)
-EVALUATION = 60.0  # minutes that evaluating or saving may take before a process counts as stalled
+LONG_TIMEOUT = 60.0  # minutes that compiling, evaluating or saving may take
 
 
 class Run:
-    """Plumbing of one stage; the stage file shows what is trained on what."""
+    """What all stages share; the stage file shows what is trained on what."""
 
     def __init__(self, cfg, stage):
         self.cfg, self.stage = cfg, stage
@@ -66,31 +68,18 @@ class Run:
         self.folder = Path(cfg.out)
         self.settings = dataclasses.asdict(cfg)
         self.log = Log(self.folder, self.machine.is_main, cfg.tracker, self.settings)
-        self.metrics, self.notes, self.n_lost, self.origins, self.saved = {}, [], 0, [], None
-        self.began = time.time()  # of the whole run; moved back on resuming, for the cost
-        self.wants_to_stop, self.saver = Stopping(cfg.time_limit), Saver()
-        self.watch = Watch(self.folder, self.machine, cfg.step_timeout, EVALUATION)
-        self.loader = None  # the last one made: names the rows of a step
+        self.metrics, self.notes, self.origins = {}, [], []
+        self.n_lost, self.saved, self.reason = 0, None, ""
+        self.began = time.time()  # of the complete run: earlier on resuming, for the cost
+        self.stop_signal, self.saver = StopSignal(cfg.time_limit), Saver()
+        self.watch = Watch(self.folder, self.machine, cfg.step_timeout, LONG_TIMEOUT)
+        self.train_loader = None
         torch.manual_seed(cfg.seed)
 
-    def split(self, rows, micro_rows):
-        """How `rows` a step divide: (micro-batches, rows each) per process, the same job for any
-        number of processes."""
-        if rows < 1:
-            raise UserError("a step has not one whole row: raise --batch_tokens or lower --context")
-        if rows % self.ranks:
-            raise UserError(f"a batch of {rows} rows does not divide by {self.ranks} processes")
-        mine = rows // self.ranks
-        self.accumulate = -(-mine // micro_rows)
-        while mine % self.accumulate:
-            self.accumulate += 1
-        if mine // self.accumulate < min(mine, micro_rows) / 2:
-            self.log.say(f"{mine} rows a process only divide into micro-batches of "
-                         f"{mine // self.accumulate}; another batch size would be faster")
-        return self.accumulate, mine // self.accumulate
+    # ------------------------------------------------------------------- before the first step
 
     def rows(self, max_positions):
-        """How many rows of `context` tokens make up a step of the whole job."""
+        """Rows of `context` tokens in a step, in all processes together."""
         if self.cfg.context > max_positions:
             raise UserError(f"--context={self.cfg.context} is more than the model's max_positions, "
                             f"{max_positions}")
@@ -99,69 +88,84 @@ class Run:
                             f"--context={self.cfg.context}")
         return self.cfg.batch_tokens // self.cfg.context
 
-    def workers(self):
-        """How many processes make batches: --workers, or for a GPU the cores left over to it."""
-        if self.cfg.workers >= 0:
-            return self.cfg.workers
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return max(1, min(8, cores() // here - 1)) if self.device.type == "cuda" else 0
+    def loader(self, dataset, rows, micro_rows):
+        """The Loader of the training data, with --workers processes where the stage has any."""
+        workers = getattr(self.cfg, "workers", 0)
+        if workers < 0:  # the cores that each GPU leaves over
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            on_gpu = self.device.type == "cuda"
+            workers = max(1, min(8, cores() // here - 1)) if on_gpu else 0
+        self.train_loader = Loader(dataset, rows, micro_rows, self.machine, self.cfg.seed, workers,
+                                   self._waiting)
+        return self.train_loader
+
+    def _waiting(self, step, reason):
+        """The loader has no batch for `step` yet, or none ever: stop here if asked to stop."""
+        if reason != self.reason:
+            self.log.say(reason)
+        self.reason = reason
+        self.watch.waits()
+        if self.stop_signal():
+            self.stop_early(step - 1, together=False)
 
     def note(self, *lines):
-        """Say lines that the report should have as well."""
+        """Print lines that go into the report as well."""
         for line in lines:
             self.log.say(line)
         self.notes += lines
 
-    def lost(self, reasons):
-        """Count chats whose pictures could not be read any more; the first are named."""
-        for reason in reasons:
-            self.n_lost += 1
-            if self.n_lost <= 5:
-                self.log.say(f"left out: {reason}")
-
     def start(self, model, optimizer, tokenizer, info, unit="tok", per_step=0, flops=0):
-        """Resume if there is something to resume; returns the network to call in the loop.
+        """Resume from the newest checkpoint, if any; returns the network to call in the loop.
 
-        info: kind, model configuration and lineage, for config.json. per_step: how many `unit` one
-        step handles in the whole job, flops: floating-point operations for each of them.
+        info: kind, model configuration and lineage, for config.json. per_step: `unit`s of one step
+        in all processes, flops: floating-point operations for each of them.
         """
         self.model, self.optimizer, self.tokenizer, self.info = model, optimizer, tokenizer, info
         self.unit, self.per_step, self.flops = unit, per_step, flops
-        make_folder(self)
-        state = resume(self)  # which may change the precision
-        self.fp16 = torch.amp.GradScaler(
-            self.device.type, enabled=self.machine.dtype == torch.float16
-        )
-        self.net = self._join_processes(model)
-        if state:
-            optimizer.load_state_dict(state["optimizer"])
-            self.fp16.load_state_dict(state["fp16"])
-            torch.set_rng_state(state["rng"])
+        self._make_folder()
+        state = self._load_newest()  # may change the precision
+        self.fp16 = torch.amp.GradScaler(self.device.type,
+                                         enabled=self.machine.dtype == torch.float16)
         self.guard = Guard(self.device, self.cfg.grad_clip)
-        if state and "guard" in state:
-            self.guard.load_state_dict(state["guard"])
-        self.first_step = state["step"] if state else 0
-        self.counter, self.step_flops = None, 0  # operations of a step of the whole job, counted
+        self.net = self._join_processes(model)
+        self.first_step = 0
+        if state:
+            self.load_state_dict(state)
+        self.counter, self.step_flops = None, 0  # FLOP of a step in all processes, counted
         if state and not self.cfg.compile:
-            self.step_flops = self.metrics.get("tflop", 0) * 1e12 / self.first_step
+            self.step_flops = self.metrics["tflop"] * 1e12 / self.first_step
         self.origins = with_origin(self.origins, self.machine, self.first_step,
                                    self.cfg.max_steps)
         self.peak = peak_flops(self.machine) * self.ranks
         self.loss = torch.zeros((), device=self.device)  # of this step, in this process
-        self.losses = torch.zeros(2, device=self.device)  # of the whole job since the last line:
-        # their sum, and how many steps were taken
-        count = sum(p.numel() for p in self.trained)
+        self.losses = torch.zeros(2, device=self.device)  # since the last printed line, in all
+        # processes: sum of the losses, number of steps
         if self.first_step >= self.cfg.max_steps:
             self.log.say(f"all {self.cfg.max_steps} steps are done already")
+        count = sum(p.numel() for p in self.trained)
         self.log.say(f"{self.stage}: {count / 1e6:.2f} M parameters to train on {self.ranks} x "
                      f"{self.machine.name} in {precision_name(self.machine.dtype)}, Muon's "
                      f"products in {precision_name(self.optimizer.dtype)}, into {self.folder}")
         if self.cfg.shard != "none" and not self.sharded:
-            self.log.say(f"--shard={self.cfg.shard}: one process has nobody to share with")
+            self.log.say(f"--shard={self.cfg.shard} is ignored: there is only one process")
         return self.net
 
+    def _make_folder(self):
+        """Make the run's folder; UserError if not all machines see it."""
+        if self.machine.is_main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                checkpoint.clear(self.folder, everything=not self.cfg.resume)
+            except OSError as error:
+                raise UserError(f"--out={self.folder} cannot be made a folder or written into: "
+                                f"{error.strerror}; choose another") from None
+        self.machine.barrier()
+        if self.machine.any(not self.folder.is_dir()):
+            raise UserError(f"not every machine sees --out={self.folder}: it must be a folder that "
+                            "all of them share")
+
     def _join_processes(self, model):
-        """The network to call: `model`, alone, sharded, or one of the copies that DDP averages."""
+        """The network to call: `model` itself, sharded, or wrapped in DDP."""
         if self.cfg.compile:
             compile_blocks(model)
         if self.sharded:
@@ -171,132 +175,136 @@ class Run:
             return model
         return averaging(model, self.device)
 
+    # -------------------------------------------------------------------------------- the loop
+
     def steps(self):
-        """The step numbers still to do. Saves and ends the program early if asked to stop."""
+        """The steps still to do. Saves and ends the program early if asked to stop."""
         self.window = (time.perf_counter(), self.first_step)
         self.watch.start()
         for step in range(self.first_step, self.cfg.max_steps):
             self.optimizer.set_lr(lr_factor(self.cfg, step))
             self.watch.patient = step == self.first_step  # it compiles
-            self.watch.passed(f"the beginning of step {step}")
+            self.watch.passed(f"the start of step {step}")
             if step == self.first_step and not (self.cfg.compile or self.step_flops):
                 self.counter = flop_counter().__enter__()
             yield step
             self.watch.passed(f"the end of step {step}")
-            if step + 1 < self.cfg.max_steps:  # no later save would try the last one again
-                self._tell(self.saver.ended())
-            if self.machine.any(self.wants_to_stop()) and step + 1 < self.cfg.max_steps:
-                self.stop_early(step)
+            if step == self.first_step + WARM_STEPS:
+                self._settle()
+            if step + 1 < self.cfg.max_steps:
+                self._report(self.saver.ended())
+                if self.machine.any(self.stop_signal()):
+                    self.stop_early(step)
         self.watch.passed("the last step", long=True)
-        if self.loader:
-            self.loader.close()
-        for module in self.model.modules():  # samples come next, and their shapes change all along
+        if self.train_loader:
+            self.train_loader.close()
+        for module in self.model.modules():  # samples follow; their shapes differ all the time
             module._compiled_call_impl = None
-        if self.sharded:  # nor are they FSDP's kind of call
+        if self.sharded:  # samples do not go through FSDP's hooks
             self.optimizer.members.clear()
             unshard(self.model)
 
-    def stop_early(self, step, together=True):
-        """Save what is done, up to step `step`, and end the program so that it can go on.
+    def _settle(self):
+        """Spare garbage collections what stays, and allocate the save buffers ahead of a save."""
+        gc.collect()
+        gc.freeze()
+        if self.machine.is_main and not self.sharded and not self.saver.job:
+            self.saver.start(self.saver.copy, self._contents(self.first_step))
 
-        together: whether every process is here; one that is not could not take part in saving.
+    def stop_early(self, step, together=True):
+        """Save the state after `step` and end the program with status STOPPED_EARLY.
+
+        together: whether all processes are here; saving needs them all.
         """
         self.watch.stop()
         if step >= self.first_step and (together or self.ranks == 1):
             self.save(step)
             self.end_saving()
-            self.log.say(f"stopped after step {step} and saved; the same command goes on")
+            self.log.say(f"stopped after step {step} and saved; the same command resumes")
         else:
-            self.log.say("stopped; the same command goes on from the newest checkpoint")
-        alone = self.wants_to_stop.asked is None  # a signal to torchrun reaches every process
+            self.log.say("stopped; the same command resumes from the newest checkpoint")
+        alone = not self.stop_signal.received  # a signal to torchrun reaches every process
         if self.machine.any(alone) if together else alone:
             end_torchrun()
         self.machine.leave()
         sys.exit(STOPPED_EARLY)
 
-    def forward(self, micro):
-        """Context of one forward pass: autocast, and gradients shared on the last micro-batch."""
+    def forward(self, batch):
+        """Context of a forward pass: autocast; gradients are summed on the last micro-batch."""
+        self.watch.passed("a forward pass")
+        for reason in batch.lost:
+            self.n_lost += 1
+            if self.n_lost <= 5:
+                self.log.say(f"left out: {reason}")
         stack = contextlib.ExitStack()
-        last = micro == self.accumulate - 1
-        self.watch.passed(f"the forward pass of micro-batch {micro}")
-        if self.sharded:  # summed inside a node every time, as whole gradients may not fit
-            self.net.set_is_last_backward(last)
-            self.net.set_requires_all_reduce(last)
-        elif self.ranks > 1 and self.trained and not last:
+        if self.sharded:  # summed within a node every time: full gradients may not fit
+            self.net.set_is_last_backward(batch.is_last)
+            self.net.set_requires_all_reduce(batch.is_last)
+        elif self.ranks > 1 and self.trained and not batch.is_last:
             stack.enter_context(self.net.no_sync())
         stack.enter_context(self.machine.autocast())
         return stack
 
     def backward(self, loss):
-        """Gradients of `loss`, this micro-batch's share of the whole job's mean loss.
+        """Gradients of `loss`, this micro-batch's share of the mean loss of the step.
 
-        DDP and FSDP average over processes; times their number it is the sum.
+        DDP and FSDP average over processes; times their number that is the sum.
         """
         self.loss += loss.detach()
         self.fp16.scale(loss * self.ranks).backward()
+        self.watch.passed("a backward pass")
 
-    def update(self, step):
-        """Clip and step; a step that would do harm (guard.Guard) changes nothing and is counted.
+    def optimizer_step(self, step):
+        """Clip and step, unless anomaly.Guard finds the loss or the gradient anomalous.
 
-        Nothing here makes the host wait for a GPU, which would let the GPU run dry.
+        The decision stays on the device, as waiting for a GPU here would leave it idle.
         """
-        self.watch.passed(f"the backward passes of step {step}")
         for member in self.optimizer.members:
             self.fp16.unscale_(member)
         limit = self.cfg.grad_clip or float("inf")
-        self.grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.trained, limit))
+        self.grad_norm = gathered(torch.nn.utils.clip_grad_norm_(self.trained, limit))
         loss = self.machine.sum(self.loss.clone())
-        bad = self.guard.unusual(step, loss, self.grad_norm)
-        self.optimizer.step(skip=bad)
-        self.losses += torch.where(bad, 0.0, torch.stack((loss, torch.ones_like(loss))))
-        self.loss.zero_()
+        skip = self.guard.anomalous(step, loss, self.grad_norm)
+        self.optimizer.step(skip)
         if self.fp16.is_enabled():
             self.fp16.update()
         self.optimizer.zero_grad()
-        if self.counter:  # all that the first step computed, in this process
-            self.counter.__exit__(None, None, None)
-            self.step_flops, self.counter = self.counter.get_total_flops() * self.ranks, None
-        if step == self.first_step + WARM_STEPS:
-            gc.collect()
-            gc.freeze()  # what is here now stays: later collections need not look at it
-            if self.machine.is_main and not self.sharded and not self.saver.job:
-                self.saver.start(self.saver.copy, self._state())  # allocates, in the background
-        self.watch.passed(f"the update of step {step}", long=True)
+        self.losses += torch.where(skip, 0.0, torch.stack((loss, torch.ones_like(loss))))
+        self.loss.zero_()
 
     def progress(self, step):
-        """Every `log_every` steps: one printed line and one row of log.jsonl."""
+        """After an optimizer step; every `log_every` steps a printed line and a log.jsonl row."""
+        self.watch.passed(f"the update of step {step}", long=True)  # evaluation may follow
+        if self.counter:
+            self.counter.__exit__(None, None, None)
+            self.step_flops, self.counter = self.counter.get_total_flops() * self.ranks, None
         if not self.due(step, self.cfg.log_every):
             return
         figures = torch.stack((*self.losses, self.grad_norm, self.guard.count))
         losses, taken, grad_norm, skipped = figures.tolist()  # the one wait for the device
         now, (then, first) = time.perf_counter(), self.window
-        steps = step + 1 - first
-        seconds = (now - then) / steps
+        seconds = (now - then) / (step + 1 - first)
         rate = self.per_step / seconds
         left = (self.cfg.max_steps - step - 1) * seconds
-        loss = losses / taken if taken else float("nan")
-        figures = dict(loss=loss, grad_norm=grad_norm,
-                       lr=lr_factor(self.cfg, step), ms=seconds * 1e3,
-                       mfu=rate * self.flops / self.peak, dollars=self.dollars())
-        figures[f"{self.unit}_per_s"] = rate
-        self.log.say(f"step {step:5d} | loss {loss:.4f} | "
-                     f"norm {figures['grad_norm']:.2f} | lr x{figures['lr']:.3f} | "
-                     f"{seconds * 1e3:.0f} ms | {rate:,.0f} {self.unit}/s | "
-                     f"mfu {figures['mfu']:.0%} | {left / 60:.1f} min left | "
-                     f"${figures['dollars']:.2f}")
+        f = dict(loss=losses / taken if taken else float("nan"), grad_norm=grad_norm,
+                 lr=lr_factor(self.cfg, step), ms=seconds * 1e3,
+                 mfu=rate * self.flops / self.peak, dollars=self.dollars())
+        self.log.say(f"step {step:5d} | loss {f['loss']:.4f} | norm {grad_norm:.2f} | "
+                     f"lr x{f['lr']:.3f} | {f['ms']:.0f} ms | {rate:,.0f} {self.unit}/s | "
+                     f"mfu {f['mfu']:.0%} | {left / 60:.1f} min left | ${f['dollars']:.2f}")
         if skipped:
-            self.note(*self.guard.told(self._rows_of))
+            self.note(*self.guard.messages(self._rows_of))
             self.guard.check()
-        self.log.add(step, figures)
+        self.log.add(step, {**f, f"{self.unit}_per_s": rate})
         self.losses.zero_()
         release_free_memory()
         self.window = (now, step + 1)
 
     def _rows_of(self, step):
-        """Which rows a step read, in words."""
-        rows = sorted(self.loader.rows_of(step).tolist()) if self.loader else []
-        some = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if rows[8:] else "")
-        return f"; it read the rows {some} of {self.loader.dataset.name}" if rows else ""
+        """Which rows a step read, for a message."""
+        rows = sorted(self.train_loader.rows_of(step).tolist())
+        more = f" and {len(rows) - 8} more" if rows[8:] else ""
+        return f"rows {', '.join(map(str, rows[:8]))}{more} of {self.train_loader.dataset.name}"
 
     def dollars(self):
         return self.cfg.dollars_per_hour * self.ranks * (time.time() - self.began) / 3600
@@ -314,46 +322,68 @@ class Run:
         """Whether something done every so many steps is due after this one; the last always is."""
         return step + 1 == self.cfg.max_steps or (every > 0 and (step + 1) % every == 0)
 
-    def save(self, step):
-        """Write a checkpoint that has done step `step`, unless it is the last one written.
+    # ---------------------------------------------------------------------- saving and resuming
 
-        The state is copied aside; a thread writes the copy. Sharded, all wait until it is written.
+    def state_dict(self, step):
+        """What resuming after `step` needs besides the weights; every process must call it.
+
+        The number of steps done is all there is of the data: which rows a step reads is a function
+        of seed and step alone (Loader.rows_of). The optimizer of a sharded run is not in here, as
+        each process writes its own part (_save_shard).
         """
-        self._tell(self.saver.ended(wait=True))  # of this step too: one that failed is tried again
+        state = dict(step=step + 1, fp16=self.fp16.state_dict(), guard=self.guard.state_dict(),
+                     rng=torch.get_rng_state())
+        return state if self.sharded else {**state, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state):
+        """Continue from a state_dict as checkpoint.read gives it: its optimizer is a list of parts,
+        which may be of another number of processes."""
+        self.first_step = state["step"]
+        self.fp16.load_state_dict(state["fp16"])
+        self.guard.load_state_dict(state["guard"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+
+    def save(self, step):
+        """Write a checkpoint of the state after `step`, unless that is the last one written.
+
+        A thread writes a copy of the state; if the run is sharded, all wait until it is written.
+        """
+        self._report(self.saver.ended(wait=True))  # one of this step that failed is tried again
         if not self.machine.any(step != self.saved):  # only the main process knows of a failure
             return
         self.saved = step
-        state = self._state()
+        contents = self._contents(step)
         if self.sharded:
             self._save_shard(step)
         if self.machine.is_main:
-            m, (gpu_gb, host_gb) = self.metrics, peak_memory_gb(self.device)
-            m.update(seconds=time.time() - self.began, dollars=self.dollars(),
-                     tflop=(step + 1) * (self.step_flops or self.per_step * self.flops) / 1e12,
-                     peak_gpu_gb=max(gpu_gb, m.get("peak_gpu_gb", 0)),
-                     peak_rss_gb=max(host_gb, m.get("peak_rss_gb", 0)))
-            info = dict(stage=self.stage, **self.info, step=step + 1, settings=self.settings,
-                        tokenizer=self.tokenizer.fingerprint, tokenizer_name=self.tokenizer.name,
-                        precision=precision_name(self.machine.dtype),
-                        muon_precision=precision_name(self.optimizer.dtype),
-                        processes=self.ranks, metrics=dict(m), origins=self.origins)
-            copy = self.saver.copy(state)
-            self.saver.start(checkpoint.save, self.folder, step + 1, copy["weights"], info,
-                             self.tokenizer, {**copy["training"], "step": step + 1},
+            copy = self.saver.copy(contents)
+            self.saver.start(checkpoint.save, self.folder, step + 1, copy["weights"],
+                             self._description(step), self.tokenizer, copy["training"],
                              begun=self.sharded, keep_every=self.cfg.keep_every)
         if self.sharded:
             self.end_saving()
         self.machine.barrier()
 
-    def _state(self):
-        """What a checkpoint holds, in the main process; every process must ask."""
-        training = dict(fp16=self.fp16.state_dict(), rng=torch.get_rng_state(),
-                        guard=self.guard.state_dict())
-        training.update({} if self.sharded else {"optimizer": self.optimizer.state_dict()})
-        return {"weights": whole_weights(self.model, self.machine.is_main), "training": training}
+    def _contents(self, step):
+        return {"weights": gathered_weights(self.model, self.machine.is_main),
+                "training": self.state_dict(step)}
+
+    def _description(self, step):
+        """The config.json of a checkpoint."""
+        m, (gpu_gb, host_gb) = self.metrics, peak_memory_gb(self.device)
+        m.update(seconds=time.time() - self.began, dollars=self.dollars(),
+                 tflop=(step + 1) * (self.step_flops or self.per_step * self.flops) / 1e12,
+                 peak_gpu_gb=max(gpu_gb, m.get("peak_gpu_gb", 0)),
+                 peak_rss_gb=max(host_gb, m.get("peak_rss_gb", 0)))
+        return dict(stage=self.stage, **self.info, step=step + 1, settings=self.settings,
+                    tokenizer=self.tokenizer.fingerprint, tokenizer_name=self.tokenizer.name,
+                    precision=precision_name(self.machine.dtype),
+                    muon_precision=precision_name(self.optimizer.dtype),
+                    processes=self.ranks, metrics=dict(m), origins=self.origins)
 
     def _save_shard(self, step):
-        """Write this process's share of the optimizer's state into the checkpoint to be."""
+        """Write this process's part of the optimizer's state into the unfinished checkpoint."""
         if self.machine.is_main:
             checkpoint.begin(self.folder, step + 1)
         self.machine.barrier()
@@ -362,10 +392,10 @@ class Run:
             checkpoint.save_shard(self.folder, step + 1, number, self.optimizer.state_dict())
         self.machine.barrier()
 
-    def _tell(self, error):
-        """Say that a checkpoint could not be written: training is worth going on."""
+    def _report(self, error):
+        """Say that a checkpoint could not be written; training continues."""
         if isinstance(error, UserError):
-            self.log.say(f"{error}; going on, the next save tries again")
+            self.log.say(f"{error}; training continues, the next save tries again")
             self.saved = None
         elif error:
             raise error
@@ -377,13 +407,65 @@ class Run:
             raise error
         self.machine.barrier()
 
+    def _load_newest(self):
+        """Load the weights of the newest intact checkpoint; returns its training state, or None."""
+        found = checkpoint.steps_in(self.folder)
+        newest = torch.tensor(max(found, default=0), device=self.device)
+        if self.machine.sum(newest.clone()) != self.ranks * newest:
+            raise UserError(f"the processes see different checkpoints in {self.folder}: --out must "
+                            "be a folder that all machines share")
+        if not found:
+            self.log.resume(-1)
+            return None
+        folder, info, weights, state = self._newest_intact(list(found.values()))
+        if info["stage"] != self.stage or info["tokenizer"] != self.tokenizer.fingerprint:
+            raise UserError(f"{self.folder} holds a run of {info['stage']}.py or of another "
+                            "tokenizer; choose another --out, or --resume=False to replace it")
+        checkpoint.load_weights(self.model, weights, folder)
+        self.metrics, self.origins = info["metrics"], info["origins"]
+        self.began -= self.metrics["seconds"]
+        self.log.resume(state["step"] - 1)
+        changed = [f"{name} ({info['settings'].get(name)} -> {value})"
+                   for name, value in self.settings.items() if info["settings"].get(name) != value]
+        self.log.say(f"resuming from {folder}" + "; changed: " * bool(changed) + ", ".join(changed))
+        if state["step"] >= self.cfg.max_steps:  # nothing is trained with other settings
+            self.settings = info["settings"]
+        self._keep_precision(info)
+        if info["processes"] != self.ranks:
+            self.log.say(f"{info['processes']} processes before, {self.ranks} now: the same batches"
+                         ", but sums in another order, so results differ in the last bits")
+        return state
+
+    def _newest_intact(self, folders):
+        """(folder, info, weights, training state) of the newest checkpoint without damage."""
+        while True:
+            folder = folders.pop()
+            try:
+                return folder, *checkpoint.read(folder, with_state=True)
+            except UserError as error:
+                if not folders:
+                    raise
+                self.log.say(f"{error}; trying the one before")
+
+    def _keep_precision(self, info):
+        """With --precision=auto, compute in the types that the run began with, so that it stays
+        exact on another processor."""
+        here, muon_here = self.machine.dtype, self.optimizer.dtype
+        before = PRECISIONS[info["precision"]], PRECISIONS[info["muon_precision"]]
+        if self.cfg.precision == "auto" and (here, muon_here) != before:
+            self.machine.dtype, self.optimizer.dtype = before
+            name = precision_name(here)
+            self.log.say(f"the run began in {info['precision']}, Muon's products in "
+                         f"{info['muon_precision']}, and stays so to be exact; this machine would "
+                         f"choose {name}: --precision={name}")
+
     def finish(self, samples=(), data=()):
-        """Write the report card: samples of report.Sample, and the data folders that were read."""
+        """Write the report with some report.Sample and the data folders that were read."""
         self.end_saving()
         self.watch.stop()
         n_lost = self.machine.sum(torch.tensor(float(self.n_lost), device=self.device)).item()
         if n_lost:
-            self.note(f"{n_lost:.0f} times a chat was left out because its picture had gone")
+            self.note(f"{n_lost:.0f} times a chat was left out because its image was lost")
         if self.machine.is_main:
             report_run(self, samples, data)
         self.log.say(f"done: {self.folder} (report.html, report.md, log.jsonl, the checkpoint)")

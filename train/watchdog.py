@@ -1,8 +1,8 @@
-"""Who the others wait for: a process that stalls is named, and the job ends.
+"""The watchdog: a process that stalls is named, and the job ends (--step_timeout).
 
-Every process counts the places it passes. One that has not passed any for too long writes down how
-far it came, beside the checkpoints, where all can read it; the one that came least far, or wrote
-nothing, is what the others wait for. While all goes well nothing is written or sent.
+Every process counts the places that it passes. One that passes none for too long writes its count
+beside the checkpoints, where all can read it; the process with the lowest count, or with none, is
+the one that the others wait for. As long as all goes well nothing is written or sent.
 """
 
 import faulthandler
@@ -15,22 +15,22 @@ import time
 from pathlib import Path
 
 STALLED = 76  # exit status of a job with a stalled process
-OTHERS = 30.0  # seconds that the processes have to write down how far they came
+ANSWER_SECONDS = 30.0  # how long the processes have to write their counts
 
 
 class Watch:
-    """A thread that looks whether this process still gets on."""
+    """A thread that checks whether this process makes progress."""
 
     def __init__(self, folder, machine, minutes, long_minutes):
         self.folder, self.machine = Path(folder) / ".stalled", machine
         self.limits = {False: minutes * 60, True: long_minutes * 60}
-        self.patient = False  # whether all takes long for now, as in a step that compiles
+        self.patient = False  # whether every place may take long, as in a step that compiles
         self.count, self.place, self.limit = 0, "the beginning", self.limits[True]
         self.since, self.ended = time.monotonic(), threading.Event()
         self.thread, self.deciding = None, False
 
     def start(self):
-        """Begin to watch, if there are others who could wait and a limit is set."""
+        """Begin to watch, if there are other processes and a limit."""
         if self.machine.ranks > 1 and self.limits[False] > 0:
             self.file(self.machine.rank).unlink(missing_ok=True)
             self.machine.barrier()
@@ -42,13 +42,13 @@ class Watch:
         self.ended.set()
 
     def passed(self, place, long=False):
-        """This process has come to `place`, from where the next may take long."""
+        """This process has passed `place`; long: the next may take the long limit."""
         self.place, self.since = place, time.monotonic()
         self.limit = self.limits[long or self.patient]
         self.count += 1
 
     def waits(self):
-        """This process waits for what no other process is to blame for."""
+        """This process waits for something other than the other processes."""
         self.since = time.monotonic()
 
     def file(self, rank):
@@ -61,58 +61,51 @@ class Watch:
                 self._stalled(self.count, idle)
 
     def _failed(self, usual, *error):
-        """In place of sys.excepthook: the connection to one that has ended is no error to show."""
+        """In place of sys.excepthook: show no error of a connection to a process that ended."""
         if self.deciding:
             self.thread.join()
         usual(*error)
 
     def _stalled(self, count, idle):
-        """Name the process that is least far, and end this one, unless it got on meanwhile."""
+        """Name the process that is behind and end this one, unless it makes progress meanwhile."""
         self.deciding = True
-        write(self.file(self.machine.rank), {"count": count, "place": self.place})
-        others = {}
-        deadline = time.monotonic() + max(OTHERS, self.limit / 4)
-        while len(others) < self.machine.ranks and time.monotonic() < deadline:
+        own, ranks = self.file(self.machine.rank), range(self.machine.ranks)
+        own.parent.mkdir(exist_ok=True)
+        fresh = own.with_suffix(".fresh")
+        fresh.write_text(json.dumps({"count": count, "place": self.place}), encoding="utf-8")
+        fresh.replace(own)
+        found = {}
+        deadline = time.monotonic() + max(ANSWER_SECONDS, self.limit / 4)
+        while len(found) < len(ranks) and time.monotonic() < deadline:
             if self.count != count or self.ended.wait(0.5):
-                self.file(self.machine.rank).unlink(missing_ok=True)
+                own.unlink(missing_ok=True)
                 self.deciding = False
                 return
-            others = {rank: read(self.file(rank)) for rank in range(self.machine.ranks)
-                      if self.file(rank).is_file()}
-        if self.machine.rank == min(others, default=self.machine.rank):
-            print(verdict(others, self.machine.ranks, idle), file=sys.stderr, flush=True)
-        if others.get(self.machine.rank) == least(others):
+            found = {rank: json.loads(self.file(rank).read_text(encoding="utf-8"))
+                     for rank in ranks if self.file(rank).is_file()}
+        if self.machine.rank == min(found, default=self.machine.rank):
+            print(verdict(found, len(ranks), idle), file=sys.stderr, flush=True)
+        if found.get(self.machine.rank) == least(found):
             print(f"process {self.machine.rank} is here:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
         os._exit(STALLED)
 
 
 def verdict(found, ranks, idle):
-    """The sentence about {process: how far it came} of those that wrote it down."""
+    """The error message about `found`, {process: its count and place}."""
     silent = [str(rank) for rank in range(ranks) if rank not in found]
     if silent:
-        who = f"process {', '.join(silent)} does not answer: it is stopped, or its machine is gone"
-    elif len({some["count"] for some in found.values()}) == 1:
-        who = (f"all processes wait in the same place ({found[0]['place']}): look at the network "
+        who = f"process {', '.join(silent)} does not answer: stopped, or its machine is gone"
+    elif len({entry["count"] for entry in found.values()}) == 1:
+        who = (f"all processes wait in the same place ({found[0]['place']}): check the network "
                "between them")
     else:
-        behind = [rank for rank in found if found[rank] == least(found)]
-        who = (f"process {', '.join(map(str, behind))} stalls behind {least(found)['place']}; the "
-               "others wait for it")
-    return (f"error: nothing has moved for {idle:.0f} seconds: {who}. The job ends; the same "
-            "command goes on from the newest checkpoint")
+        behind = [str(rank) for rank in found if found[rank] == least(found)]
+        who = (f"process {', '.join(behind)} stalls after {least(found)['place']}; the others "
+               "wait for it")
+    return (f"error: no progress for {idle:.0f} seconds: {who}. The job ends; the same command "
+            "resumes from the newest checkpoint")
 
 
 def least(found):
-    return min(found.values(), key=lambda some: some["count"], default=None)
-
-
-def write(path, content):
-    path.parent.mkdir(exist_ok=True)
-    fresh = path.with_suffix(".fresh")
-    fresh.write_text(json.dumps(content), encoding="utf-8")
-    fresh.replace(path)
-
-
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
+    return min(found.values(), key=lambda entry: entry["count"], default=None)

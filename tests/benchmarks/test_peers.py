@@ -12,7 +12,7 @@ from clip import CLIPConfig, normalise
 from common.device import Processor
 from model import GPTConfig
 from train.packing import Packed
-from vision import VisionLanguageModel
+from vision import VisionLanguageModel, image_spec
 
 TOKENIZER = tokenizers.train(["a few words"], 300)
 TEXT = GPTConfig(TOKENIZER.n_vocab, n_layer=2, n_head=2, n_embd=32, max_positions=128)
@@ -23,7 +23,7 @@ SIGHT = CLIPConfig(image_size=32, patch_size=16, vision_width=32, vision_layers=
 @pytest.fixture
 def packed():
     chats = RandomChats(TOKENIZER, 12, 30, SIGHT.image_size)
-    return Packed([chats], 100, TOKENIZER, SIGHT.n_patches, SIGHT.image_size)
+    return Packed([chats], 100, TOKENIZER, image_spec(SIGHT))
 
 
 def twins():
@@ -76,7 +76,7 @@ def test_the_same_parameters_learn_in_both(stage):
 
 def test_a_packed_batch_comes_apart_into_its_chats(packed):
     part = unpack(packed.batch(range(len(packed))))
-    order = [packed.chats[c, 1] for row in packed.rows for c in row]
+    order = [packed.chats["number"][c] for row in packed.rows for c in row]
     assert sorted(order) == list(range(12)) and len(part["input_ids"]) == len(part["pixels"]) == 12
     lengths = part["attention_mask"].sum(1).tolist()
     assert max(lengths) == part["input_ids"].size(1) and min(lengths) < max(lengths)

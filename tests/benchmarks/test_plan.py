@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import ROOT, newest, run
 
 from benchmarks import plan
+from data import Batch
 from model import GPT, GPTConfig
 from train.flops import flop_counter
 
@@ -73,7 +74,7 @@ def test_the_loss_counts_only_supervised_positions():
     counts = []
     for where in torch.arange(4), torch.arange(64):
         with flop_counter() as counter:
-            model(ids, ids.flatten()[where], where).backward()
+            model(Batch(ids, ids.flatten()[where], where)).backward()
         counts.append(counter.get_total_flops())
     head = 3 * 2 * 60 * 16 * 64  # of the 60 positions more: logits and both gradients
     sums = 2 * 60 * 64  # of their probabilities

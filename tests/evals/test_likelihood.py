@@ -38,7 +38,7 @@ def uncached(model, item):
         x = decoder.token_embedding(ids)
         if item.images:
             x[ids == TOKENIZER.image] = see(model, item.images).flatten(0, 1)
-        logits = decoder(None, embeddings=x[None])[0, -len(answer) - 1 : -1]
+        logits = decoder.head(decoder.hidden(x[None]))[0, -len(answer) - 1 : -1]
         wanted = torch.tensor(answer)
         nats = logits.log_softmax(-1).gather(1, wanted[:, None]).sum().item()
         found.append((nats, bool((logits.argmax(-1) == wanted).all())))

@@ -19,17 +19,17 @@ from test_stages import assert_close
 
 from common.config import UserError
 from common.device import Machine
-from data import Chats
+from data import Chats, ImageSpec
 from evals.image_ablation import Gains, Held, Looking, a_token, blind, nats_by_chat
 from evals.validation import caption_choice
 from prep.writers import ChatWriter, write_manifest
 from tokenizer import load
 from train.loader import Loader, validation_loss
 from train.packing import Packed
-from train.run import Run
 from vision import open_model
 
 PATCHES, SIZE = 4, 16
+SPEC = ImageSpec(PATCHES, SIZE)
 
 
 def painted(shade, size=SIZE):
@@ -61,18 +61,7 @@ def mixed(world_data, tmp_path):
     return tmp_path / "mixed", tokenizer
 
 
-class Job:
-    """What a Loader needs of a Run."""
-
-    ranks, device = 1, torch.device("cpu")
-    machine = Machine(device, torch.float32)
-    split = Run.split
-
-    def __init__(self):
-        self.reasons = []
-
-    def lost(self, reasons):
-        self.reasons += reasons
+MACHINE = Machine(torch.device("cpu"), torch.float32)
 
 
 # ------------------------------------------------------------------------------- the three losses
@@ -90,13 +79,13 @@ def test_another_picture_is_never_ones_own_and_as_many_as_ones_own(mixed):
 
 def test_without_pictures_the_same_words_are_to_be_said(mixed):
     folder, tokenizer = mixed
-    looking = Looking(Chats(folder, "val"), 12, 128, tokenizer, PATCHES, SIZE)
+    looking = Looking(Chats(folder, "val"), 12, 128, tokenizer, SPEC)
     said = {kind: sorted(packed.batch([*range(len(packed))]).targets.tolist())
             for kind, packed in looking.packed.items()}
     assert said["own"] == said["other"] == said["none"]
     none = looking.packed["none"]
     assert none.batch([*range(len(none))]).pixels is None
-    assert none.chats[:, 3].sum() < looking.packed["own"].chats[:, 3].sum()
+    assert none.chats["length"].sum() < looking.packed["own"].chats["length"].sum()
 
 
 @pytest.mark.parametrize("stage", ["vision_pretrain", "vision_sft"])
@@ -127,31 +116,31 @@ def seeing(pipeline):
 def test_what_the_chats_cost_is_what_all_cost_together(seeing, mixed):
     folder, tokenizer = mixed
     model = seeing[0]
-    looking = Gains(Chats(folder, "val"), 12, 128, tokenizer, *model.pictures)
-    nats = looking.nats(Job.machine, model, 3)
+    looking = Gains(Chats(folder, "val"), 12, 128, tokenizer, model.image_spec)
+    nats = looking.nats(MACHINE, model, 3)
     for kind, packed in looking.packed.items():
         assert len(nats[kind]) == len(packed.chats)
-        together = validation_loss(Job.machine, packed, 3, model, len(packed))
+        together = validation_loss(MACHINE, packed, 3, model, len(packed))
         assert a_token(list(nats[kind].values()))[0] == pytest.approx(together, rel=1e-5)
     for number, (_, tokens) in nats["own"].items():
         assert tokens == nats["none"][number][1] == nats["blank"][number][1]
     alone = Packed([Held(Chats(folder, "val"), 12, tokenizer, "own", {3: None})], 128, tokenizer,
-                   *model.pictures)
-    assert nats_by_chat(Job.machine, model, alone, 1)[3] == pytest.approx(nats["own"][3], rel=1e-4)
+                   model.image_spec)
+    assert nats_by_chat(MACHINE, model, alone, 1)[3] == pytest.approx(nats["own"][3], rel=1e-4)
 
 
 def test_a_blank_picture_is_grey_and_of_the_right_size(mixed):
     folder, tokenizer = mixed
     held = Held(Chats(folder, "val"), 12, tokenizer, "blank")
-    assert [len(held.images(i, SIZE)) for i in range(6)] == [0, 1, 0, 2, 0, 4]
-    assert held.images(1, SIZE)[0].size == (SIZE, SIZE)
-    assert len(held.images(1, SIZE)[0].getcolors()) == 1
+    assert [len(held.images(i, SPEC)) for i in range(6)] == [0, 1, 0, 2, 0, 4]
+    assert held.images(1, SPEC)[0].size == (SIZE, SIZE)
+    assert len(held.images(1, SPEC)[0].getcolors()) == 1
 
 
 def test_the_gain_is_what_is_saved_on_chats_with_pictures(mixed):
     """By hand: other pictures cost one nat a token more in every chat that has another's."""
     folder, tokenizer = mixed
-    looking = Gains(Chats(folder, "val"), 12, 128, tokenizer, PATCHES, SIZE)
+    looking = Gains(Chats(folder, "val"), 12, 128, tokenizer, SPEC)
     own = {number: (2.0 * tokens, tokens) for number, tokens in enumerate(range(1, 13))}
     other = {number: (3.0 * tokens, tokens) for number, (_, tokens) in own.items()}
     text = {number: pair for number, pair in other.items() if number % 2 == 0}
@@ -175,9 +164,9 @@ def test_models_that_learnt_nothing_gain_nothing_and_choose_by_chance(seeing, wo
     """What a grey picture does to all captions alike depends on the weights that were drawn, and is
     nothing in the mean over draws only."""
     (model, tokenizer), chats = seeing, Chats(world_data / "captions", "val")
-    looking, grey = Gains(chats, 64, 256, tokenizer, *seeing[0].pictures), []
+    looking, grey = Gains(chats, 64, 256, tokenizer, seeing[0].image_spec), []
     for seed in range(8):
-        nats = looking.nats(Job.machine, untrained(model, seed), 8)
+        nats = looking.nats(MACHINE, untrained(model, seed), 8)
         gains = looking.gains(nats)
         gain, error = gains["other"]
         assert error > 0 and abs(gain) <= 3 * error  # it does see, and is none the better for it
@@ -208,7 +197,7 @@ def test_rows_with_none_to_four_pictures_train_together_on_two_processes(pipelin
 
 def test_some_of_those_batches_have_no_picture(mixed):
     folder, tokenizer = mixed
-    packed = Packed([Chats(folder, "train")], 48, tokenizer, PATCHES, SIZE)
+    packed = Packed([Chats(folder, "train")], 48, tokenizer, SPEC)
     found = [packed.batch([row]).pixels for row in range(len(packed))]
     assert any(pixels is None for pixels in found)
     assert max(len(pixels) for pixels in found if pixels is not None) >= 4
@@ -231,11 +220,12 @@ def assert_equal_batches(some, others):
 
 def test_workers_make_the_batches_that_a_thread_makes_from_any_step_on(mixed):
     folder, tokenizer = mixed
-    packed = Packed([Chats(folder, "train")], 64, tokenizer, PATCHES, SIZE)
-    expected = batches_of(Loader(packed, 4, 2, Job(), seed=5), range(5))
+    packed = Packed([Chats(folder, "train")], 64, tokenizer, SPEC)
+    expected = batches_of(Loader(packed, 4, 2, MACHINE, seed=5), range(5))
     state = torch.get_rng_state()
-    assert_equal_batches(batches_of(Loader(packed, 4, 2, Job(), 5, workers=2), range(5)), expected)
-    later = Loader(packed, 4, 2, Job(), 5, workers=1)
+    found = Loader(packed, 4, 2, MACHINE, 5, workers=2)
+    assert_equal_batches(batches_of(found, range(5)), expected)
+    later = Loader(packed, 4, 2, MACHINE, 5, workers=1)
     assert_equal_batches(batches_of(later, [3]), expected[6:8])
     assert_equal_batches(batches_of(later, [1]), expected[2:4])
     assert torch.get_rng_state().equal(state)
@@ -254,17 +244,16 @@ def test_a_run_with_workers_takes_the_same_steps(pipeline, tmp_path):
 def test_a_picture_that_has_gone_costs_its_chat_and_no_other(mixed):
     folder, tokenizer = mixed
     chats = Chats(folder, "train")
-    whole = Packed([chats], 64, tokenizer, PATCHES, SIZE)
+    whole = Packed([chats], 64, tokenizer, SPEC)
     expected = whole.batch([0])
-    victim = next(c for c in whole.rows[0] if chats.n_images(whole.chats[c, 1]))
-    at = int(chats.image_offsets[chats.first_image[whole.chats[victim, 1]]])
+    victim = next(c for c in whole.rows[0] if chats.n_images(whole.chats["number"][c]))
+    at = int(chats.image_offsets[chats.first_image[whole.chats["number"][victim]]])
     with open(folder / "train/images_000000.bin", "r+b") as file:
         file.seek(at)
         file.write(b"\0" * 20)
-    job = Job()
-    found = next(Loader(Only(whole, 0), 1, 1, job, seed=0).step(0))
-    assert len(job.reasons) == 1 and "is not a readable picture" in job.reasons[0]
-    assert len(found.targets) == len(expected.targets) - whole.chats[victim, 4]
+    found = next(Loader(Only(whole, 0), 1, 1, MACHINE, seed=0).step(0))
+    assert len(found.lost) == 1 and "is not a readable picture" in found.lost[0]
+    assert len(found.targets) == len(expected.targets) - whole.chats["n_targets"][victim]
     assert found.ids.equal(expected.ids) and found.pixels.shape == expected.pixels.shape
 
 
@@ -284,7 +273,7 @@ def test_a_data_set_whose_pictures_were_cut_short_is_refused(mixed):
     folder, _ = mixed
     path = folder / "train/images_000000.bin"
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(UserError, match="prepare them again"):
+    with pytest.raises(UserError, match="prepare it again"):
         Chats(folder, "train")
 
 
@@ -293,7 +282,7 @@ def test_padded_pictures_are_not_cropped_behind_ones_back(mixed):
     chats = Chats(folder, "train")
     chats.manifest["stored_images"] = {"size": 16, "fit": "pad", "copied": True}
     with pytest.raises(UserError, match="--fit=short"):
-        Packed([chats], 64, tokenizer, PATCHES, SIZE, "crop")
+        Packed([chats], 64, tokenizer, ImageSpec(PATCHES, SIZE, "crop"))
 
 
 def test_a_wish_to_stop_to_all_processes_leaves_the_workers_at_work(pipeline, tmp_path):
@@ -308,4 +297,4 @@ def test_a_wish_to_stop_to_all_processes_leaves_the_workers_at_work(pipeline, tm
             break
     os.killpg(job.pid, signal.SIGTERM)
     said = job.communicate(timeout=60)[0]
-    assert job.returncode == 75 and "and saved; the same command goes on" in said, said
+    assert job.returncode == 75 and "and saved; the same command resumes" in said, said

@@ -475,7 +475,7 @@ metric_list:
 def nats(ours, text):
     """The loss over a document behind <|endoftext|>, summed over its tokens."""
     ids = torch.tensor([our_ids(ours.tokenizer, text)])
-    return F.cross_entropy(ours.model(ids[:, :-1])[0], ids[0, 1:], reduction="sum").item()
+    return F.cross_entropy(ours.model.logits(ids[:, :-1])[0], ids[0, 1:], reduction="sum").item()
 
 
 @pytest.mark.slow

@@ -13,15 +13,15 @@ import train.watchdog  # noqa: E402
 
 rank, step, script = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 train.run.peak_flops = lambda machine: 1e12
-train.watchdog.OTHERS = 3.0
+train.watchdog.ANSWER_SECONDS = 3.0
 forward, seen = train.run.Run.forward, []
 
 
-def sleepy_forward(run, micro):
-    seen.append(micro)
+def sleepy_forward(run, batch):
+    seen.append(batch)
     if os.environ["RANK"] == str(rank) and len(seen) > step:
         time.sleep(1000)
-    return forward(run, micro)
+    return forward(run, batch)
 
 
 def late_least(found):

@@ -86,7 +86,7 @@ class OnDisk(Tries):
         """Start once more, on a disk that is in order: from this step, to the same bits."""
         jobs = self.begin()
         self.ended(jobs)
-        said = f"going on from {self.disk.place}/run/step_{step:08d}"
+        said = f"resuming from {self.disk.place}/run/step_{step:08d}"
         assert (said in jobs[0].said) == (step > 0), jobs[0].said
         self.compare()
 
@@ -143,8 +143,7 @@ def test_on_a_disk_with_room_for_one_checkpoint_that_one_stands(pipeline, disk, 
     assert all(statuses), jobs[0].said
     refusal(jobs[0], f"cannot write the checkpoint of step 24 .*{FULL_DISK}.*the one before is "
                      "complete")
-    assert f"{FULL_DISK}; the one before is complete; going on, the next save tries again" in \
-        jobs[0].said
+    assert f"{FULL_DISK}; the one before is complete; training continues" in jobs[0].said
     assert list(checkpoint.steps_in(run.out)) == [3] and not list(run.out.glob(".writing*"))
     disk.leave(SIZE * 1000)
     run.goes_on(3)

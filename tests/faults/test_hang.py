@@ -22,8 +22,8 @@ def test_a_process_that_falls_asleep_is_named(pipeline, tmp_path, asleep):
     said = jobs[0].said + jobs[1].said
     assert statuses == [STALLED, STALLED], said
     assert "Traceback" not in said  # of a connection that broke because the other had ended
-    assert f"process {asleep} stalls behind the beginning of step 3; the others wait for it" in said
-    assert "nothing has moved for 3 seconds" in said
+    assert f"process {asleep} stalls after the start of step 3; the others wait for it" in said
+    assert "no progress for 3 seconds" in said
     assert "time.sleep" in said or "sleepy_forward" in said  # where it sleeps, by its own stack
     assert log_rows(tmp_path / "run")[-1]["step"] == 2
     assert time.monotonic() - began < 60
@@ -40,7 +40,7 @@ def test_a_process_that_is_stopped_is_named(pipeline, tmp_path):
         assert jobs[0].wait() == STALLED, jobs[0].said
     finally:
         jobs[1].kill(signal.SIGKILL)
-    assert "process 1 does not answer: it is stopped, or its machine is gone" in jobs[0].said
+    assert "process 1 does not answer: stopped, or its machine is gone" in jobs[0].said
 
 
 def test_who_is_waited_for():
@@ -48,10 +48,10 @@ def test_who_is_waited_for():
         return {rank: {"count": count, "place": f"place {count}"}
                 for rank, count in enumerate(counts) if count is not None}
 
-    assert "process 2 stalls behind place 4; the others" in verdict(found(5, 6, 4), 3, 9)
-    assert "process 0, 1 stalls behind place 4" in verdict(found(4, 4, 6), 3, 9)
+    assert "process 2 stalls after place 4; the others" in verdict(found(5, 6, 4), 3, 9)
+    assert "process 0, 1 stalls after place 4" in verdict(found(4, 4, 6), 3, 9)
     assert "process 1 does not answer" in verdict(found(5, None, 4), 3, 9)
-    assert "same place (place 5): look at the network" in verdict(found(5, 5), 2, 9)
+    assert "same place (place 5): check the network" in verdict(found(5, 5), 2, 9)
 
 
 def test_one_process_alone_is_not_watched(tmp_path):

@@ -66,8 +66,8 @@ def assert_whole(folder):
 def goes_on_from(jobs, before):
     """Check that a start said from which checkpoint it goes on, if it came that far."""
     said = [line.split(";")[0] for job in jobs for line in job.said.splitlines()
-            if line.startswith("going on from")]
-    assert said in ([], [f"going on from {before}"]), said
+            if line.startswith("resuming from")]
+    assert said in ([], [f"resuming from {before}"]), said
     return bool(said)
 
 

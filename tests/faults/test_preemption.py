@@ -28,7 +28,7 @@ def n_steps(said):
 
 def stopped_after(out, said):
     """Check that a run said that it stopped, once, after the step of its newest checkpoint."""
-    found = re.findall(r"^stopped after step (\d+) and saved; the same command goes on$", said,
+    found = re.findall(r"^stopped after step (\d+) and saved; the same command resumes$", said,
                        re.MULTILINE)
     step = int(newest(out).name.removeprefix("step_"))
     assert found == [str(step - 1)], said

@@ -82,7 +82,7 @@ def test_a_process_that_is_killed_comes_back_and_the_job_ends_with_the_same_bits
     said = ended(job)
     assert job.returncode == 0, said
     assert said.count(" on 2 x ") == 1 + len(dies), said
-    assert said.count(f"going on from {tries.out}/step_") == len(dies), said
+    assert said.count(f"resuming from {tries.out}/step_") == len(dies), said
     tries.compare()
 
 

@@ -81,7 +81,8 @@ def uncached(chat, n, features=()):
         x = chat.model.decoder.token_embedding(torch.tensor(ids))
         if len(features):
             x[torch.tensor(ids) == TOKENIZER.image] = features
-        ids.append(chat.model.decoder(None, embeddings=x[None])[0, -1].argmax().item())
+        states = chat.model.decoder.hidden(x[None])
+        ids.append(chat.model.decoder.head(states)[0, -1].argmax().item())
     return TOKENIZER.decode(ids[-n:])
 
 
@@ -417,7 +418,8 @@ def uncached_last(chat):
     for _ in range(N):
         x = chat.model.decoder.token_embedding(torch.tensor(ids)).detach()
         x[2 : 2 + len(features)] = features
-        ids.append(chat.model.decoder(None, embeddings=x[None])[0, -1].argmax().item())
+        states = chat.model.decoder.hidden(x[None])
+        ids.append(chat.model.decoder.head(states)[0, -1].argmax().item())
     return TOKENIZER.decode(ids[-N:])
 
 

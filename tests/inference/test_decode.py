@@ -53,7 +53,7 @@ def ended_by_stop(model, prompt):
 
 def likeliest(model, ids):
     """The greedy continuation, without any cache: every logit from the whole text."""
-    return model(ids[None])[0, -1].argmax().item()
+    return model.logits(ids[None])[0, -1].argmax().item()
 
 
 # ---------------------------------------------------------------------------------------- the text
@@ -142,7 +142,7 @@ def test_rows_that_wait_are_not_touched():
         whole = torch.cat((ids[row, :n], ids[row, 6:]))
         torch.testing.assert_close(logits[row], model(whole[None])[0, -1], atol=1e-5, rtol=0)
     alone = decoding.step(ids[1:2, 6], row=1)
-    torch.testing.assert_close(alone, model(ids[1:2])[:, -1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone, model.logits(ids[1:2])[:, -1], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -358,7 +358,7 @@ def test_what_the_processor_says_of_its_8_bits_is_so():
 @pytest.mark.parametrize("precision", KINDS)
 def test_every_precision_says_nearly_the_same(precision):
     model, ids = new_model(seed=3), some_ids(2, 30)
-    expected = model(ids)
+    expected = model.logits(ids)
     fast = for_decoding(copy.deepcopy(model), precision)
     found = fast(ids).float()
     assert (found - expected).square().mean().sqrt() < CLOSE[precision] * expected.std()
@@ -374,7 +374,7 @@ def test_every_precision_says_nearly_the_same(precision):
 def test_no_precision_costs_a_hundredth_of_a_nat(precision):
     """The loss on text that the model itself would write, less what it is in fp32."""
     model, ids = new_model(seed=3), some_ids(4, 60)
-    expected = model(ids).log_softmax(-1)
+    expected = model.logits(ids).log_softmax(-1)
     found = for_decoding(copy.deepcopy(model), precision)(ids).float().log_softmax(-1)
     cost = (expected.exp() * (expected - found)).sum(-1).mean()
     assert abs(cost) < 0.01

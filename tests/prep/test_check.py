@@ -13,7 +13,7 @@ from PIL import Image
 
 import tokenizer as tokenizers
 from common.config import seal
-from data import Chats
+from data import Chats, ImageSpec
 from train.packing import Packed
 
 RED = (250, 10, 10)
@@ -150,7 +150,7 @@ def test_lengths_and_steps_are_those_of_training(corpus, report):
 def test_a_prepared_folder_is_read_as_training_reads_it(corpus, report):
     found, tokenizer = report(corpus / "made"), tokenizers.load(corpus)
     splits = [Chats(corpus / "made", split) for split in ("train", "val")]
-    packed = Packed(splits, 96, tokenizer, 16, 32)
+    packed = Packed(splits, 96, tokenizer, ImageSpec(16, 32))
     assert found["rows"] == sum(map(len, splits)) == len(GOOD) + N_KEPT
     assert found["good"]["rows"] == len(packed.chats) == found["rows"] - 2
     assert found["epoch"]["training_rows"] == len(packed)

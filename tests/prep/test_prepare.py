@@ -22,7 +22,7 @@ from test_resumable import many_rows
 
 from common.checkpoint import sums
 from common.config import UserError
-from data import Chats
+from data import Chats, ImageSpec
 from prep import toy_dataset, toy_images, writers
 from prep.sources import Files, pieces, retried
 from tokenizer import load
@@ -414,7 +414,7 @@ def test_a_row_without_a_picture_is_a_chat_about_text(album, vocabulary, tmp_pat
         "<|endoftext|><|user|><|image|><|end|><|assistant|>a red one<|end|>"]
     found = Chats(tmp_path / "out", "train")
     assert [len(found.images(i)) for i in range(4)] == [1, 0, 1, 1]
-    assert len(Captions(found, load(vocabulary), 32, 16)) == 3
+    assert len(Captions(found, load(vocabulary), ImageSpec(1, 32), 16)) == 3
 
 
 # ---------------------------------------------------------------------------------- where rows are

@@ -127,7 +127,7 @@ def test_the_state_of_another_optimizer_is_refused_and_new_settings_hold():
 
     state = optimizers().state_dict()
     for other in ({"optimizer": "adamw"}, {"optimizer": "adamw", "decay": "all"}):
-        with pytest.raises(UserError, match="give --optimizer as it was"):
+        with pytest.raises(UserError, match="--optimizer as it was"):
             optimizers(**other).load_state_dict([state])
     changed = optimizers(weight_decay=0.7, muon_lr=0.5)
     changed.load_state_dict([state])
