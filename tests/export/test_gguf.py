@@ -99,7 +99,8 @@ def test_llama_cpp_gives_the_same_greedy_text(llama, tokenizer, dtype, tie, tmp_
         equal += found == expected
         if found != expected:
             first = next(i for i in range(32) if found[i] != expected[i])
-            best, second = model.logits(torch.tensor([ids + expected[:first]]))[0, -1].topk(2).values
+            logits = model.logits(torch.tensor([ids + expected[:first]]))[0, -1]
+            best, second = logits.topk(2).values
             assert best - second < tie
     assert equal == len(prompts) if dtype == "f32" else equal > len(prompts) // 2
 
