@@ -46,7 +46,7 @@ from starlette.responses import PlainTextResponse  # noqa: E402
 from common.config import UserError, parse, run_main  # noqa: E402
 from common.device import pick_device  # noqa: E402
 from common.images import read_image  # noqa: E402
-from export.model_card import held_out_pictures  # noqa: E402
+from export.model_card import held_out_images  # noqa: E402
 from inference.conversation import Conversation, decoder_of, open_for_chat, pick_precision  # noqa: E402
 from inference.engine import Engine  # noqa: E402
 from inference.generate import Sampler, Sampling  # noqa: E402
@@ -295,7 +295,7 @@ class App:
             raise UserError(f"there is no folder --examples={folder}")
         files = sorted(path for path in folder.glob("*")
                        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-        files = files or held_out_pictures(self.info)
+        files = files or held_out_images(self.info)
         EXAMPLES.mkdir(exist_ok=True)
         return [[{"text": text, "files": [shutil.copy(path, EXAMPLES)]}, *[None] * n_settings]
                 for path, text in zip(files, QUESTIONS, strict=False)]

@@ -31,13 +31,20 @@ from common.checkpoint import write_json
 from common.config import UserError, parse, read_json, run_main
 from common.device import peak_memory_gb, pick_device, setup
 from common.images import read_image
-from common.report import ReportImage, Sample, sample_blocks, table, write_report
+from common.report import (
+    ReportImage,
+    Sample,
+    lineage_table,
+    sample_blocks,
+    table,
+    write_report,
+)
 from evals import compare
 from evals.contamination import overlaps, sentence
 from evals.runner import Asking
 from evals.validation import Score, score
 from inference.conversation import Conversation, open_for_chat
-from train.log import duration, lineage_table, price
+from train.log import duration, price
 
 
 @dataclass

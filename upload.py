@@ -27,7 +27,7 @@ from common import checkpoint
 from common.atomic import NewFolder
 from common.checkpoint import file_sum
 from common.config import UserError, one_line, parse, run_main
-from export.model_card import card, example, held_out_pictures
+from export.model_card import card, example, held_out_images
 from export.to_transformers import CHAT_TEMPLATE, write_folder
 from vision import open_model
 
@@ -160,7 +160,7 @@ def fill_space(name, folder, cfg):
             shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(path, folder)
-    images = held_out_pictures(info)[:3] if info["kind"] == "vision" else []
+    images = held_out_images(info)[:3] if info["kind"] == "vision" else []
     for image in images:
         (folder / "examples").mkdir(exist_ok=True)
         shutil.copy(image, folder / "examples")

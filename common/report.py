@@ -55,6 +55,21 @@ def table(head, rows, total=False):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def lineage_table(stages):
+    """Validation loss and costs of each stage and their total; imported stages have none."""
+    costs = {"tflop": (1, 1), "seconds": (60, 1), "dollars": (1, 2)}  # unit, digits
+
+    def row(name, steps, m):
+        loss = f"{m['val_loss']:.4f}" if "val_loss" in m else "–"
+        return [name, steps, loss, *(f"{m[key] / unit:,.{digits}f}" if key in m else "–"
+                                     for key, (unit, digits) in costs.items())]
+
+    total = {key: sum(stage["metrics"].get(key, 0) for stage in stages) for key in costs}
+    rows = [row(stage["stage"], f"{stage['step']:,}", stage["metrics"]) for stage in stages]
+    return table(["stage", "steps", "validation loss", "TFLOP", "min", "$"],
+                 [*rows, row("total", "–", total)], total=True)
+
+
 @dataclass
 class ReportImage:
     """The content of a .png or .jpg file, and its path relative to report.md."""

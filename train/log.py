@@ -17,7 +17,15 @@ import torch
 from common.atomic import append_rows
 from common.checkpoint import file_sum
 from common.config import UserError, read_json
-from common.report import ReportImage, bullets, code, sample_blocks, table, write_report
+from common.report import (
+    ReportImage,
+    bullets,
+    code,
+    lineage_table,
+    sample_blocks,
+    table,
+    write_report,
+)
 
 GREY = "#808080"  # of a plot's text and axes: readable on white and on black
 UNITS = {"tok": "tokens", "img": "image-caption pairs"}
@@ -258,21 +266,6 @@ def price(dollars):
 def memory(metrics):
     gpu = f"{metrics['peak_gpu_gb']:.2f} GB GPU, " if metrics["peak_gpu_gb"] else ""
     return f"{gpu}{metrics['peak_rss_gb']:.2f} GB host"
-
-
-def lineage_table(stages):
-    """Validation loss and costs of each stage and their total; imported stages have none."""
-    costs = {"tflop": (1, 1), "seconds": (60, 1), "dollars": (1, 2)}  # unit, digits
-
-    def row(name, steps, m):
-        loss = f"{m['val_loss']:.4f}" if "val_loss" in m else "–"
-        return [name, steps, loss, *(f"{m[key] / unit:,.{digits}f}" if key in m else "–"
-                                     for key, (unit, digits) in costs.items())]
-
-    total = {key: sum(stage["metrics"].get(key, 0) for stage in stages) for key in costs}
-    rows = [row(stage["stage"], f"{stage['step']:,}", stage["metrics"]) for stage in stages]
-    return table(["stage", "steps", "validation loss", "TFLOP", "min", "$"],
-                 [*rows, row("total", "–", total)], total=True)
 
 
 def data_table(folder):

@@ -26,6 +26,7 @@ from common.report import (
     Sample,
     bullets,
     code,
+    lineage_table,
     sample_blocks,
     table,
     thumbnail,
@@ -33,7 +34,7 @@ from common.report import (
 )
 from data import Chats
 from evals.compare import compare
-from train.log import data_table, lineage_table, origin, with_origin
+from train.log import data_table, origin, with_origin
 
 VISION = ("clip_pretrain", "vision_pretrain", "vision_sft")
 HOSTILE = ("<script>alert(1)</script>", "</pre></td><img src=x onerror=alert(1)>", "a | b", "```",
