@@ -25,18 +25,15 @@ PROGRESS_SECONDS = 3.0  # between two lines of progress
 SPLITS = ("train", "val", "test")
 
 
-class Workers:
+class Workers(ProcessPoolExecutor):
     """Draws samples on all cores and prints the progress. total: about how many there will be."""
 
     def __init__(self, total):
+        super().__init__(cores())
         self.total, self.done, self.printed = total, 0, time.monotonic()
-        self.pool = ProcessPoolExecutor(cores())
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, kind, *_):
-        self.pool.shutdown(cancel_futures=kind is not None)
+        self.shutdown(cancel_futures=kind is not None)
 
     def draw(self, job, seed, n, *args, first=0):
         """An iterator over n results of job(rng, *args), in an order that the seed alone decides.
@@ -45,7 +42,7 @@ class Workers:
         """
         sizes = [min(CHUNK, n - start) for start in range(0, n, CHUNK)]
         seeds = [f"{seed} {first + number}" for number in range(len(sizes))]
-        chunks = self.pool.map(draw_chunk, seeds, sizes, *map(itertools.repeat, (job, *args)))
+        chunks = self.map(draw_chunk, seeds, sizes, *map(itertools.repeat, (job, *args)))
         return itertools.chain.from_iterable(map(self.count, chunks))
 
     def distinct(self, job, seed, n, taken):
@@ -90,7 +87,7 @@ def words(rng):
 def captioned(rng, pairs, size):
     """(messages, [encoded image]): a request for a caption, and the caption."""
     scene = toy_images.draw_scene(rng, pairs)
-    request = rng.choice(toy_images.CAPTION_REQUESTS)
+    request = rng.choice(toy_images.WORDS["caption_requests"])
     return toy_images.turns((request, toy_images.caption(rng, scene))), [png(scene, size)]
 
 

@@ -5,25 +5,23 @@ known, so this file also writes its caption, questions about it and their answer
 comes from the `random.Random` that is passed in (`rng`), so a seed gives the same data everywhere.
 Six pairs of colour and shape (`HELD_OUT`) are never drawn or named in training data: a model that
 names them correctly has learnt colour independently of shape. prep/toy_stories.py writes the
-documents without images.
+documents without images; the words are in prep/toy_images.json.
 """
+import json
 import math
 import random
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 # ---- scenes -------------------------------------------------------------------------------------
 
-COLOURS = {"red": (214, 28, 36), "orange": (250, 132, 10), "yellow": (248, 222, 40),
-           "green": (28, 140, 48), "cyan": (40, 208, 220), "blue": (30, 62, 214),
-           "purple": (146, 48, 196), "pink": (255, 146, 196)}
+WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+COLOURS, PLACES, NUMBERS = WORDS["colours"], WORDS["places"], WORDS["numbers"]
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": 13, "large": 19}  # diameter in pixels in an image of 64; a place is 21 wide
-PLACES = (("at the top left", "at the top", "at the top right"),
-          ("on the left", "in the middle", "on the right"),
-          ("at the bottom left", "at the bottom", "at the bottom right"))
 BACKGROUNDS = ("plain", "gradient", "stripes", "noise")
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 HELD_OUT = frozenset({("green", "circle"), ("yellow", "square"), ("purple", "triangle"),
@@ -151,10 +149,7 @@ def paint(scene, size=64) -> Image.Image:
     return image.reduce(4)
 
 
-# ---- words --------------------------------------------------------------------------------------
-
-NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-
+# ---- captions -----------------------------------------------------------------------------------
 
 ARTICLE = re.compile(r"\ba (?=[aeiou])")
 SENTENCE_START = re.compile(r'(^"?|[.!?] "?|\." "?|[?!]" ")([a-z])')  # not in '"Where?" asked Mia'
@@ -172,7 +167,7 @@ def listed(parts):
 
 
 def plural(noun):
-    """'cross' -> 'crosses'; knows the nouns used here, not English."""
+    """'cross' -> 'crosses'"""
     return noun + ("es" if noun.endswith("s") else "s")
 
 
@@ -183,21 +178,18 @@ def phrase(thing, size=True, place=True, colour=True):
 
 
 def relations(thing, other):
-    """Yield what is true beyond doubt of thing as seen from other: 'above', 'to the left of'."""
+    """Yield the relations of thing to other, like 'above' and 'to the left of'."""
     if thing.column != other.column:
         yield "to the left of" if thing.column < other.column else "to the right of"
     if thing.row != other.row:
         yield "above" if thing.row < other.row else "below"
 
 
-CAPTION_REQUESTS = ("Write a caption.", "Give this picture a caption.", "Caption this picture.")
-
-
 def caption(rng, scene) -> str:
     """One sentence that names every shape; three in five also every colour, size and place.
 
-    The rest leave out colours and most places: only the shapes then tell the picture from others,
-    or an encoder that has to match them would never need to learn shapes (docs/log.md).
+    The rest omit colours and most places, so that an encoder has to learn shapes to tell them apart
+    (docs/log.md).
     """
     things = rng.sample(scene.things, len(scene.things))
     style = rng.random()
@@ -211,24 +203,14 @@ def caption(rng, scene) -> str:
     elif style >= 0.5 and len(things) > 1:
         how = rng.choice(list(relations(things[1], things[0])))
         parts[1] = f"{phrase(things[1], place=False)} {how} it"
-    opening = rng.choice(("", "there is ", "a picture of ", "this picture shows ", "we can see "))
-    return grammar(opening + listed(parts) + ".")
+    return grammar(rng.choice(WORDS["caption_openings"]) + listed(parts) + ".")
 
 
 # ---- questions ----------------------------------------------------------------------------------
 
-WORDINGS = {  # {} becomes the name of a thing, a noun to count, or a statement
-    "colour": ("What colour is {}?", "Which colour is {}?", "Tell me the colour of {}."),
-    "shape": ("What shape is {}?", "Which shape is {}?", "Tell me the shape of {}.", "What is {}?"),
-    "size": ("How big is {}?", "What size is {}?", "Is {} small or large?"),
-    "count": ("How many {} are there?", "How many {} do you see?", "Count the {}."),
-    "where": ("Where is {}?", "Where do you see {}?", "Tell me where {} is."),
-    "yes_no": ("Is {}?", "Is it true that {}?"),
-    "describe": ("What do you see?", "Describe the picture.", "What is in the picture?",
-                 "Tell me what you see.")}
-QUESTION_KINDS = tuple(WORDINGS)
-# How often a chat asks each kind: more often what takes longest to learn (docs/log.md). Validation
-# and test questions are of all kinds alike.
+QUESTION_KINDS = tuple(WORDS["questions"])
+# How often a chat asks each kind: more often what takes longest to learn (docs/log.md). In
+# validation and test all kinds are equally frequent.
 FREQUENCIES = {"colour": 1, "shape": 1, "size": 1, "count": 2, "where": 1.5, "yes_no": 4,
                "describe": 1}
 OPPOSITE = {"to the left of": "to the right of", "to the right of": "to the left of",
@@ -256,7 +238,7 @@ def names(scene, thing, hide):
 
 
 def decoy(rng, options, tempting):
-    """One of the wrong options; every second time one that the picture itself suggests."""
+    """One of the wrong options; half of the time one that the image suggests."""
     tempting = [option for option in options if option in tempting]
     return rng.choice(tempting if tempting and rng.random() < 0.5 else options)
 
@@ -264,8 +246,8 @@ def decoy(rng, options, tempting):
 def statement(rng, scene, truth):
     """(subject, rest) of a yes-or-no question, like ("the circle", "red"), true or not.
 
-    What is wrong is drawn from the same pool as what is right, so that the words of a question
-    alone do not give its answer away, and held-out pairs are not named where they are not drawn.
+    True and false statements use the same words, so that a question alone does not reveal its
+    answer, and held-out pairs are named only where they are drawn.
     """
     here = [thing.pair for thing in scene.things]
     pool = PAIRS if HELD_OUT.intersection(here) else TRAIN_PAIRS
@@ -274,7 +256,7 @@ def statement(rng, scene, truth):
     places = [place for row in PLACES for place in row if place != thing.place]
     near = [(c, s) for c, s in pool if (c, s) not in here and (c in colours or s in shapes)]
     name = {hide: rng.choice(names(scene, thing, hide)) for hide in ("colour", "size", "where")}
-    cases = [  # subject, what is true of it, all that is not, the part of it that is tempting
+    cases = [  # subject, true rest, false rests, those of them that the image suggests
         (name["colour"], thing.colour,
          [c for c, s in pool if s == thing.shape and c != thing.colour], colours),
         (name["size"], thing.size, [size for size in SIZES if size != thing.size], ()),
@@ -293,7 +275,7 @@ def statement(rng, scene, truth):
 
 
 def ask(rng, scene, kind):
-    """(what fills a wording of this kind, answer); for "yes_no" the filling is a statement()."""
+    """(what a question of this kind is about, answer); for "yes_no" it is a statement()."""
     thing = rng.choice(scene.things)
     if kind == "describe":
         return "", f"There is {listed([phrase(t) for t in scene.things])}."
@@ -303,7 +285,7 @@ def ask(rng, scene, kind):
     if kind == "count":
         each = [(t.shape, f"{t.colour} thing", f"{t.size} thing", "thing") for t in scene.things]
         some = rng.choice(each)
-        none = (rng.choice(SHAPES), f"{rng.choice(list(COLOURS))} thing")  # mostly not there
+        none = (rng.choice(SHAPES), f"{rng.choice(list(COLOURS))} thing")  # mostly absent
         what = rng.choice(rng.choice((some, some, none)))
         n = sum(what in kinds for kinds in each)
         answer = f"is one {what}" if n == 1 else f"are {NUMBERS[n]} {plural(what)}"
@@ -315,9 +297,9 @@ def ask(rng, scene, kind):
 
 
 def question(rng, scene, kind) -> tuple:
-    """(question, answer), kind being one of QUESTION_KINDS; the answer has only one wording."""
+    """(question, answer) of one of QUESTION_KINDS; only one wording of the answer is correct."""
     content, answer = ask(rng, scene, kind)
-    wording = rng.choice(WORDINGS[kind])
+    wording = rng.choice(WORDS["questions"][kind])
     if kind == "yes_no":  # "Is the ring red?", but "Is it true that the ring is red?"
         content = (" " if wording == "Is {}?" else " is ").join(content)
     text = wording.format(content).replace("What is the thing ", "What is ")  # ... the top?"
@@ -331,9 +313,9 @@ def turns(*pairs):
 
 
 def conversation(rng, scene, n_questions) -> list:
-    """The messages of a chat about the picture: n_questions different ones, see FREQUENCIES.
+    """The messages of a chat with n_questions different questions about the image.
 
-    A description comes first or at the end: what follows it can be answered without looking.
+    A description comes first or last, because what follows it can be answered without the image.
     """
     asked = {}  # question -> (answer, kind)
     while len(asked) < n_questions:
