@@ -1,16 +1,17 @@
-"""How fast: a training step of any stage, decoding, and other people's steps beside ours.
+"""The speed of training steps, generation and checkpoints, and that of other projects beside ours.
 
-    python bench.py configs/full/pretrain.py                     # any stage's config and settings
+    python bench.py configs/full/pretrain.py                     # a training step of any stage
     torchrun --standalone --nproc_per_node=8 bench.py configs/full/sft.py --micro_rows=16
-    python bench.py plan configs/demo                            # minutes of every stage, here
-    python bench.py decode configs/full/vision_sft.py            # how fast it talks
-    python bench.py save configs/full/pretrain.py                # what a checkpoint costs
-    python bench.py decode configs/small/pretrain.py --peer=transformers
-    python bench.py configs/full/sft.py --profile=True           # what a step spends its time on
-    python bench.py --peer=nanoGPT/model.py                      # its model.py and ours, in turn
+    python bench.py configs/full/sft.py --profile=True           # the most expensive operations
+    python bench.py plan configs/demo                            # minutes of every stage
+    python bench.py decode configs/full/vision_sft.py            # generation
+    python bench.py save configs/full/pretrain.py                # the cost of a checkpoint
+    python bench.py --peer=nanoGPT/model.py                      # beside nanoGPT's model.py
     python bench.py configs/full/vision_pretrain.py --peer=transformers
+    python bench.py decode configs/small/pretrain.py --peer=transformers
 
-The data are random but go the whole way: packed into rows, pictures decoded. The last line is JSON.
+The data are random, but packed and decoded like real ones. The last line of the output is JSON.
+The settings below are those of bench.py; all settings of the config's stage can be given too.
 """
 
 import dataclasses
@@ -24,70 +25,67 @@ from pathlib import Path
 
 from benchmarks.baselines import beside_nanogpt, beside_transformers
 from benchmarks.decoding import decode_speeds
-from benchmarks.plan import plan
+from benchmarks.plan import STAGES, plan
 from benchmarks.saving import save_costs
-from benchmarks.training import Training, profile, sibling, timing, tokenizer_of
+from benchmarks.training import Training, profile, step_speed
 from common.config import UserError, parse, run_main
-
-STAGES = ("pretrain", "sft", "vision_pretrain", "vision_sft", "clip_pretrain")
 
 
 @dataclass
 class Config:
-    """What bench.py lets you set beside the stage's own settings."""
-
-    steps: int = 4  # steps of a measurement; there are five, after two steps that do not count
-    profile: bool = False  # print the operations that take the most time of a step instead
-    vocabulary: int = 50304  # ids of the tokenizer that a plan counts with
-    peer: str = ""  # path of nanoGPT's model.py, or transformers: measure its step beside ours
+    steps: int = 4  # steps of a measurement; there are five measurements, after two warm-up steps
+    profile: bool = False  # print the most expensive operations of a step instead
+    vocabulary: int = 50304  # number of the tokenizer's ids, for plan
+    peer: str = ""  # transformers, or the path of nanoGPT's model.py: measure it beside ours
 
 
 def main():
-    own = [f"--{field.name}" for field in dataclasses.fields(Config)]
     argv = sys.argv[1:]
-    decode, save = argv[:1] == ["decode"], argv[:1] == ["save"]
-    mine = [flag for flag in argv if flag.split("=")[0] in own or flag == "--help"]
-    theirs = [flag for flag in argv[decode or save:] if flag not in mine]
-    bench = parse(Config, mine)
-    if argv[:1] == ["plan"]:
-        folder = next((word for word in theirs[1:] if word[0] != "-"), "configs/demo")
-        plan(folder, bench.vocabulary, Training)
-        return
-    if bench.peer not in ("", "transformers"):
-        return show(**beside_nanogpt(bench.peer))
-    stages = [stage for stage in STAGES if (stage != "clip_pretrain" if decode else
-                                            not bench.peer or stage.startswith("vision"))]
-    if not theirs or Path(theirs[0]).stem not in stages:
-        raise UserError("say which config to time, like configs/full/vision_pretrain.py; its name "
-                        f"must be a stage's: {', '.join(stages)}")
-    stage, folder = Path(theirs[0]).stem, Path(theirs[0]).parent
-    cfg = parse(importlib.import_module(stage).Config, theirs)
-    if decode:
-        return show(**talking(cfg, stage, folder, bench.peer))
-    with tempfile.TemporaryDirectory() as out:
-        cfg = dataclasses.replace(cfg, out=out, resume=False, tracker="none")
-        if bench.peer:
-            return show(**beside_transformers(functools.partial(Training, cfg, stage, folder)))
-        training = Training(cfg, stage, folder)
-        if save:
-            figures = save_costs(training)
+    command = argv.pop(0) if argv[:1] in (["plan"], ["decode"], ["save"]) else "step"
+    own = ("--help", *(f"--{field.name}=" for field in dataclasses.fields(Config)))
+    bench = parse(Config, [flag for flag in argv if flag.startswith(own)],
+                  "[plan | decode | save] CONFIG")
+    argv = [flag for flag in argv if not flag.startswith(own)]
+    if command == "plan":
+        plan(argv[0] if argv else "configs/demo", bench.vocabulary)
+    elif bench.peer not in ("", "transformers"):
+        show(beside_nanogpt(bench.peer))
+    else:
+        stages = {"decode": STAGES[1:], "step": STAGES[3:] if bench.peer else STAGES}
+        cfg, stage, folder = read_config(argv, stages.get(command, STAGES))
+        if command == "decode":
+            show(decode_speeds(cfg, stage, folder, bench.peer))
         else:
-            figures = (profile if bench.profile else timing)(training, bench.steps)
-        if training.run.machine.is_main:
-            show(**figures)
-        training.run.machine.leave()
+            with tempfile.TemporaryDirectory() as out:
+                cfg = dataclasses.replace(cfg, out=out, resume=False, tracker="none")
+                measure(cfg, stage, folder, bench, command)
 
 
-def talking(cfg, stage, folder, peer):
-    """The figures of bench_decode for the model of a stage's config."""
-    tokenizer = tokenizer_of(cfg)
-    sizes = cfg if stage == "pretrain" else sibling(folder, "pretrain")
-    clip = sibling(folder, "clip_pretrain").clip(tokenizer) if stage.startswith("vision") else None
-    return decode_speeds(sizes.decoder(tokenizer), clip, tokenizer, cfg, peer)
+def read_config(argv, stages):
+    """(settings, stage, folder of the config) of the command line of a stage."""
+    path = Path(argv[0] if argv else "")
+    if path.stem not in stages:
+        raise UserError("which config? For example configs/full/vision_pretrain.py; here its name "
+                        f"must be one of the stages {', '.join(stages)}")
+    return parse(importlib.import_module(path.stem).Config, argv), path.stem, path.parent
 
 
-def show(**figures):
-    """One line for people, one of JSON."""
+def measure(cfg, stage, folder, bench, command):
+    """Measure training steps of a stage, or saving its checkpoints."""
+    if bench.peer:
+        return show(beside_transformers(functools.partial(Training, cfg, stage, folder)))
+    training = Training(cfg, stage, folder)
+    if command == "save":
+        figures = save_costs(training)
+    else:
+        figures = (profile if bench.profile else step_speed)(training, bench.steps)
+    if training.run.machine.is_main:
+        show(figures)
+    training.run.machine.leave()
+
+
+def show(figures):
+    """Print one line to read, and one of JSON."""
     rounded = {name: float(f"{value:.4g}") if isinstance(value, float) else value
                for name, value in figures.items()}
     print(" | ".join(f"{name} {value:,}" if isinstance(value, (int, float)) else f"{name} {value}"

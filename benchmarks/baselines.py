@@ -1,21 +1,22 @@
-"""Other people's training steps beside ours: in one process, in turn, on the same numbers.
+"""Training steps of nanoGPT and of transformers beside ours: in one process, in turn, on the same
+numbers.
 
     python bench.py --peer=nanoGPT/model.py                                   # a decoder
-    python bench.py configs/small/vision_pretrain.py --peer=transformers      # a model with eyes
+    python bench.py configs/small/vision_pretrain.py --peer=transformers      # a vision model
 
-A "kind" is a function that builds a model and returns `prepare(i)`, which gets step i ready off the
-clock and returns what takes it and waits for the device.
+A "kind" is a function that builds a model and returns `prepare(i)`, which returns step i as a
+function; only that function, which waits for the device, is timed.
 """
 
 import gc
 import importlib.util
 import statistics
-import time
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from benchmarks import REPEATS, WARM, in_turn
 from clip import normalise
 from common import device as system
 from common.config import TrainSettings, UserError
@@ -24,28 +25,16 @@ from export.to_transformers import llava_config
 from model import GPT, GPTConfig
 from train.optim import make_optimizer
 
-REPEATS = 5  # every figure is the median of so many
-WARM = 2  # steps before them that do not count
 
-
-def measure(kinds, device, alone, warm=WARM):
+def measure(kinds, device, alone, warm):
     """({name: seconds of each repeat}, {name: peak memory in GB, of the names in `alone`})."""
     peaks = {name: peak_gb(kinds[name], device) for name in alone}
-    prepares = {name: make() for name, make in kinds.items()}
-    seconds = {name: [] for name in kinds}
-    for i in range(warm + REPEATS):
-        for name, prepare in prepares.items():
-            step = prepare(i)
-            began = time.perf_counter()
-            step()
-            if i >= warm:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds, peaks
+    return in_turn({name: make() for name, make in kinds.items()}, REPEATS, warm), peaks
 
 
 def peak_gb(make, device):
-    """Peak memory of a model's second step, with nothing else there: the GPU's, or the process's
-    on a CPU."""
+    """Peak memory of a model's second step with no other model in memory: the GPU's, or the
+    process's on a CPU."""
     prepare = make()
     prepare(0)()
     gc.collect()
@@ -64,14 +53,14 @@ def peak_gb(make, device):
 
 
 def beside_nanogpt(path):
-    """Our training step and that of nanoGPT's model.py at `path`, on the CPU.
+    """{name: figure} of our training step and that of nanoGPT's model.py at `path`, on the CPU.
 
     6 layers of width 256, 4 heads, 16 rows of 256 tokens, GPT-2's padded vocabulary, AdamW there
-    and Muon here, gradients clipped. Ours is in the processor's own precision; bf16 is there only
-    where it is native. Peak memory is measured with one model alone.
+    and Muon here, gradients clipped. Ours runs in the processor's native precision; bf16 is
+    measured only where it is native. Peak memory is measured with one model alone.
     """
     if not Path(path).is_file() or Path(path).suffix != ".py":
-        raise UserError(f"--peer={path} is no Python file; it should be nanoGPT's model.py, or "
+        raise UserError(f"--peer={path} is not a Python file; it should be nanoGPT's model.py, or "
                         "the word transformers")
     machine, ids = system.setup("cpu"), torch.randint(50257, (16, 257))
     kinds = {"ours": lambda: our_text_step(machine, ids),
@@ -91,11 +80,11 @@ def beside_nanogpt(path):
 
 def our_text_step(machine, ids):
     model, cfg = GPT(GPTConfig(50304, 6, 4, 256, 256)), TrainSettings()
-    optimizer = make_optimizer(model, cfg)
+    optimizer, batch = make_optimizer(model, cfg), Batch(ids[:, :-1], ids[:, 1:])
 
     def step():
         with machine.autocast():
-            loss = model(Batch(ids[:, :-1], ids[:, 1:])) / ids[:, 1:].numel()
+            loss = model(batch) / batch.targets.numel()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step(skip=~torch.isfinite(norm))
@@ -129,12 +118,12 @@ def nanogpt_step(path, ids, compiled, bf16):
 
 
 def beside_transformers(make_ours):
-    """Our training step of a vision stage and that of the same model made of transformers' parts.
+    """{name: figure} of our training step of a vision stage and that of transformers' LLaVA.
 
-    make_ours() is a bench.Training. Every step both get the same chats and pictures in the same
-    micro-batches, in the same precision. Ours is packed, its pictures are decoded beside the
-    training; theirs are rows of one chat, padded to the longest, their pictures ready as
-    pixel_values before the clock starts: that is in their favour, and so is the fused AdamW.
+    make_ours() is a training.Training. In every step both models get the same chats and images in
+    the same micro-batches and precision. Ours is packed, and its images are decoded during
+    training; theirs are rows of one padded chat each, with pixel_values prepared before the clock
+    starts: that is in their favour, and so is the fused AdamW.
     """
     load_transformers()  # before any memory is measured
     example = make_ours()
@@ -153,7 +142,7 @@ def beside_transformers(make_ours):
         return llava_step(model.to(machine.device).train(), cfg, machine, steps)
 
     kinds = {"ours": lambda: our_packed_step(make_ours()), "transformers": make_theirs}
-    seconds, peaks = measure(kinds, machine.device, list(kinds))
+    seconds, peaks = measure(kinds, machine.device, list(kinds), WARM)
     images = [sum(len(part["pixels"]) for part in parts) for parts in steps]
     positions = [sum(part["input_ids"].numel() for part in parts) for parts in steps]
     rates = {name: statistics.median(n / s for n, s in zip(images[WARM:], times, strict=True))
@@ -169,19 +158,15 @@ def beside_transformers(make_ours):
 
 
 def our_packed_step(training):
-    """prepare(i) of a bench.Training. A step ends when the next one's data are there too, or the
-    loader's thread would decode them on the peer's time (as worker processes do, where a GPU has
-    them: on cores of their own)."""
+    """prepare(i) of a training.Training. A step includes preparing the next step's data, or the
+    loader's thread would decode them during the peer's step."""
 
-    def prepare(i):
-        def step():
-            training.take([i])
-            for batch in training.loader.ahead.values():
-                batch.result()
+    def step(i):
+        training.take([i])
+        for batch in training.loader.ahead.values():
+            batch.result()
 
-        return step
-
-    return prepare
+    return lambda i: lambda: step(i)
 
 
 def load_transformers():
@@ -194,21 +179,21 @@ def load_transformers():
 
 
 def llava_of(decoder, clip, image_id):
-    """`LlavaForConditionalGeneration` with the sizes of our two configs, its weights initial."""
+    """`LlavaForConditionalGeneration` with the sizes of our two configs and initial weights."""
     transformers = load_transformers()
     return transformers.LlavaForConditionalGeneration._from_config(
         llava_config(decoder, clip, image_id), attn_implementation="sdpa")
 
 
 def freeze(model, stage):
-    """Let learn what learns in `stage`: the projector, later the decoder too, never the CLIP."""
+    """Make trainable what `stage` trains: the projector, in vision_sft also the decoder."""
     model.requires_grad_(stage == "vision_sft")
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
 
 
 def unpack(batch):
-    """A packed data.Batch as it is mostly fed to a model: one chat a row, padded on the right.
+    """A packed data.Batch in the usual form: one chat per row, padded on the right.
 
     Returns input_ids, attention_mask and labels, all (chats, longest), and the uint8 pixels.
     """
@@ -220,16 +205,16 @@ def unpack(batch):
             here = segments == number
             chats.append(torch.cat((ids[here], wanted[here][-1:])))  # the last id is only a target
             labels.append(torch.cat((wanted.new_full((1,), -100), wanted[here])))
-    known = [torch.ones_like(chat) for chat in chats]
+    masks = [torch.ones_like(chat) for chat in chats]
     return {"input_ids": pad_sequence(chats, batch_first=True),
-            "attention_mask": pad_sequence(known, batch_first=True),
+            "attention_mask": pad_sequence(masks, batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
             "pixels": batch.pixels}
 
 
 def llava_step(model, cfg, machine, steps):
-    """prepare(i) for the unpacked micro-batches in steps[i]; the settings are ours where both have
-    them."""
+    """prepare(i) for the unpacked micro-batches in steps[i], with our settings where both models
+    have them."""
     if cfg.compile:
         for layer in (*model.model.vision_tower.encoder.layers, *model.model.language_model.layers):
             layer.repeated = True  # compiled as ours are
@@ -240,12 +225,13 @@ def llava_step(model, cfg, machine, steps):
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
 
     def prepare(i):
-        ready = [{**part, "pixel_values": normalise(part["pixels"])} for part in steps[i]]
+        ready = [{"pixel_values": normalise(part["pixels"]),
+                  **{name: part[name] for name in ("input_ids", "attention_mask", "labels")}}
+                 for part in steps[i]]
         n_targets = sum(int((part["labels"] != -100).sum()) for part in ready)
 
         def step():
             for part in ready:
-                part.pop("pixels")
                 with machine.autocast():
                     loss = model(**part, num_items_in_batch=n_targets, use_cache=False).loss
                 scaler.scale(loss).backward()

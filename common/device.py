@@ -24,16 +24,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.config import UserError
 
-# From NVIDIA's data sheets: dense bf16 (fp16 for T4 and V100) FLOP/s, and bytes/s of the memory.
-# A name that contains another comes first.
-GPUS = {
-    "B200": (2250e12, 8e12), "GH200": (989e12, 4e12), "H200": (989e12, 4.8e12),
-    "H100 PCIe": (756e12, 2e12), "H100 NVL": (835e12, 3.9e12), "H100": (989e12, 3.35e12),
-    "A100": (312e12, 2.04e12), "L40S": (362e12, 0.864e12), "L40": (181e12, 0.864e12),
-    "L4": (121e12, 0.3e12), "A10G": (70e12, 0.6e12), "A10": (125e12, 0.6e12),
-    "A40": (150e12, 0.696e12), "A6000": (155e12, 0.768e12), "RTX 6000 Ada": (364e12, 0.96e12),
-    "4090": (165e12, 1.008e12), "3090": (71e12, 0.936e12), "V100": (125e12, 0.9e12),
-    "T4": (65e12, 0.32e12),
+# Dense bf16 (fp16 for T4 and V100) FLOP/s from NVIDIA's data sheets. A name that contains another
+# comes first.
+GPU_PEAKS = {
+    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+    "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12,
+    "A10": 125e12, "A40": 150e12, "A6000": 155e12, "RTX 6000 Ada": 364e12, "4090": 165e12,
+    "3090": 71e12, "V100": 125e12, "T4": 65e12,
 }  # fmt: skip
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TIMEOUT = timedelta(minutes=30)  # of collectives: the others wait while one writes a checkpoint
@@ -214,9 +211,11 @@ def averaging(model, device):
 
 
 def peak_flops(machine):
-    """FLOP/s of one device at best: from GPUS, or measured for half a second."""
-    if found := data_sheet(machine):
-        return found[0]
+    """FLOP/s of one device at best: from GPU_PEAKS, or measured for half a second."""
+    if machine.device.type == "cuda":
+        for name, peak in GPU_PEAKS.items():
+            if name in machine.name:
+                return peak
     # Small squares stay in the cache (a fifth faster on a CPU), large ones keep many cores busy.
     squares = [torch.full((n, n), 0.5, device=machine.device, dtype=machine.dtype)
                for n in (512, 1024, 2048)]
@@ -227,25 +226,6 @@ def peak_flops(machine):
         best = max(best, 2 * len(a) ** 3 / (time.perf_counter() - start))
         if time.perf_counter() - began > 0.5:
             return best
-
-
-def memory_bandwidth(machine):
-    """Bytes/s of one device's memory at best: from GPUS, or measured on 256 MB."""
-    if found := data_sheet(machine):
-        return found[1]
-    a, best = torch.ones(2**26, device=machine.device), 0.0  # larger than any cache
-    for _ in range(10):
-        start = time.perf_counter()
-        a.sum().item()
-        best = max(best, a.nbytes / (time.perf_counter() - start))
-    return best
-
-
-def data_sheet(machine):
-    """The (FLOP/s, bytes/s) of a GPU in GPUS; None for other devices."""
-    if machine.device.type != "cuda":
-        return None
-    return next((figures for name, figures in GPUS.items() if name in machine.name), None)
 
 
 def release_free_memory():

@@ -1,4 +1,4 @@
-"""bench.py plan foretells the minutes of every stage; a step's arithmetic is counted as it runs."""
+"""The floating-point operations of a step are counted while it runs."""
 
 import json
 import shutil
@@ -6,44 +6,11 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, newest, run
+from conftest import newest
 
-from benchmarks import plan
 from data import Batch
 from model import GPT, GPTConfig
 from train.flops import flop_counter
-
-SIZES = {"pretrain": "n_layer = 1\nn_head = 2\nn_embd = 16\n", "sft": ""}
-
-
-@pytest.fixture
-def configs(tmp_path):
-    for stage, sizes in SIZES.items():
-        (tmp_path / f"{stage}.py").write_text(
-            f"{sizes}context = 32\nbatch_tokens = 64\nmax_steps = 50\ndevice = 'cpu'\n")
-    return tmp_path
-
-
-def test_a_plan_names_every_stage_and_their_sum(configs):
-    result = run("bench.py", "plan", str(configs), "--vocabulary=512")
-    assert result.status == 0, result.err
-    lines = result.out.splitlines()
-    assert [line.split()[0] for line in lines] == ["pretrain", "sft", "all"]
-    assert all("50 steps of" in line for line in lines[:2])
-
-
-def test_a_machine_that_would_need_hours_is_told_what_to_do(configs, monkeypatch):
-    monkeypatch.setattr(plan, "SLOW", 0.0)
-    result = run("bench.py", "plan", str(configs), "--vocabulary=512")
-    assert "STEPS=0.2" in result.out.splitlines()[-1]
-
-
-def test_a_folder_without_configs_is_refused(tmp_path):
-    assert str(tmp_path) in run("bench.py", "plan", str(tmp_path)).refusal
-
-
-def test_the_demo_plans_all_its_stages():
-    assert {path.stem for path in (ROOT / "configs/demo").glob("*.py")} == set(plan.STAGES)
 
 
 def test_products_are_counted_forward_and_backward():
