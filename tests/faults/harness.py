@@ -1,8 +1,8 @@
-"""Processes that a test may kill at any moment, started in a tenth of a second.
+"""Processes that a test can kill at any moment, started in a tenth of a second.
 
 A start of Python and PyTorch takes seconds. So one process, the server, imports what the scripts
-need and forks a child for every start. The child is a process as any other: it is alone in its
-session, runs the script as `python script.py ...` would, and SIGKILL is SIGKILL.
+need and forks a child for every start. The child is a process like any other: it has its own
+session and runs the script as `python script.py ...` would.
 
     python harness.py          # the server: answers lines of JSON on its standard input
 """
@@ -31,48 +31,44 @@ ROOT = HERE.parent.parent.parent
 
 
 class Server:
-    """The process that forks. `start` gives a Job for each script."""
+    """The process that forks. `start` gives a Job for each script.
 
-    def __init__(self, folder, inside=()):
-        """folder: where the children's output goes; inside: the beginning of a command that starts
-        another one."""
+    folder: for the children's output; prefix: the beginning of a command that starts the server.
+    """
+
+    def __init__(self, folder, prefix=()):
         self.folder, self.count, self.began = Path(folder), 0, time.monotonic()
         self.process = subprocess.Popen(
-            [*inside, sys.executable, HERE], text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            [*prefix, sys.executable, HERE], text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.ask(None)
+        self.ask()
 
-    def age(self):
-        """Seconds since it was started."""
-        return time.monotonic() - self.began
-
-    def ask(self, question):
+    def ask(self, **question):
         self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
     def start(self, *argv, folder=ROOT, below="", die_at=0, settings=(), **environment):
-        """A Job: `python argv...` with these variables besides.
+        """A Job: `python argv...` in `folder`, with these variables besides.
 
-        folder: where it works; below: a folder of which every change is noted in Job.changes; at
-        change number die_at the process kills itself. settings: ("module.NAME", value)
-        pairs to set beforehand.
+        below: a folder of which every change is recorded in Job.changes; at change number die_at
+        the process kills itself. settings: ("module.NAME", value) pairs to set beforehand.
         """
         self.count += 1
-        output = self.folder / f"said_{self.count:04d}.txt"
-        question = {"argv": [str(word) for word in argv], "output": str(output),
-                    "folder": str(folder),
-                    "below": os.path.realpath(below) if below else "", "die_at": die_at,
-                    "settings": list(settings),
-                    "environment": {name: str(value) for name, value in environment.items()}}
-        return Job(self, self.ask(question), output)
+        output = self.folder / f"output_{self.count:04d}.txt"
+        pid = self.ask(argv=[str(word) for word in argv], output=str(output), folder=str(folder),
+                       below=os.path.realpath(below) if below else "", die_at=die_at,
+                       settings=list(settings),
+                       environment={name: str(value) for name, value in environment.items()})
+        return Job(self, pid, output)
 
     def start_together(self, ranks, *argv, **environment):
-        """`ranks` Jobs that are one job, as torchrun would start them."""
+        """`ranks` Jobs that are one training job, as torchrun would start them."""
+        if ranks == 1:
+            return [self.start(*argv, **environment)]
         shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost",
-                  "MASTER_PORT": free_port(), **environment} if ranks > 1 else environment
-        numbers = [{"RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {} for rank in range(ranks)]
-        return [self.start(*argv, **shared, **number) for number in numbers]
+                  "MASTER_PORT": free_port(), **environment}
+        return [self.start(*argv, **shared, RANK=rank, LOCAL_RANK=rank) for rank in range(ranks)]
 
     def close(self):
         self.process.stdin.close()
@@ -92,7 +88,7 @@ class Job:
     def poll(self):
         """Its status, or None while it runs."""
         if self.status is None:
-            self.status = self.server.ask({"poll": self.pid})
+            self.status = self.server.ask(poll=self.pid)
         return self.status
 
     def wait(self, seconds=120):
@@ -101,22 +97,21 @@ class Job:
             until(lambda: self.poll() is not None, seconds, 0.005)
         except AssertionError:
             self.kill(signal.SIGKILL)
-            raise AssertionError(f"not ended in {seconds} s; it said: {self.said}") from None
+            raise AssertionError(f"still running after {seconds} s: {self.said}") from None
         return self.status
 
     def kill(self, number):
-        """Send a signal; to one that has ended already, none."""
+        """Send a signal, if it still runs."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def hold(self):
-        """Stop it, and wait until each of its threads stands still: a signal takes its time."""
+        """Stop it, and wait until each of its threads is stopped."""
         self.kill(signal.SIGSTOP)
-        until(lambda: self.poll() is not None or self.states() <= {"T"})
+        until(lambda: self.poll() is not None or self.thread_states() <= {"T"})
 
-    def states(self):
-        """Those of its threads, T for stopped."""
+    def thread_states(self):
         found = set()
         for path in Path(f"/proc/{self.pid}/task").glob("*/stat"):
             with contextlib.suppress(OSError):  # that thread has ended
@@ -125,7 +120,7 @@ class Job:
 
     @property
     def changes(self):
-        """What it changed below the folder that was watched, a line each."""
+        """What it changed in the folder `below`, one line per change."""
         path = self.output.with_suffix(".changes")
         return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
@@ -158,7 +153,7 @@ def torchrun(flags, environment, *argv):
 
 
 def ended(job, seconds=400):
-    """What a torchrun printed until it ended; none of its processes may be left."""
+    """The output of a torchrun once it has ended; none of its processes may be left."""
     left = workers_of(job)
     try:
         said = job.communicate(timeout=seconds)[0]
@@ -177,16 +172,14 @@ def workers_of(job):
 
 def worker(job, rank):
     """The id of the process of this rank."""
-    for pid in workers_of(job):
-        if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes():
-            return pid
-    raise AssertionError(f"there is no process {rank}")
+    return next(pid for pid in workers_of(job)
+                if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes())
 
 
 def until(condition, seconds=60, every=0.002):
-    """Wait until condition() is true; returns what it gave, AssertionError after so long.
+    """Wait until condition() is true and return its value; AssertionError after so long.
 
-    Looks are counted, not the clock, so that a machine that sleeps fails no test.
+    Counts checks instead of reading the clock, so that a suspended machine fails no test.
     """
     for _ in range(round(seconds / every)):
         if found := condition():
@@ -196,35 +189,35 @@ def until(condition, seconds=60, every=0.002):
 
 
 def chance(*seed):
-    """Random numbers that are the same at every run of the tests."""
+    """Random numbers that are the same in every run of the tests."""
     return random.Random("-".join(map(str, seed)))
 
 
-# ------------------------------------------------------------------------------------ the server
+# ---- the server ---------------------------------------------------------------------------------
 
 
 def serve():
-    """Fork a child for every line that names a script, and say of each how it ended."""
+    """Fork a child for every line that names a script, and tell how each ended."""
     sys.path.insert(0, str(ROOT))
     import_all()
     running, ended = set(), {}
     while line := sys.stdin.readline():
         question, answer = json.loads(line), None
-        if question and "argv" in question:
-            answer = fork(question)
+        if "argv" in question:
+            answer = fork(**question)
             running.add(answer)
         elif question:
             ended |= {pid: status for pid in running if (status := status_of(pid)) is not None}
             running -= ended.keys()
             answer = ended.get(question["poll"])
         print(json.dumps(answer), flush=True)
-    for pid in running:  # who asked has gone
+    for pid in running:  # the tests are over
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 def import_all():
-    """What the scripts import, so that a child need not; no thread may be running after."""
+    """Import what the scripts need; no other thread may be running afterwards."""
     for name in ("clip_pretrain", "pretrain", "sft", "vision_pretrain", "vision_sft", "prepare",
                  "matplotlib.figure"):
         importlib.import_module(name)
@@ -232,7 +225,7 @@ def import_all():
 
     train.run.peak_flops = lambda machine: 1e12  # not measured, as in the other tests
     with contextlib.suppress(FileNotFoundError):
-        assert len(os.listdir("/proc/self/task")) == 1  # or a fork would not be a whole process
+        assert len(os.listdir("/proc/self/task")) == 1  # or a forked process would be incomplete
 
 
 def status_of(pid):
@@ -241,31 +234,35 @@ def status_of(pid):
     return os.waitstatus_to_exitcode(status) if done else None
 
 
-def fork(question):
+def fork(argv, output, folder, below, die_at, settings, environment):
     """The id of a new process, in which this raises SystemExit when its script has ended."""
     if pid := os.fork():
         return pid
     os.setsid()
-    output = os.open(question["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for number, handle in enumerate((os.open(os.devnull, os.O_RDONLY), output, output)):
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number, handle in enumerate((os.open(os.devnull, os.O_RDONLY), file, file)):
         os.dup2(handle, number)
-    os.environ.update(question["environment"])
-    os.chdir(question["folder"])
-    for name, value in question["settings"]:
+    os.environ.update(environment)
+    os.chdir(folder)
+    for name, value in settings:
         module, _, name = name.rpartition(".")
         setattr(importlib.import_module(module), name, value)
-    if question["below"]:
-        note_changes(question["below"], question["die_at"],
-                     Path(question["output"]).with_suffix(".changes"))
-    sys.argv = [str(ROOT / question["argv"][0]), *question["argv"][1:]]
+    if below:
+        record_changes(below, die_at, Path(output).with_suffix(".changes"))
+    sys.argv = [str(ROOT / argv[0]), *argv[1:]]
     runpy.run_path(sys.argv[0], run_name="__main__")
     sys.exit(0)
 
 
-def note_changes(below, die_at, path):
-    """Note every change that Python makes in the folder `below`, just before it is made, in `path`;
-    at number die_at die instead. A file opened for writing anew is emptied first: that is how a
-    process leaves it that dies between opening and writing."""
+# Python's audit events of changes, and which argument is the folder that the name is relative to
+CHANGES = {"open": None, "os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 2,
+           "os.link": 2, "os.truncate": None}
+
+
+def record_changes(below, die_at, path):
+    """Record every change that Python makes in the folder `below` in `path`, before it is made; at
+    number die_at die instead. A file that was to be replaced is then empty, as after a death
+    between opening and writing."""
     notes = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     numbers, dying = itertools.count(1), []
 
@@ -283,16 +280,10 @@ def note_changes(below, die_at, path):
     sys.addaudithook(hook)
 
 
-# Python's audit events of changes: where their arguments have the folder that a name is relative to
-CHANGES = {"open": None, "os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 2,
-           "os.link": 2, "os.truncate": None}
-
-
 def place(event, args):
-    """The whole path of what an event changes, "" if it changes nothing."""
-    if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR):
-        return ""
-    if isinstance(args[0], int):
+    """The absolute path of what an event changes, "" if it changes nothing."""
+    if isinstance(args[0], int) or (
+            event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR)):
         return ""
     folder = args[CHANGES[event]] if CHANGES[event] else -1
     start = os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else os.getcwd()

@@ -17,7 +17,7 @@ from conftest import log_rows, newest
 from common import checkpoint
 from faults.conftest import FULL, scale
 from faults.harness import Server, chance, until
-from faults.test_kill import Tries, assert_same_run, assert_whole
+from faults.test_kill import Tries, assert_intact, assert_same_run
 
 SIZE = 8  # MB
 MOUNT = f'mount -t tmpfs -o size={SIZE}m tmpfs "$0" && exec "$@"'
@@ -204,12 +204,12 @@ def test_a_log_that_was_cut_in_the_middle_of_a_line_is_mended(pipeline, disk):
     stopped_at(jobs, run.out, 10)
     jobs[0].kill(signal.SIGKILL)
     jobs[0].wait()
-    step = int(assert_whole(run.out).name[-8:])
+    step = int(assert_intact(run.out).name[-8:])
     log = run.out / "log.jsonl"
     lines = log.read_text().splitlines(keepends=True)
     assert len(lines) > step
     log.write_text("".join(lines[:step]) + lines[step][:9])
     run.goes_on(step)
     assert [row["step"] for row in log_rows(run.out)][:24] == list(range(24))
-    assert_same_run(run.out, run.whole)
+    assert_same_run(run.out, run.expected)
     assert newest(run.out).name == "step_00000024"
