@@ -49,7 +49,20 @@ def peak_gb(make, device):
     return gpu if device.type == "cuda" else host
 
 
-# ----------------------------------------------------------------------------------------- nanoGPT
+def compared(seconds, peaks, unit, amounts):
+    """{name: figure}: rates and peak memory of all kinds, and ours in relation to the others.
+
+    amounts: how many `unit` each repeat handles.
+    """
+    rates = {name: statistics.median(n / s for n, s in zip(amounts, times, strict=True))
+             for name, times in seconds.items()}
+    return {**{f"{name}_{unit}_per_s": rate for name, rate in rates.items()},
+            **{f"{name}_peak_gb": peak for name, peak in peaks.items()},
+            **{f"times_{name}": rates["ours"] / rate for name, rate in rates.items()},
+            **{f"memory_of_{name}": peaks["ours"] / peak for name, peak in peaks.items()}}
+
+
+# ---- nanoGPT ------------------------------------------------------------------------------------
 
 
 def beside_nanogpt(path):
@@ -69,28 +82,19 @@ def beside_nanogpt(path):
     if machine.dtype == torch.bfloat16:
         kinds["compiled_bf16"] = lambda: nanogpt_step(path, ids, compiled=True, bf16=True)
     seconds, peaks = measure(kinds, machine.device, ("ours", "eager"), warm=1)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {"machine": machine.name, "precision": system.precision_name(machine.dtype),
-            **{f"{name}_peak_gb": peak for name, peak in peaks.items()},
-            **{f"{name}_tok_per_s": 16 * 256 / median for name, median in medians.items()},
-            **{f"times_{name}": median / medians["ours"] for name, median in medians.items()
-               if name != "ours"},
-            "memory_of_eager": peaks["ours"] / peaks["eager"]}
+            **compared(seconds, peaks, "tok", [16 * 256] * REPEATS)}
 
 
 def our_text_step(machine, ids):
-    model, cfg = GPT(GPTConfig(50304, 6, 4, 256, 256)), TrainSettings()
-    optimizer, batch = make_optimizer(model, cfg), Batch(ids[:, :-1], ids[:, 1:])
+    model, batch = GPT(GPTConfig(50304, 6, 4, 256, 256)), Batch(ids[:, :-1], ids[:, 1:])
+    optimizer = make_optimizer(model, TrainSettings())
 
-    def step():
+    def loss():
         with machine.autocast():
-            loss = model(batch) / batch.targets.numel()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step(skip=~torch.isfinite(norm))
-        optimizer.zero_grad()
+            return model(batch) / batch.targets.numel()
 
-    return lambda i: step
+    return text_step(model, loss, lambda: optimizer.step(torch.tensor(False)), optimizer.zero_grad)
 
 
 def nanogpt_step(path, ids, compiled, bf16):
@@ -103,18 +107,24 @@ def nanogpt_step(path, ids, compiled, bf16):
     net = torch.compile(model) if compiled else model
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
-    def step():
+    def loss():
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            _, loss = net(x, y)
-        loss.backward()
+            return net(x, y)[1]
+
+    return text_step(model, loss, optimizer.step, optimizer.zero_grad)
+
+
+def text_step(model, loss, update, zero_grad):
+    def step():
+        loss().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update()
+        zero_grad()
 
     return lambda i: step
 
 
-# ------------------------------------------------------------------------------------ transformers
+# ---- transformers -------------------------------------------------------------------------------
 
 
 def beside_transformers(make_ours):
@@ -145,16 +155,11 @@ def beside_transformers(make_ours):
     seconds, peaks = measure(kinds, machine.device, list(kinds), WARM)
     images = [sum(len(part["pixels"]) for part in parts) for parts in steps]
     positions = [sum(part["input_ids"].numel() for part in parts) for parts in steps]
-    rates = {name: statistics.median(n / s for n, s in zip(images[WARM:], times, strict=True))
-             for name, times in seconds.items()}
-    return {"stage": stage, "machine": machine.name, "precision": str(machine.dtype)[6:],
+    return {"stage": stage, "machine": machine.name,
+            "precision": system.precision_name(machine.dtype),
             "img_per_step": statistics.mean(images), "ours_positions": ours_positions,
             "transformers_positions": statistics.mean(positions),
-            **{f"{name}_ms": statistics.median(s) * 1e3 for name, s in seconds.items()},
-            **{f"{name}_img_per_s": rate for name, rate in rates.items()},
-            "times_transformers": rates["ours"] / rates["transformers"],
-            **{f"{name}_peak_gb": peak for name, peak in peaks.items()},
-            "memory_of_transformers": peaks["ours"] / peaks["transformers"]}
+            **compared(seconds, peaks, "img", images[WARM:])}
 
 
 def our_packed_step(training):

@@ -17,7 +17,7 @@ from benchmarks.baselines import load_transformers
 from benchmarks.random_data import build_model, jpeg, tokenizer_of
 from common.device import setup
 from common.images import read_image
-from export.to_transformers import neox_config, neox_weights
+from export.to_transformers import their_model
 from inference.conversation import Conversation, ready_to_chat
 from inference.generate import Decoding, Sampler, Sampling, generate, pick
 from inference.quantized_linear import fastest_precision, for_decoding
@@ -66,11 +66,9 @@ def our_generate(decoder, precision):
 
 def their_generate(decoder, precision):
     """The same by `generate` of transformers' GPTNeoXForCausalLM with our weights."""
-    transformers = load_transformers()
-    model = transformers.GPTNeoXForCausalLM(
-        transformers.GPTNeoXConfig(**neox_config(decoder.config))).eval()
-    model.load_state_dict(neox_weights(decoder.state_dict(), decoder.config), strict=True)
-    model.to(decoder.token_embedding.weight.device, DTYPES[precision])
+    load_transformers()
+    model = their_model(decoder, None, DTYPES[precision])
+    model.to(decoder.token_embedding.weight.device)
     model.generation_config.eos_token_id = None  # as many tokens as requested
 
     @torch.inference_mode()

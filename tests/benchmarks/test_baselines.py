@@ -9,7 +9,7 @@ from benchmarks.baselines import beside_nanogpt, freeze, llava_of, measure, unpa
 from benchmarks.random_data import RandomChats
 from clip import CLIPConfig, normalise
 from common.device import Processor
-from export.to_transformers import llava_weights
+from export.to_transformers import their_model
 from model import GPTConfig
 from train.packing import Packed
 from vision import VisionLanguageModel, image_spec
@@ -32,7 +32,7 @@ def test_with_the_same_weights_loss_and_gradients_are_the_same(packed):
     with torch.no_grad():
         for name, p in ours.named_parameters():  # no weight keeps its initial value
             p.normal_(mean=float("norm" in name and "weight" in name), std=0.25)
-    theirs.load_state_dict(llava_weights(ours.state_dict(), TEXT))
+    theirs.load_state_dict(their_model(ours, TOKENIZER).state_dict())
     freeze(theirs, "vision_sft")
     batch = packed.batch(range(len(packed)))
     loss = ours(batch) / len(batch.targets)
@@ -96,7 +96,8 @@ def test_kinds_take_turns():
 @pytest.mark.parametrize("bf16", [True, False])
 def test_nanogpt_runs_only_in_native_precisions(bf16, tmp_path, monkeypatch):
     def measured(kinds, device, alone, warm):
-        return {name: [float(i)] for i, name in enumerate(kinds, 1)}, dict.fromkeys(alone, 1.0)
+        return ({name: [float(i)] * REPEATS for i, name in enumerate(kinds, 1)},
+                dict.fromkeys(alone, 1.0))
 
     monkeypatch.setattr("common.device.processor", lambda: Processor("some", bf16, False))
     monkeypatch.setattr("benchmarks.baselines.measure", measured)
