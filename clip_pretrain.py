@@ -103,7 +103,7 @@ def main():
         if run.due(step, cfg.save_every):
             run.save(step)
 
-    run.finish(sample_choices(model, tokenizer, val, run.machine), [cfg.data])
+    run.finish(lambda model: sample_choices(model, tokenizer, val, run.machine), [cfg.data])
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ def main():
         if run.due(step, cfg.save_every):
             run.save(step)
 
-    run.finish(sample_texts(model, tokenizer, val), [folder])
+    run.finish(lambda model: sample_texts(model, tokenizer, val), [folder])
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def main():
         if run.due(step, cfg.save_every):
             run.save(step)
 
-    run.finish(sample_answers(model, tokenizer, val.sources[0]), [cfg.data])
+    run.finish(lambda model: sample_answers(model, tokenizer, val.sources[0]), [cfg.data])
 
 
 if __name__ == "__main__":

@@ -92,7 +92,8 @@ def main():
         if run.due(step, cfg.save_every):
             run.save(step)
 
-    run.finish(sample_answers(model, tokenizer, val), [cfg.data, cfg.text_data, cfg.replay])
+    run.finish(lambda model: sample_answers(model, tokenizer, val),
+               [cfg.data, cfg.text_data, cfg.replay])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import os
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from common.config import UserError
@@ -59,25 +59,6 @@ def mesh_of(kind, machine):
                         f"one do not divide {ranks}")
     shape, names = (ranks // inside, inside), ("replicate", "shard")
     return init_device_mesh(machine.device.type, shape, mesh_dim_names=names)
-
-
-def unshard(model):
-    """Turn a sharded `model` back into an ordinary one, in fp32 and complete in every process."""
-    for module in list(model.modules()):
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    for module in list(model.modules()):
-        for name, p in list(module.named_parameters(recurse=False)):
-            if is_sharded(p):
-                plain = nn.Parameter(p.detach().full_tensor(), requires_grad=p.requires_grad)
-                module.register_parameter(name, plain)
-        # The only hooks in this project are FSDP's.
-        for hooks in (module._forward_pre_hooks, module._forward_hooks,
-                      module._state_dict_pre_hooks, module._load_state_dict_pre_hooks):
-            hooks.clear()
-        if isinstance(module, FSDPModule):
-            module._compiled_call_impl = None  # it was compiled with the hooks
-            module.__class__ = type(module).__bases__[1]  # (FSDPModule, the class it was)
 
 
 def is_sharded(tensor):

@@ -40,12 +40,13 @@ from common.device import (
 from train.anomaly import Guard
 from train.async_save import Saver
 from train.flops import flop_counter
-from train.fsdp import gathered, gathered_weights, number_of_shard, shard, unshard
+from train.fsdp import gathered, gathered_weights, number_of_shard, shard
 from train.loader import Loader
 from train.log import Log, report_run, with_origin
 from train.optim import lr_factor
 from train.signals import STOPPED_EARLY, StopSignal, end_torchrun
 from train.watchdog import Watch
+from vision import open_model
 
 WARM_STEPS = 5  # after so many steps, what is in memory stays there
 LOWEST = dict(max_steps=1, context=1, batch_tokens=1, batch_pairs=1, micro_rows=1, val_rows=1,
@@ -198,11 +199,6 @@ class Run:
         self.watch.passed("the last step", long=True)
         if self.train_loader:
             self.train_loader.close()
-        for module in self.model.modules():  # samples follow; their shapes differ all the time
-            module._compiled_call_impl = None
-        if self.sharded:  # samples do not go through FSDP's hooks
-            self.optimizer.members.clear()
-            unshard(self.model)
 
     def _settle(self):
         """Spare garbage collections what stays, and allocate the save buffers ahead of a save."""
@@ -459,14 +455,17 @@ class Run:
                          f"{info['muon_precision']}, and stays so to be exact; this machine would "
                          f"choose {name}: --precision={name}")
 
-    def finish(self, samples=(), data=()):
-        """Write the report with some report.Sample and the data folders that were read."""
+    def finish(self, samples, data):
+        """Write the report. samples(model): the report.Samples of a model; it gets the one that was
+        saved, neither compiled nor sharded. data: the folders that were read."""
         self.end_saving()
         self.watch.stop()
+        self.optimizer.members.clear()  # makes room
         n_lost = self.machine.sum(torch.tensor(float(self.n_lost), device=self.device)).item()
         if n_lost:
             self.note(f"{n_lost:.0f} times a chat was left out because its image was lost")
         if self.machine.is_main:
-            report_run(self, samples, data)
+            model, _, _ = open_model(self.folder, self.device)
+            report_run(self, samples(model), data)
         self.log.say(f"done: {self.folder} (report.html, report.md, log.jsonl, the checkpoint)")
         self.machine.leave()
