@@ -1,4 +1,4 @@
-"""Data, packing and loader: each row once an epoch, no chat lost, exactly the answers as targets."""
+"""Data, packing, loader: each row once an epoch, no chat lost, exactly the answers as targets."""
 
 import io
 import os

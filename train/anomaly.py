@@ -13,7 +13,6 @@ WINDOW = 128  # recent steps whose mean and deviation count
 MIN_STEPS = 32  # before so many, only what is not finite is skipped
 DEVIATIONS = 6.0  # standard deviations above the mean that make an outlier
 MAX_IN_A_ROW = 20  # skipped steps that end a run; fp16 needs 16 to find its scale
-NAMED = 64  # skipped steps that are named between two printed lines
 
 
 class Guard:
@@ -25,8 +24,7 @@ class Guard:
         self.n = 0  # steps seen
         self.recent = torch.zeros(2, WINDOW, device=device)  # their losses and gradient norms
         self.in_a_row = torch.zeros((), device=device)
-        self.count = torch.zeros((), device=device)  # skipped since the last `messages`
-        self.skipped = torch.zeros(NAMED + 1, 5, device=device)  # step, loss, norm, both means
+        self.judged = []  # since the last `messages`: (step, tensor of skip, loss, norm, means)
 
     def anomalous(self, step, loss, norm):
         """Whether to skip `step`: a bool tensor. loss, norm: tensors, of all processes together."""
@@ -43,21 +41,19 @@ class Guard:
         self.recent[:, self.n % WINDOW] = torch.where(finite, torch.minimum(now, limit), mean)
         self.n += 1
         self.in_a_row = torch.where(skip, self.in_a_row + 1, 0.0)
-        row = torch.cat((torch.full_like(now[:1], step), now, mean))
-        place = torch.where(skip, self.count.clamp_max(NAMED - 1), NAMED).long()
-        self.skipped.index_copy_(0, place[None], row[None])  # the last row is for the others
-        self.count += skip
+        self.judged.append((step, torch.cat((skip[None], now, mean))))
         return skip
 
     def messages(self, rows_of):
         """A line for each step skipped since the last call, with rows_of(step). Waits for a GPU."""
-        count = int(self.count)
-        lines = [f"step {step:.0f} skipped: loss {loss:.4g} (mean {mean_loss:.4g}), gradient norm "
-                 f"{norm:.4g} (mean {mean_norm:.4g}), {rows_of(int(step))}"
-                 for step, loss, norm, mean_loss, mean_norm in
-                 self.skipped[: min(count, NAMED)].tolist()]
-        self.count.zero_()
-        return lines + [f"and {count - NAMED} more steps"] * (count > NAMED)
+        if not self.judged:
+            return []
+        steps, figures = zip(*self.judged, strict=True)
+        self.judged = []
+        return [f"step {step} skipped: loss {loss:.4g} (mean {mean_loss:.4g}), gradient norm "
+                f"{norm:.4g} (mean {mean_norm:.4g}), {rows_of(step)}"
+                for step, (skip, loss, norm, mean_loss, mean_norm) in
+                zip(steps, torch.stack(figures).tolist(), strict=True) if skip]
 
     def check(self):
         """UserError if too many steps in a row were skipped."""

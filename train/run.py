@@ -276,8 +276,8 @@ class Run:
             self.step_flops, self.counter = self.counter.get_total_flops() * self.ranks, None
         if not self.due(step, self.cfg.log_every):
             return
-        figures = torch.stack((*self.losses, self.grad_norm, self.guard.count))
-        losses, taken, grad_norm, skipped = figures.tolist()  # the one wait for the device
+        figures = torch.stack((*self.losses, self.grad_norm))
+        losses, taken, grad_norm = figures.tolist()  # waits for the device
         now, (then, first) = time.perf_counter(), self.window
         seconds = (now - then) / (step + 1 - first)
         rate = self.per_step / seconds
@@ -288,8 +288,8 @@ class Run:
         self.log.say(f"step {step:5d} | loss {f['loss']:.4f} | norm {grad_norm:.2f} | "
                      f"lr x{f['lr']:.3f} | {f['ms']:.0f} ms | {rate:,.0f} {self.unit}/s | "
                      f"mfu {f['mfu']:.0%} | {left / 60:.1f} min left | ${f['dollars']:.2f}")
-        if skipped:
-            self.note(*self.guard.messages(self._rows_of))
+        if skipped := self.guard.messages(self._rows_of):
+            self.note(*skipped)
             self.guard.check()
         self.log.add(step, {**f, f"{self.unit}_per_s": rate})
         self.losses.zero_()

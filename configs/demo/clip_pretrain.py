@@ -4,7 +4,7 @@ out = "out/demo/clip_pretrain"
 data = "data/demo/captions"
 
 image_size = 48
-patch_size = 16  # a place of the image's 3 x 3 grid is one patch
+patch_size = 16  # a cell of the image's 3 x 3 grid is one patch
 vision_width = 128
 vision_layers = 4
 vision_heads = 2

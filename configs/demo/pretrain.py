@@ -1,4 +1,4 @@
-"""Text for the demo: 0.6 of the 3.5 M tokens of stories, two in five about an image in words."""
+"""Text for the demo: 0.6 of the 3.5 M tokens of stories, two in five describe an image."""
 
 out = "out/demo/pretrain"
 data = "data/demo/text"

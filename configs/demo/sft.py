@@ -1,4 +1,4 @@
-"""Chat for the demo: counting, comparing and recalling, in text alone."""
+"""Chat for the demo: counting, comparing and recalling, text-only."""
 
 out = "out/demo/sft"
 init_from = "out/demo/pretrain"

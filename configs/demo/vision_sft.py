@@ -1,4 +1,4 @@
-"""Chats about images for the demo: four questions an image, and some chats about text."""
+"""Chats about images for the demo: four questions per image, and some text-only chats."""
 
 out = "out/demo/vision_sft"
 init_from = "out/demo/vision_pretrain"

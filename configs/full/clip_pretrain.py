@@ -1,4 +1,4 @@
-"""ViT-L/14 from nothing. Most will rather start from OpenAI's weights."""
+"""CLIP ViT-L/14 from scratch. In most cases OpenAI's weights are the better start."""
 
 out = "out/full/clip_pretrain"
 data = "data/llava_captions"  # runs/pictures.sh makes it
@@ -15,7 +15,7 @@ embed_dim = 768
 context = 77
 
 batch_pairs = 4096
-micro_pairs = 128  # activations are 0.23 GB a pair: with weights and optimizer about 40 GB
+micro_pairs = 128  # activations take 0.23 GB per pair: with weights and optimizer about 40 GB
 max_steps = 20_000
 warmup = 0.05
 cooldown = 0.6

@@ -1,5 +1,4 @@
-"""Our recipe at the size of configs/recipe_reference, on half of its tokens: experiments/recipe.py.
-"""
+"""Our recipe at the size of configs/recipe_reference on half its tokens; experiments/recipe.py."""
 
 out = "out/recipe/pretrain"
 data = "data/recipe"

@@ -1,6 +1,6 @@
-"""The recipe this project started from, scaled down to minutes on a CPU: see experiments/recipe.py.
+"""The recipe this project started from, scaled down to minutes on a CPU (experiments/recipe.py).
 
-3.3 M tokens with the learning rate that suits it best of 5e-4, 1e-3 and 2e-3.
+3.3 M tokens with the best learning rate of 5e-4, 1e-3 and 2e-3.
 """
 
 out = "out/recipe_reference/pretrain"

@@ -1,6 +1,6 @@
-"""The recipe this project started from, to compare with: AdamW, one group, cosine, no clipping.
+"""The recipe this project started from, for comparison: AdamW, one group, cosine, no clipping.
 
-35,000 steps of 262,144 tokens, 1,000 of them warm-up, PyTorch's default initial weights.
+35,000 steps of 262,144 tokens, 1,000 of them warmup, PyTorch's default initial weights.
 """
 
 out = "out/reference/pretrain"

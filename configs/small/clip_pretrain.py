@@ -1,4 +1,4 @@
-"""A CLIP small enough to train from nothing: 112 pixels, 64 patches, GPT-2's vocabulary."""
+"""A CLIP small enough to train from scratch: 112 pixels, 64 patches, GPT-2's vocabulary."""
 
 out = "out/small/clip_pretrain"
 data = "data/small/captions"

@@ -1,4 +1,4 @@
-"""Questions about pictures for the small model."""
+"""Questions about images for the small model."""
 
 out = "out/small/vision_sft"
 init_from = "out/small/vision_pretrain"

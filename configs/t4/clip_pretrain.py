@@ -1,5 +1,4 @@
-"""ViT-B/32 from nothing, for who wants every weight to be their own; four hours on a T4
-by its arithmetic."""
+"""CLIP ViT-B/32 from scratch, for training every weight; an estimated four hours on a T4."""
 
 out = "out/t4/clip_pretrain"
 data = "data/llava_captions"

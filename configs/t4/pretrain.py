@@ -1,5 +1,5 @@
 """An 89 M decoder for one free 16 GB GPU (T4): 400 M tokens of FineWeb-Edu, about two and a half
-hours by its arithmetic (0.4 GFLOP a token, 18 TFLOP/s)."""
+hours by its arithmetic (0.4 GFLOP per token, 18 TFLOP/s)."""
 
 out = "out/t4/pretrain"
 data = "data/fineweb"  # prepare.py fineweb --shards=4
@@ -17,4 +17,4 @@ lr = 4e-3
 embedding_lr = 0.1
 cooldown = 0.6
 eval_every = 250
-save_every = 250  # a free machine may be taken away: the same command goes on
+save_every = 250  # a free machine may be taken away: the same command resumes
