@@ -1,7 +1,7 @@
 """The reference size: 522 M parameters, 9 B tokens of FineWeb-Edu, 8 GPUs of 80 GB."""
 
 out = "out/full/pretrain"
-data = "hf://ShallowU/FineWeb-Edu-10B-Tokens-NPY"  # downloaded during training; or a folder of such shards
+data = "hf://ShallowU/FineWeb-Edu-10B-Tokens-NPY"  # or a folder of such shards
 
 n_layer = 20
 n_head = 10
