@@ -152,7 +152,7 @@ class Run:
         return self.net
 
     def _make_folder(self):
-        """Make the run's folder; UserError if not all machines see it."""
+        """Make the run's folder, and remove what killed runs left in it."""
         if self.machine.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -161,9 +161,6 @@ class Run:
                 raise UserError(f"--out={self.folder} cannot be made a folder or written into: "
                                 f"{error.strerror}; choose another") from None
         self.machine.barrier()
-        if self.machine.any(not self.folder.is_dir()):
-            raise UserError(f"not every machine sees --out={self.folder}: it must be a folder that "
-                            "all of them share")
 
     def _join_processes(self, model):
         """The network to call: `model` itself, sharded, or wrapped in DDP."""
@@ -406,9 +403,10 @@ class Run:
     def _load_newest(self):
         """Load the weights of the newest intact checkpoint; returns its training state, or None."""
         found = checkpoint.steps_in(self.folder)
-        newest = torch.tensor(max(found, default=0), device=self.device)
+        newest = torch.tensor(max(found, default=0) if self.folder.is_dir() else -1,
+                              device=self.device)
         if self.machine.sum(newest.clone()) != self.ranks * newest:
-            raise UserError(f"the processes see different checkpoints in {self.folder}: --out must "
+            raise UserError(f"the processes see different contents in --out={self.folder}: it must "
                             "be a folder that all machines share")
         if not found:
             self.log.resume(-1)

@@ -5,15 +5,10 @@ import math
 import shutil
 import signal
 
-import numpy as np
 import pytest
-from conftest import STAGES, STEPS, log_rows, logged, newest, reseal, run, run_stage
+from conftest import STAGES, STEPS, log_rows, logged, newest, run, run_stage
 from faults.harness import server, until
 from safetensors.torch import load_file
-
-from data import Chats, ImageSpec, Share
-from tokenizer import load
-from train.packing import Packed
 
 
 def weights(folder):
@@ -67,16 +62,6 @@ def test_checkpoints_name_their_lineage(pipeline):
             (name, str(newest(pipeline.folder / name))) for name in names]
     hashes = [parent["sha256"] for parent in infos["vision_sft"]["lineage"]]
     assert len(set(hashes)) == 4 and {len(digest) for digest in hashes} == {64}
-
-
-def test_logging_only_at_the_end_and_two_validation_rows_are_possible(pipeline, tmp_path):
-    shutil.copytree(pipeline.data / "text", tmp_path / "text")
-    np.save(tmp_path / "text/val_000000.npy", np.load(tmp_path / "text/val_000000.npy")[:140])
-    reseal(tmp_path / "text")
-    pipeline.run_stage("pretrain", tmp_path / "run", f"--data={tmp_path}/text", "--log_every=0",
-                       "--eval_every=0")
-    assert [row["step"] for row in log_rows(tmp_path / "run")] == [STEPS - 1] * 2
-    assert math.isfinite(logged(tmp_path / "run", "val_loss")[STEPS - 1, "val_loss"])
 
 
 def test_vision_pretrain_trains_only_the_projector(pipeline, tmp_path):
@@ -192,7 +177,7 @@ def test_resume_names_changed_settings(pipeline, tmp_path):
     shutil.copytree(pipeline.folder / "pretrain", tmp_path / "run")
     shutil.rmtree(newest(tmp_path / "run"))
     said = pipeline.run_stage("pretrain", tmp_path / "run", "--weight_decay=0.5")
-    assert "changed: out (" in said and "weight_decay (0.01 -> 0.5)" in said
+    assert "changed: " in said and "weight_decay (0.01 -> 0.5)" in said
 
 
 # ------------------------------------------------------------- processes and micro-batches
@@ -200,7 +185,7 @@ def test_resume_names_changed_settings(pipeline, tmp_path):
 # AdamW, as Muon's bf16 products turn differences in the last bit of a gradient into 1e-3 of a step.
 EQUAL = ("--max_steps=3", "--save_every=0", "--eval_every=0", "--optimizer=adamw", "--lr=1e-4")
 SPLIT = {"sft": ("--micro_rows=2",), "clip_pretrain": (),
-         "vision_sft": ("--micro_rows=1", "--text_share=2")}  # twice as many text-only chats
+         "vision_sft": ("--micro_rows=1", "--text_share=2")}  # some processes have no image
 
 
 @pytest.mark.parametrize("stage", SPLIT)
@@ -214,16 +199,6 @@ def test_two_processes_take_the_same_steps_as_one(pipeline, stage, tmp_path):
     assert "on 2 x " in jobs[0].said and jobs[0].said.count("done: ") == 1, jobs[0].said
     assert not jobs[1].said, jobs[1].said
     assert_close(tmp_path / "one", tmp_path / "two")
-
-
-def test_some_rows_of_that_test_have_no_image(pipeline):
-    """So that in vision_sft a process may have none while another has some."""
-    tokenizer = load(pipeline.data / "scenes")
-    scenes, texts = (Chats(pipeline.data / kind, "train") for kind in ("scenes", "chats"))
-    sources = [scenes, Share(texts, 2 * len(scenes), 1337)]
-    packed = Packed(sources, 128, tokenizer, ImageSpec(16, 32))
-    has_images = [packed.batch([row]).pixels is not None for row in range(len(packed))]
-    assert 0.2 < sum(has_images) / len(has_images) < 0.8
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "vision_sft"])
