@@ -1,4 +1,4 @@
-"""Stage 0: train CLIP on captioned images, from random weights.
+"""Stage 0: train CLIP on captioned images, from scratch.
 
     python clip_pretrain.py configs/demo/clip_pretrain.py
     torchrun --standalone --nproc_per_node=8 clip_pretrain.py configs/full/clip_pretrain.py

@@ -1,4 +1,4 @@
-"""Stage 1: pretrain the decoder on text, from random weights.
+"""Stage 1: pretrain the decoder on text, from scratch.
 
     python pretrain.py configs/demo/pretrain.py                        # a laptop, 2 minutes
     torchrun --standalone --nproc_per_node=8 pretrain.py configs/full/pretrain.py
@@ -24,8 +24,9 @@ from vision import describe, open_model
 
 @dataclass
 class Config(TrainSettings):
-    data: str = "data/text"  # folder of *train*.npy and *val*.npy token shards, or
-    # hf://OWNER/NAME for those of a hub data set, which are downloaded during training
+    # folder of *train*.npy and *val*.npy token shards, or hf://OWNER/NAME for those of a hub data
+    # set, which are downloaded during training
+    data: str = "data/text"
     init_from: str = ""  # decoder checkpoint to continue with new data; empty: random weights
 
     n_layer: int = 20  # blocks

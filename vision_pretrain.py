@@ -27,8 +27,9 @@ class Config(TrainSettings):
     init_from: str = "out/sft"  # decoder checkpoint: a language model that can chat
     clip: str = "out/clip_pretrain"  # CLIP checkpoint, or one of the hub
     data: str = "data/captions"  # folder made by prepare.py images
-    fit: Literal["", "pad", "crop"] = ""  # how images become square: padded, as LLaVA does with
-    # OpenAI's CLIP, or cropped; empty for what the CLIP was trained with, else pad
+    # how images become square: padded, as LLaVA does with OpenAI's CLIP, or cropped; empty for what
+    # the CLIP was trained with, else pad
+    fit: Literal["", "pad", "crop"] = ""
 
     context: int = 1024  # positions of a training row, image tokens included
     batch_tokens: int = 65_536  # positions of a step, in all processes together

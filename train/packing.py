@@ -111,9 +111,9 @@ class Packed:
                 n_images = len(slots) // max(1, P)
                 try:
                     images += self._images(chat, n_images)
-                    learnt = np.flatnonzero(supervised[1:])
-                    where.append(start + learnt)
-                    targets.append(ids[learnt + 1])
+                    predicting = np.flatnonzero(supervised[1:])  # the positions before them
+                    where.append(start + predicting)
+                    targets.append(ids[predicting + 1])
                 except ImageError as error:  # lost since the data was prepared
                     batch.lost.append(str(error))
                     images += [blank(self.spec.size)] * n_images
@@ -137,7 +137,7 @@ class Packed:
         return np.repeat(ids, repeats), np.repeat(supervised, repeats)
 
     def _images(self, chat, n):
-        """The first n images of a CHAT; the others are behind the truncation."""
+        """The first n images of a CHAT; the others are after the truncation."""
         return self.sources[chat["source"]].images(chat["number"], self.spec)[:n] if n else []
 
 
