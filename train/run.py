@@ -465,5 +465,6 @@ class Run:
         if self.machine.is_main:
             model, _, _ = open_model(self.folder, self.device)
             report_run(self, samples(model), data)
+        self.machine.barrier()
         self.log.say(f"done: {self.folder} (report.html, report.md, log.jsonl, the checkpoint)")
         self.machine.leave()
