@@ -83,6 +83,6 @@ def profile(training, n_steps):
     training.take(range(WARM))
     with torch.profiler.profile() as found:
         training.take(range(WARM, WARM + n_steps))
-    key = "self_cuda_time_total" if training.run.device.type == "cuda" else "self_cpu_time_total"
+    key = "self_device_time_total" if training.run.device.type == "cuda" else "self_cpu_time_total"
     print(found.key_averages().table(sort_by=key, row_limit=10))
     return {"stage": training.run.stage, "steps": n_steps}

@@ -1,8 +1,9 @@
-"""The curves of finished runs as CSV files, one a run: python experiments/curves.py FOLDER
-out/demo/*/
+"""The curves of finished runs as CSV files, one per run.
 
-A row a step at which something was logged, a column a figure; docs/results.md shows what of them
-should come out alike on another machine.
+    python experiments/curves.py docs/results out/demo/*/
+
+One row per step with logged figures, one column per figure; docs/results.md says which of them
+another machine should reproduce.
 """
 
 import csv
@@ -14,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.config import UserError, run_main
 from train.log import read_rows
 
-LEFT_OUT = ("ms", "mfu", "dollars")  # of the machine, not of the run
+EXCLUDED = ("ms", "mfu", "dollars", "tok_per_s", "img_per_s")  # depend on the machine
 
 
 def main():
@@ -23,30 +24,19 @@ def main():
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for run in map(Path, sys.argv[2:]):
-        rows = merged(read_rows(run))
+        rows = {}
+        for row in read_rows(run):
+            rows.setdefault(row["step"], {}).update(
+                (name, value) for name, value in row.items() if name not in EXCLUDED)
         if not rows:
-            raise UserError(f"{run} is no run: it has no log.jsonl with figures")
+            raise UserError(f"{run} is not a run: it has no log.jsonl with figures")
         path = folder / f"{run.parent.name}_{run.name}.csv"
-        write(path, rows)
+        names = dict.fromkeys(name for row in rows.values() for name in row)
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows.values())
         print(f"{path}: {len(rows)} rows")
-
-
-def merged(rows):
-    """The rows of log.jsonl with one row a step."""
-    by_step = {}
-    for row in rows:
-        kept = {name: value for name, value in row.items()
-                if name not in LEFT_OUT and not name.endswith("_per_s")}
-        by_step.setdefault(row["step"], {}).update(kept)
-    return list(by_step.values())
-
-
-def write(path, rows):
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

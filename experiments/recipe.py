@@ -1,10 +1,11 @@
-"""Our recipe against the one this project started from, on any text, in an hour or two of a CPU.
+"""Our recipe compared with the one this project started from, on any text; 1 to 2 hours on a CPU.
 
-    python experiments/recipe.py books.jsonl          # trains what is not there yet, then compares
-    python experiments/recipe.py                      # compares what is there
+    python experiments/recipe.py books.jsonl          # trains all runs, then compares them
+    python experiments/recipe.py                      # compares the runs that are there
+    python eval.py compare out/recipe/*               # their loss curves in one plot
 
-Writes docs/recipe.csv, docs/recipe.png and says how many tokens ours needs to reach the loss at
-which the reference ends. The validation documents are drawn from the same files.
+Writes docs/recipe.csv and prints after how many tokens ours reaches the final loss of the
+reference. The validation documents come from the same files.
 """
 
 import csv
@@ -14,12 +15,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (1, 2, 3)
-RATES = (5e-4, 1e-3, 2e-3)  # for the reference; the best one gets all seeds
-TOKENS = 4096  # a step
+RATES = (5e-4, 1e-3, 2e-3)  # for the reference; the best one is run with all seeds
+TOKENS = 4096  # per step
 RUNS = {
     **{f"reference_lr{rate:g}_seed1": ("recipe_reference", f"--lr={rate}", f"--embedding_lr={rate}",
                                        "--seed=1") for rate in RATES},
@@ -35,11 +34,14 @@ def main():
         for name, (config, *flags) in RUNS.items():
             python("pretrain.py", f"configs/{config}/pretrain.py", f"--out=out/recipe/{name}",
                    *flags)
-    curves = {name: curve(name) for name in RUNS if (ROOT / "out/recipe" / name).is_dir()}
-    if len(curves) < len(RUNS):
-        sys.exit("error: not all runs are there; say which files to train on")
-    write(curves)
-    draw(curves)
+    missing = [name for name in RUNS if not (ROOT / "out/recipe" / name).is_dir()]
+    if missing:
+        sys.exit(f"error: there is no out/recipe/{missing[0]}; give the files to train on")
+    curves = {name: curve(name) for name in RUNS}
+    with open(ROOT / "docs/recipe.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", "tokens", "val_loss"])
+        writer.writerows([name, *point] for name, points in curves.items() for point in points)
     compare(curves)
 
 
@@ -54,44 +56,15 @@ def curve(name):
     return [((row["step"] + 1) * TOKENS, row["val_loss"]) for row in rows if "val_loss" in row]
 
 
-def write(curves):
-    with open(ROOT / "docs/recipe.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run", "tokens", "val_loss"])
-        for name, points in curves.items():
-            writer.writerows([name, *point] for point in points)
-
-
-def draw(curves):
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for name, points in curves.items():
-        ours, best = name.startswith("ours"), "lr0.002" in name
-        label = name.rsplit("_seed", 1)[0] if name.endswith("seed1") else None
-        colour = "tab:red" if ours else "tab:blue" if best else "tab:gray"
-        style = "--" if "lr0.0005" in name else "-"
-        axes.plot([tokens / 1e6 for tokens, _ in points], [loss for _, loss in points], style,
-                  color=colour, label=label, linewidth=1)
-    axes.axhline(end(curves, "reference_lr0.002"), color="tab:blue", linewidth=0.5, linestyle=":")
-    axes.set(xlabel="training tokens (millions)", ylabel="validation loss (nats)", ylim=(4.2, 6))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(ROOT / "docs/recipe.png", dpi=110)
-
-
-def end(curves, prefix):
-    """The mean over seeds of the loss at which the runs of this name end."""
-    return statistics.mean(points[-1][1] for name, points in curves.items()
-                           if name.startswith(prefix))
-
-
 def compare(curves):
-    goal = end(curves, "reference_lr0.002")
-    print(f"the reference ends at {goal:.4f} after {800 * TOKENS:,} tokens")
+    """Print when each run reaches the reference's final loss, in the mean of its seeds."""
+    goal = statistics.mean(points[-1][1] for name, points in curves.items()
+                           if name.startswith("reference_lr0.002"))
+    print(f"final loss of the reference: {goal:.4f} after {800 * TOKENS:,} tokens")
     for name, points in curves.items():
         reached = next((tokens for tokens, loss in points if loss <= goal), None)
-        when = f"there after {reached:,} tokens" if reached else "never there"
-        print(f"{name}: ends at {points[-1][1]:.4f} after {points[-1][0]:,} tokens; {when}")
+        when = f"reached after {reached:,} tokens" if reached else "not reached"
+        print(f"{name}: {points[-1][1]:.4f} after {points[-1][0]:,} tokens; {when}")
 
 
 if __name__ == "__main__":

@@ -69,9 +69,6 @@ def draw_chunk(seed, n, job, *args):
     return [job(rng, *args) for _ in range(n)]
 
 
-# ---- jobs ---------------------------------------------------------------------------------------
-
-
 def text_chat(rng):
     """A text-only chat as JSON, which is hashable."""
     return json.dumps(toy_stories.text_chat(rng))
@@ -127,9 +124,6 @@ def seed_of(cfg, folder):
     """The seed of a folder like "scenes/val_pairs"; that of the test split is its own."""
     seed = cfg.test_seed if "test" in folder else cfg.seed
     return f"{seed} {folder.replace('/', ' ')}"
-
-
-# ---- files --------------------------------------------------------------------------------------
 
 
 def write_demo(out, cfg):
