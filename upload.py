@@ -32,7 +32,7 @@ from export.to_transformers import CHAT_TEMPLATE, write_folder
 from vision import open_model
 
 HERE = Path(__file__).resolve().parent
-APP = ("app.py", "clip.py", "model.py", "tokenizer.py", "vision.py", "requirements.txt",
+APP = ("app.py", "clip.py", "data.py", "model.py", "tokenizer.py", "vision.py", "requirements.txt",
        "common", "export", "inference")  # files and folders that app.py needs
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 REFUSALS = {401: "the token is not accepted: check HF_TOKEN",
@@ -62,7 +62,7 @@ class Config:
     out: str = ""  # run folder for it
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights for transformers
     license: str = "mit"  # of the weights, for the model card; mind the data's
-    picture: str = ""  # example image for the model card; empty: a held-out one of the demo, if any
+    image: str = ""  # example for the model card; empty: a held-out one of the demo, if any
     private: bool = False  # a new repository or Space is private
     overwrite: bool = False  # replace an earlier export, or write into a repository with content
     dry_run: bool = False  # list what would be pushed, and push nothing
@@ -135,7 +135,7 @@ def fill(name, folder, cfg):
     if info["kind"] == "clip":
         return
     info["parameters"] = sum(p.numel() for p in model.parameters())
-    image, answer = example(model, tokenizer, info, cfg.picture)
+    image, answer = example(model, tokenizer, info, cfg.image)
     shown = f"example{Path(image).suffix}" if image else ""
     if image:
         shutil.copy(image, folder / shown)

@@ -254,30 +254,23 @@ def read_json(path):
 
 
 def seal(content):
-    """The dict `content` with its own sum, so that a list of sums can be checked itself."""
+    """The dict `content` with its own sha256, so that a file of checksums can be checked itself."""
     content = json.loads(json.dumps(content))  # as it will be read: keys are strings, no tuples
     return {**content, "seal": seal_of(content)}
 
 
-def seal_of(content, without="seal"):
-    """The sha256 of a dict's JSON, whatever its order and its spaces, but for one key."""
-    rest = {key: value for key, value in content.items() if key != without}
+def seal_of(content):
+    """The sha256 of a dict's JSON without its seal, whatever the order and spaces in the file."""
+    rest = {key: value for key, value in content.items() if key != "seal"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_sealed(path):
-    """The dict that `seal` made, from the file `path`; UserError if it is not what it was.
-
-    One that never had a seal is taken as it is.
-    """
+    """The dict that `seal` made, from the file `path`; UserError if it was changed since."""
     content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it does not begin with a brace")
-    # Looked up by its value, since the word "seal" can be damaged too.
-    found = [key for key, value in content.items() if value == seal_of(content, key)]
-    if found != ["seal"] and (found or "seal" in content):
-        raise UserError(f"{path} is damaged: its seal, the sum of its content, does not fit; make "
-                        "it again or copy it again")
+    if not isinstance(content, dict) or content.get("seal") != seal_of(content):
+        raise UserError(f"{path} is damaged: its seal, the sha256 of its content, does not match; "
+                        "make it again or copy it again")
     return content
 
 

@@ -117,7 +117,7 @@ def example(model, tokenizer, info, file):
     """(image file, the model's answer to QUESTION about it); by default a held-out image."""
     if info["kind"] != "vision":
         if file:
-            raise UserError(f"--picture={file}: {BLIND}")
+            raise UserError(f"--image={file}: {BLIND}")
         return "", ""
     file = file or next(iter(held_out_images(info)), "")
     if not file:

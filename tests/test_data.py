@@ -14,7 +14,7 @@ from PIL import Image
 
 import tokenizer as tokenizers
 from common.checkpoint import write_json
-from common.config import UserError
+from common.config import UserError, seal
 from common.device import Machine
 from data import Chats, Documents, ImageSpec, Share, Text, check_tokenizer
 from prep.writers import ChatWriter, write_manifest, write_text
@@ -108,9 +108,9 @@ def test_shuffle_is_uniform_over_seeds():
 
 def test_shards_being_downloaded_are_read_in_doubling_groups(tmp_path):
     """So that the first steps need the first shard alone."""
-    write_json(tmp_path / "shards.json", {"files": [
+    write_json(tmp_path / "shards.json", seal({"files": [
         {"name": f"a_train_{i}.npy", "size": 128 + 2 * (4 * 6 + 1), "sha256": ""}
-        for i in range(7)]})
+        for i in range(7)]}))
     loader = Loader(Text(tmp_path, "train", 4, 2**16), 6, 6, machine(), seed=5)
     shards = [set((loader.rows_of(step) // 6).tolist()) for step in range(7)]
     assert shards[:2] == [{0}, {1}]

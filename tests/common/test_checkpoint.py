@@ -12,7 +12,7 @@ import torch
 
 import tokenizer as tokenizers
 from common import checkpoint
-from common.config import UserError
+from common.config import UserError, seal
 from model import GPT, GPTConfig
 from vision import describe, open_model
 
@@ -225,7 +225,7 @@ def test_code_in_a_training_state_is_not_run(save, tmp_path, pickled, file):
     folder, bait = save(shards=[{}]), tmp_path / "it_ran"
     path = folder / "state" / file
     pickled(Trap(bait), path)
-    manifest = {"sha256": checkpoint.sums(folder)}
+    manifest = seal({"sha256": checkpoint.sums(folder)})
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises((UserError, pickle.UnpicklingError)):
         checkpoint.read(folder, with_state=True)

@@ -18,7 +18,7 @@ from PIL import Image
 import tokenizer as tokenizers
 from common import checkpoint, hub
 from common.archives import open_images
-from common.config import UserError
+from common.config import UserError, seal
 from common.images import ImageError, read_image
 from data import read_array
 from export.from_original import import_original
@@ -117,7 +117,7 @@ def test_a_pickle_in_the_place_of_weights_or_state_is_not_run(tmp_path):
     (folder / "config.json").write_text(json.dumps({"kind": "decoder", "stage": "sft"}))
     torch.save(Trap(bait), folder / "state/training.pt")
     torch.save(Trap(bait), folder / "model.safetensors")
-    checkpoint.write_json(folder / "manifest.json", {"sha256": checkpoint.sums(folder)})
+    checkpoint.write_json(folder / "manifest.json", seal({"sha256": checkpoint.sums(folder)}))
     with pytest.raises(UserError, match=r"cannot read .*model\.safetensors"):
         checkpoint.read(folder, with_state=True)
     with pytest.raises(UserError, match=r"cannot read .*training\.pt"):
