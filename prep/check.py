@@ -27,7 +27,7 @@ from common.images import ImageError
 from data import Chats, ImageSpec, check_tokenizer
 from prep.convert import image_reader, read_chats, write_split
 from prep.sources import Refused, at_least, source_of
-from prep.writers import check_size, write_manifest
+from prep.writers import check_size
 from train.packing import Packed
 
 QUANTILES = {"min": 0, **{f"{q} %": q for q in (5, 25, 50, 75, 95, 99)}, "max": 100}
@@ -111,7 +111,7 @@ class DataSet:
 
     name: str
     tokenizer: object
-    splits: list  # Chats
+    splits: list  # data.Chats
     chats: list  # (name, split, number in the split)
     left_out: dict  # {reason: {"rows": how many, "first": names}}
 
@@ -141,46 +141,31 @@ def converted(cfg, work):
     """The DataSet that prepare.py images makes of rows, in one split; with --show of that row."""
     source, tokenizer = source_of(cfg), tokenizers.load(cfg.tokenizer)
     check_size(tokenizer, cfg)
-    name, number, settings = source.name, max(0, cfg.show - 1), SimpleNamespace(**vars(cfg))
-    settings.copy = True
-    (work / "records").mkdir()
+    first, settings = max(0, cfg.show - 1), SimpleNamespace(**vars(cfg), copy=True)
     if cfg.show:
-        source = SimpleNamespace(name=name, total=0, identity=source.identity, rows=(
-            lambda skip, rows=source.rows: islice(rows(number + skip), 1 - skip)))
-    records, refused = read_chats(settings, work / "records", {"rows": source}, tokenizer,
-                                  image_reader(settings))
-    records, left_out = records["rows"], refused.table()
-    if cfg.show and not records.rows:
-        raise UserError(f"--show={cfg.show}: {name} has fewer rows than that")
+        all_rows = source.rows
+        source.rows = lambda skip: islice(all_rows(first), 1)
+    (work / "records").mkdir()
+    found, refused = read_chats(settings, work / "records", {"rows": source}, tokenizer,
+                                image_reader(settings))
+    records, left_out = found["rows"], refused.table()
+    if records.rows == 0 and cfg.show:
+        raise UserError(f"--show={cfg.show}: {source.name} has fewer rows than that")
     if len(records) == 0:
-        lost = left_out.get("a missing image", {"rows": 0})["rows"]
-        hint = "; is --image_root right?" if lost > records.rows / 2 else ""
-        raise UserError(f"{name} holds no row that can be used{hint}")
+        hint = "; is --image_root right?" if "a missing image" in left_out else ""
+        raise UserError(f"{source.name} holds no row that can be used{hint}")
     chosen = range(min(len(records), cfg.max_chats or len(records)))
-    stored = {"size": cfg.image_size, "fit": cfg.fit, "copied": True}
-    counts = write_split(work / "data/train", records, chosen, shard_bytes=1_000_000_000)
-    write_manifest(work / "data", tokenizer, train=counts, stored_images=stored)
-    names = [f"row {number + row + 1}" for row in records.starts[chosen].tolist()]
-    return DataSet(name, tokenizer, [Chats(work / "data", "train")],
-                   [(name, 0, i) for i, name in enumerate(names)], left_out)
+    write_split(work / "data/train", records, chosen, shard_bytes=1_000_000_000)
+    chats = [(f"row {first + row + 1}", 0, i) for i, row in enumerate(records.starts[chosen])]
+    return DataSet(source.name, tokenizer, [Chats(work / "data", "train")], chats, left_out)
 
 
 # ------------------------------------------------------------------------------------- its figures
 
 
-@dataclass
-class Measured:
-    """What one chat has."""
-
-    ids: int
-    images: int
-    answers: int
-    key: bytes  # equal for equal ids and images
-    problem: str = ""  # why it cannot be used
-
-
 def measured(data, chat):
-    """The Measured of a chat (name, split, number), its images decoded."""
+    """(ids, images, answers, key, problem) of a chat: three counts, a key that equal chats share,
+    and why the chat cannot be used."""
     _, split, number = chat
     ids, supervised = data.splits[split].chat(number)
     key, problem, images = hashlib.blake2b(ids.tobytes(), digest_size=8), "", []
@@ -190,49 +175,51 @@ def measured(data, chat):
         problem = error.reason
     for image in images:
         key.update(image.tobytes())
-    answers = np.count_nonzero(supervised & (ids == data.tokenizer.end))
-    return Measured(len(ids), np.count_nonzero(ids == data.tokenizer.image), answers, key.digest(),
-                    problem)
+    n_images = int(np.count_nonzero(ids == data.tokenizer.image))
+    answers = int(np.count_nonzero(supervised & (ids == data.tokenizer.end)))
+    return len(ids), n_images, answers, key.digest(), problem
 
 
 def inspected(cfg, data):
     """The figures of a data set, as JSON can hold them."""
     packed = Packed(data.splits, cfg.context, data.tokenizer, ImageSpec(cfg.patches, 0))
-    cut = {(s, i): cut for s, i, cut in packed.chats[["source", "number", "truncated"]].tolist()}
-    left_out, notes, keys = Refused(), Refused(), set()
-    good, ids, positions = {"rows": 0, "answers": 0, "images": 0}, [], []
+    used = packed.chats[["source", "number", "truncated"]].tolist()
+    truncated = {(split, number): truncated for split, number, truncated in used}
+    left_out, notes, keys, ids, positions = Refused(), Refused(), set(), [], []
+    good = {"rows": 0, "answers": 0, "images": 0}
     pool = ThreadPoolExecutor(cores())
     for start in range(0, len(data.chats), BLOCK):
         block = data.chats[start : start + BLOCK]
-        for chat, found in zip(block, pool.map(lambda chat: measured(data, chat), block),
-                               strict=True):
-            name, *place = chat
-            ids.append(found.ids)
-            positions.append(found.ids + found.images * (cfg.patches - 1))
-            if not found.problem and tuple(place) not in cut:
-                found.problem = (f"its first answer ends beyond {cfg.context:,} positions"
-                                 if found.answers else "no supervised token")
-            if found.problem:
-                left_out.add(found.problem, name)
+        found = pool.map(lambda chat: measured(data, chat), block)
+        for (name, *place), (n_ids, n_images, n_answers, key, problem) in zip(
+                block, found, strict=True):
+            place = tuple(place)
+            ids.append(n_ids)
+            positions.append(n_ids + n_images * (cfg.patches - 1))
+            if not problem and place not in truncated:
+                problem = (f"its first answer ends beyond {cfg.context:,} positions"
+                           if n_answers else "no supervised token")
+            if problem:
+                left_out.add(problem, name)
                 continue
-            for note, applies in {
-                f"longer than {cfg.context:,} positions: cut after an answer": cut[tuple(place)],
-                "no image": found.images == 0, "more than one image": found.images > 1,
-                "a copy of an earlier chat: the same text and images": found.key in keys,
-            }.items():
+            for note, applies in (
+                (f"truncated after an answer to {cfg.context:,} positions", truncated[place]),
+                ("no image", n_images == 0), ("more than one image", n_images > 1),
+                ("a copy of an earlier chat: the same text and images", key in keys),
+            ):
                 if applies:
                     notes.add(note, name)
-            keys.add(found.key)
-            good["rows"] += 1
-            good["answers"] += int(found.answers)
-            good["images"] += int(found.images)
+            keys.add(key)
+            for name, n in ("rows", 1), ("answers", n_answers), ("images", n_images):
+                good[name] += n
     pool.shutdown()
+    quantiles = {name: np.percentile(values, list(QUANTILES.values()), method="nearest").tolist()
+                 for name, values in (("ids", ids), ("positions", positions))}
     return {
         "data": data.name, "rows": len(data.chats), "good": good, "left_out": left_out.table(),
         "left_out_when_prepared": data.left_out, "notes": notes.table(),
-        "percentiles": {name: dict(zip(QUANTILES, np.percentile(
-            values, list(QUANTILES.values()), method="nearest").tolist(), strict=True))
-            for name, values in {"ids": ids, "positions": positions}.items()},
+        "percentiles": {name: dict(zip(QUANTILES, values, strict=True))
+                        for name, values in quantiles.items()},
         "epoch": {"context": cfg.context, "batch_tokens": cfg.batch_tokens,
                   "training_rows": len(packed), "filled": float(packed.filled),
                   "steps": -(-len(packed) // max(1, cfg.batch_tokens // cfg.context))},
@@ -243,11 +230,11 @@ def inspected(cfg, data):
 def verdict(good, chats, left_out):
     """Whether the data set can be trained on, in one line."""
     rows = chats + sum(found["rows"] for found in left_out.values())
-    missing = left_out.get("a missing image", {"rows": 0})["rows"]
     if good == rows:
         return f"all {rows:,} rows are good: this can be trained on as it is"
     hint = "; look at the reasons first" if good < 0.9 * rows else ""
-    hint = "; most images are missing: is --image_root right?" if missing > rows / 2 else hint
+    if left_out.get("a missing image", {"rows": 0})["rows"] > rows / 2:
+        hint = "; most images are missing: is --image_root right?"
     return f"{good:,} of {rows:,} rows are good; training leaves the others out{hint}"
 
 
@@ -278,10 +265,8 @@ def print_figures(figures):
 
 
 def print_tokens(data, number, patches):
-    """The ids of a chat one per line: position, id, whether it is supervised, text.
-
-    Special tokens stand bare, ordinary text in quotes: a data set cannot write the former.
-    """
+    """The ids of a chat one per line: position, id, whether it is supervised, text (special
+    tokens without quotes)."""
     (name, split, i), tokenizer = data.chats[number], data.tokenizer
     ids, supervised = data.splits[split].chat(i)
     n_images = np.count_nonzero(ids == tokenizer.image)
@@ -315,8 +300,7 @@ def draw_sheet(path, data, seed):
     """A PNG of random chats: a tile for each, the images on top, the turns below."""
     from matplotlib.figure import Figure
 
-    rng = np.random.default_rng(seed)
-    chosen = np.sort(rng.permutation(len(data.chats))[:TILES])
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(data.chats))[:TILES])
     n_lines = -(-len(chosen) // COLUMNS)
     figure = Figure(figsize=(3 * COLUMNS, 3.6 * n_lines))
     axes = figure.subplots(2 * n_lines, COLUMNS, squeeze=False)
@@ -324,22 +308,21 @@ def draw_sheet(path, data, seed):
     for ax in axes.flat:
         ax.axis("off")
     for tile, number in enumerate(chosen):
-        top, text = axes[tile // COLUMNS * 2 : tile // COLUMNS * 2 + 2, tile % COLUMNS]
+        top, bottom = axes[tile // COLUMNS * 2 :, tile % COLUMNS][:2]
         name, split, i = data.chats[number]
-        chats, lines = data.splits[split], []
-        top.set_title(name, fontsize=8, color="grey", loc="left")
+        lines = [(line, "blue" if role == "assistant" else "black")
+                 for role, text in turns_of(data.tokenizer, data.splits[split].chat(i)[0])
+                 for line in textwrap.wrap(f"{role[0].upper()}: {text}", LINE_WIDTH, max_lines=5)]
         try:
-            images = chats.images(i)
+            images = data.splits[split].images(i)
         except ImageError as error:
-            images, lines = [], [(str(error), "red")]
+            images, lines = [], [(error.reason, "red"), *lines]
+        top.set_title(name, fontsize=8, color="grey", loc="left")
         for place, image in enumerate(images):
-            top.inset_axes((place / len(images), 0, 1 / len(images), 1)).imshow(image)
-        for child in top.child_axes:
-            child.axis("off")
-        for role, content in turns_of(data.tokenizer, chats.chat(i)[0]):
-            color = "blue" if role == "assistant" else "black"
-            wrapped = textwrap.wrap(f"{role[0].upper()}: {content}", LINE_WIDTH, max_lines=5)
-            lines += [(line, color) for line in wrapped]
+            ax = top.inset_axes((place / len(images), 0, 1 / len(images), 1))
+            ax.imshow(image)
+            ax.axis("off")
         for n, (line, color) in enumerate(lines[:LINES]):
-            text.text(0, 1 - n / LINES, line, color=color, fontsize=8, va="top", parse_math=False)
+            bottom.text(0, 1 - n / LINES, line, color=color, fontsize=8, va="top",
+                        parse_math=False)
     figure.savefig(path, format="png", dpi=100)

@@ -1,18 +1,16 @@
-"""How a data set is written down: a folder that appears when it is whole, token shards, chats.
+"""The files of a data set, see data.py: token shards, chats with images, manifest.json.
 
 Everything is appended to files as it comes, so a data set of any size takes the same memory.
-data.py and train/packing.py read what this writes, and say what the files mean.
 """
 
-import contextlib
 from pathlib import Path
 
 import numpy as np
 
-import tokenizer as tokenizers
 from common.atomic import NewFolder
 from common.checkpoint import sums, write_json
 from common.config import UserError, seal
+from tokenizer import render
 
 
 def new_data_set(path, keep=False):
@@ -88,42 +86,22 @@ class Shards:
 
 
 def write_text(folder, split, documents, tokenizer, shard_tokens=100_000_000):
-    """Shards of `documents` (strings), each behind <|endoftext|>; returns the number of tokens."""
-    with contextlib.closing(Shards(folder, split, shard_tokens)) as shards:
-        for document in documents:
-            shards.append([tokenizer.end_of_text, *tokenizer.encode(document)])
+    """Shards of `documents` (strings), each after <|endoftext|>; returns the number of tokens."""
+    shards = Shards(folder, split, shard_tokens)
+    for document in documents:
+        shards.append([tokenizer.end_of_text, *tokenizer.encode(document)])
+    shards.close()
     return shards.tokens
 
 
-class ImageShards:
-    """Pictures' bytes end to end in the files images_000000.bin, ..., of shard_bytes at most.
+class ChatWriter:
+    """Writes chats and the encoded bytes of their images into the files that data.Chats reads.
 
-    A picture is never split over two files; one that is larger than that has a file of its own.
+    An image file has at most shard_bytes, but for an image that is larger: none is split.
     """
 
-    def __init__(self, folder, shard_bytes):
+    def __init__(self, folder, shard_bytes=1_000_000_000):
         self.folder, self.shard_bytes = folder, shard_bytes
-        self.shard, self.n_shards, self.bytes = None, 0, 0
-
-    def append(self, image):
-        if self.shard is None or self.shard.tell() + len(image) > self.shard_bytes:
-            self.close()
-            path = self.folder / f"images_{self.n_shards:06d}.bin"
-            self.shard = open(path, "wb")  # noqa: SIM115 (closed by close)
-            self.n_shards += 1
-        self.shard.write(image)
-        self.bytes += len(image)
-
-    def close(self):
-        if self.shard is not None:
-            self.shard.close()
-
-
-class ChatWriter:
-    """Writes chats and their pictures' encoded bytes into the files that packing.Chats reads."""
-
-    def __init__(self, folder, tokenizer=None, shard_bytes=1_000_000_000):
-        self.folder, self.tokenizer = folder, tokenizer
         folder.mkdir(parents=True)
         dtypes = {"ids": np.uint16, "supervised": np.bool_, "offsets": np.int64,
                   "first_image": np.int64, "image_offsets": np.int64}
@@ -131,28 +109,32 @@ class ChatWriter:
                        for name, dtype in dtypes.items()}
         for name in "offsets", "first_image", "image_offsets":
             self.arrays[name].append([0])
-        self.images = ImageShards(folder, shard_bytes)
-
-    def add(self, messages, images=()):
-        """Append a chat given as messages."""
-        chat = tokenizers.render(self.tokenizer, messages, len(images))
-        self.append(chat.ids, chat.supervised, images)
+        self.shard, self.n_shards, self.image_bytes = None, 0, 0
 
     def append(self, ids, supervised, images=()):
-        """Append a rendered chat."""
+        """Append a chat: its ids, which of them are supervised, its encoded images."""
         self.arrays["ids"].append(ids)
         self.arrays["supervised"].append(supervised)
         self.arrays["offsets"].append([self.arrays["ids"].size])
         for image in images:
-            self.images.append(image)
-            self.arrays["image_offsets"].append([self.images.bytes])
+            self._append_image(image)
+            self.arrays["image_offsets"].append([self.image_bytes])
         self.arrays["first_image"].append([self.arrays["image_offsets"].size - 1])
+
+    def _append_image(self, image):
+        if self.shard is None or self.shard.tell() + len(image) > self.shard_bytes:
+            if self.shard:
+                self.shard.close()
+            path = self.folder / f"images_{self.n_shards:06d}.bin"
+            self.shard = open(path, "wb")  # noqa: SIM115 (closed by close)
+            self.n_shards += 1
+        self.shard.write(image)
+        self.image_bytes += len(image)
 
     def close(self):
         """Complete the files; returns counts for the manifest."""
-        self.images.close()
-        for array in self.arrays.values():
-            array.close()
+        for file in (*self.arrays.values(), *([self.shard] if self.shard else [])):
+            file.close()
         n_images = self.arrays["image_offsets"].size - 1
         if n_images == 0:
             for name in "first_image.npy", "image_offsets.npy":
@@ -163,7 +145,8 @@ class ChatWriter:
 
 def write_chats(folder, tokenizer, items):
     """A split folder from (messages, encoded images) pairs; returns its counts."""
-    writer = ChatWriter(folder, tokenizer)
+    writer = ChatWriter(folder)
     for messages, images in items:
-        writer.add(messages, images)
+        chat = render(tokenizer, messages, len(images))
+        writer.append(chat.ids, chat.supervised, images)
     return writer.close()

@@ -17,7 +17,8 @@ from common.checkpoint import write_json
 from common.config import UserError, seal
 from common.device import Machine
 from data import Chats, Documents, ImageSpec, Share, Text, check_tokenizer
-from prep.writers import ChatWriter, write_manifest, write_text
+from prep import writers
+from prep.writers import write_manifest, write_text
 from tokenizer import render
 from train.loader import Loader, shuffled, validation_loss
 from train.packing import Captions, Packed, pack
@@ -55,10 +56,9 @@ def png(grey):
 
 def write_chats(folder, tokenizer, chats, n_images=()):
     """The split train of a data folder; image k of chat i has the grey 10 * i + k."""
-    writer = ChatWriter(folder / "train", tokenizer)
-    for i, messages in enumerate(chats):
-        writer.add(messages, [png(10 * i + k) for k in range(n_images[i] if n_images else 0)])
-    write_manifest(folder, tokenizer, **writer.close())
+    items = [(messages, [png(10 * i + k) for k in range(n_images[i] if n_images else 0)])
+             for i, messages in enumerate(chats)]
+    write_manifest(folder, tokenizer, **writers.write_chats(folder / "train", tokenizer, items))
     return Chats(folder, "train")
 
 

@@ -22,7 +22,7 @@ from common.device import Machine
 from data import Chats, ImageSpec
 from evals.image_ablation import Gains, Held, Looking, a_token, blind, nats_by_chat
 from evals.validation import caption_choice
-from prep.writers import ChatWriter, write_manifest
+from prep.writers import write_chats, write_manifest
 from tokenizer import load
 from train.loader import Loader, validation_loss
 from train.packing import Packed
@@ -41,14 +41,13 @@ def painted(shade, size=SIZE):
 
 def write(folder, tokenizer, counts, split="train"):
     """A split of chats; chat i has counts[i] pictures, each of a grey of its own."""
-    writer = ChatWriter(folder / split, tokenizer)
-    shade = 0
+    items, shade = [], 0
     for i, n in enumerate(counts):
-        pictures = [painted((shade + k) % 256) for k in range(n)]
+        images = [painted((shade + k) % 256) for k in range(n)]
         shade += n
-        writer.add([{"role": "user", "content": f"what is it, number {i}?"},
-                    {"role": "assistant", "content": "grey " * (1 + i % 3)}], pictures)
-    return writer.close()
+        items.append(([{"role": "user", "content": f"what is it, number {i}?"},
+                       {"role": "assistant", "content": "grey " * (1 + i % 3)}], images))
+    return write_chats(folder / split, tokenizer, items)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from evals.tasks import DESCRIBE, LETTER, SHORT, TASKS, question_of
 from evals.validation import text_loss
 from export.to_transformers import write_folder
 from model import GPT
-from prep.writers import ChatWriter, Shards, write_manifest, write_text
+from prep.writers import write_chats, write_manifest, write_text
 from vision import VisionLanguageModel
 
 HELLASWAG = {"ind": 4, "activity_label": "Removing ice", "label": "3", "split": "val",
@@ -562,18 +562,13 @@ def trained(tmp_path):
     rng, root = random.Random(6), tmp_path / "data"
     (root / "text").mkdir(parents=True)
     texts = [letters(rng, 70) for _ in range(30)]
-    shards = Shards(root / "text", "train", 3000)  # documents go on in the next shard
-    for text in texts:
-        shards.append([TOKENIZER.end_of_text, *TOKENIZER.encode(text)])
-    shards.close()
+    write_text(root / "text", "train", texts, TOKENIZER, 3000)  # documents continue in the next
     write_manifest(root / "text", TOKENIZER)
-    chats = ChatWriter(root / "chats/train", TOKENIZER)
     said = [letters(rng, 30) for _ in range(4)]
-    for text, color in zip(said, ("red", "blue", "green", "white"), strict=True):
-        image = tasks_image(encoded(color))
-        chats.add([{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}],
-                  [image])
-    chats.close()
+    write_chats(root / "chats/train", TOKENIZER, [
+        ([{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}],
+         [tasks_image(encoded(color))])
+        for text, color in zip(said, ("red", "blue", "green", "white"), strict=True)])
     write_manifest(root / "chats", TOKENIZER, pictures={"size": 32, "fit": "pad", "copied": True})
     (tmp_path / "before").mkdir()
     write_json(tmp_path / "before/config.json", {"settings": {"data": str(root / "text")}})

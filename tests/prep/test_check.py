@@ -21,7 +21,7 @@ ASK = "<image>\nWhat is it?"
 LONG = "word " * 100
 NO_IMAGE, SEVERAL = "no image", "more than one image"
 COPY = "a copy of an earlier chat: the same text and images"
-CUT, TOO_LONG = ("longer than 96 positions: cut after an answer",
+CUT, TOO_LONG = ("truncated after an answer to 96 positions",
                  "its first answer ends beyond 96 positions")
 
 
