@@ -569,7 +569,8 @@ def trained(tmp_path):
         ([{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}],
          [tasks_image(encoded(color))])
         for text, color in zip(said, ("red", "blue", "green", "white"), strict=True)])
-    write_manifest(root / "chats", TOKENIZER, pictures={"size": 32, "fit": "pad", "copied": True})
+    write_manifest(root / "chats", TOKENIZER,
+                   stored_images={"size": 32, "fit": "pad", "copied": True})
     (tmp_path / "before").mkdir()
     write_json(tmp_path / "before/config.json", {"settings": {"data": str(root / "text")}})
     info = {"settings": {"data": str(root / "chats"), "text_data": str(tmp_path / "gone")},
