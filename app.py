@@ -43,7 +43,7 @@ from starlette.middleware import Middleware  # noqa: E402
 from starlette.middleware.base import BaseHTTPMiddleware  # noqa: E402
 from starlette.responses import PlainTextResponse  # noqa: E402
 
-from common.config import UserError, parse, run_main  # noqa: E402
+from common.config import UserError, parse_checkpoint, run_main  # noqa: E402
 from common.device import pick_device  # noqa: E402
 from common.images import read_image  # noqa: E402
 from export.model_card import held_out_images  # noqa: E402
@@ -73,12 +73,13 @@ gradio-app .gradio-container { width: 100%; max-width: 860px !important; margin:
 
 @dataclass
 class Config(Sampling):
-    temperature: float = 0.0  # what the page starts with; 0 takes the likeliest token
-    max_tokens: int = 256  # longest answer
-    host: str = ""  # address to listen at; empty: 127.0.0.1, or what GRADIO_SERVER_NAME says
-    port: int = 7860  # 0 for any free one
+    # --- page
     title: str = "nanoGPT-Vision"
     examples: str = ""  # folder of pictures to try; empty: the demo's, where they are
+    host: str = ""  # address to listen at; empty: 127.0.0.1, or what GRADIO_SERVER_NAME says
+    port: int = 7860  # 0 for any free one
+
+    # --- limits
     streams: int = 8  # answers made at once, in one batch
     queue: int = 32  # questions that may wait for their turn; more are refused
     per_minute: int = 20  # questions a minute of one session
@@ -86,6 +87,12 @@ class Config(Sampling):
     max_images: int = 4  # pictures of a question
     upload_mb: float = 5.0  # largest picture file, in megabytes
     upload_megapixels: float = 25.0  # largest picture, checked before it is decoded
+
+    # --- sampling
+    temperature: float = 0.0  # what the page starts with; 0 takes the likeliest token
+    max_tokens: int = 256  # longest answer
+
+    # --- hardware
     device: str = "auto"  # auto, cpu, cuda, mps
     # of weights and products; auto: the fastest here that costs a model under 0.01 nats
     precision: Literal["auto", "bf16", "fp16", "fp32", "int8"] = "auto"
@@ -386,11 +393,7 @@ def return_large_memory():
 
 def main():
     return_large_memory()
-    argv = sys.argv[1:]
-    name = os.environ.get("CHECKPOINT", "checkpoint")
-    if argv and not argv[0].startswith("-"):
-        name, argv = argv[0], argv[1:]
-    cfg = parse(Config, argv)
+    name, cfg = parse_checkpoint(Config, default=os.environ.get("CHECKPOINT", "checkpoint"))
     device = pick_device(cfg.device)
     model, tokenizer, info = open_for_chat(name, device, pick_precision(device, cfg.precision))
     if info["stage"] == "pretrain":

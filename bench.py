@@ -33,10 +33,11 @@ from common.config import UserError, parse, run_main
 
 @dataclass
 class Config:
+    # --- measurement
     steps: int = 4  # steps of a measurement; there are five measurements, after two warm-up steps
     profile: bool = False  # print the most expensive operations of a step instead
-    vocabulary: int = 50304  # number of the tokenizer's ids, for plan
     peer: str = ""  # transformers, or the path of nanoGPT's model.py: measure it beside ours
+    vocabulary: int = 50304  # number of the tokenizer's ids, for plan
 
 
 def main():

@@ -28,8 +28,10 @@ from vision import describe, image_spec
 
 @dataclass
 class Config(TrainSettings):
+    # --- data
     data: str = "data/captions"  # folder made by prepare.py images
 
+    # --- model
     image_size: int = 224  # pixels
     patch_size: int = 14  # pixels
     vision_width: int = 1024  # of the image encoder
@@ -43,13 +45,17 @@ class Config(TrainSettings):
     activation: Literal["gelu", "quick_gelu"] = "gelu"  # quick_gelu is OpenAI's
     fit: Literal["pad", "crop"] = "pad"  # how images become square
 
+    # --- optimization
     batch_pairs: int = 4096  # pairs of a step, in all processes together
     micro_pairs: int = 0  # pairs of a forward pass on one GPU, for its memory; 0 for its share
-    workers: int = -1  # processes that decode images; -1 for the cores that each GPU leaves over
 
+    # --- run
     zero_shot: str = ""  # folder of images, a subfolder a class, to classify; empty for none
     prompt: str = "a photo of a {}."  # the caption of a class there
     val_pairs: int = 2048  # validation pairs at most, always the same ones
+
+    # --- hardware
+    workers: int = -1  # processes that decode images; -1 for the cores that each GPU leaves over
 
     def clip(self, tokenizer):
         """The CLIPConfig for these settings and a tokenizer."""

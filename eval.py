@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from common import checkpoint
 from common.checkpoint import write_json
-from common.config import UserError, parse, read_json, run_main
+from common.config import parse, parse_checkpoint, read_json, run_main
 from common.device import peak_memory_gb, pick_device, setup
 from common.images import read_image
 from common.report import (
@@ -49,18 +49,26 @@ from train.log import duration, price
 
 @dataclass
 class Config:
+    # --- data
     data: str = "data/demo"  # folder with text/, chats/, captions/, scenes/, as far as needed
-    split: Literal["val", "test"] = "val"  # the split to score; a report has both, as far as there
-    # is a test split. Tune on val alone: a test set that choices were made on tests nothing
+    # the split to score; a report has both if there is a test split. Tune on val only: after
+    # choices were made on it, a test set measures nothing
+    split: Literal["val", "test"] = "val"
     items: int = 1000  # most items a task scores
     zero_shot: str = ""  # folder of pictures, a subfolder a class, for a CLIP; empty for none
     prompt: str = "a photo of a {}."  # the caption of a class there
+
+    # --- benchmarks
     tasks: str = ""  # NAME:FILE, NAME:FILE ... of benchmarks to score instead, see above
     image_root: str = ""  # where their pictures are: a folder, zip or tar
     overlap: bool = True  # whether to look for their questions in the training data
     out: str = ""  # folder for the answers to every question; empty for none
+
+    # --- report
     report: str = ""  # folder for report.md and report.json of the whole pipeline; empty for none
     started: float = 0.0  # when the pipeline started (seconds since 1970), for its total time
+
+    # --- hardware
     device: str = "auto"  # auto, cpu, cuda, mps
 
 
@@ -68,31 +76,29 @@ def main():
     argv = sys.argv[1:]
     if argv[:1] == ["compare"]:
         names = list(itertools.takewhile(lambda word: not word.startswith("-"), argv[1:]))
-        return compare.compare(names, parse(compare.Config, argv[1 + len(names):]).out)
-    if not argv or argv[0].startswith("-"):
-        parse(Config, argv)
-        raise UserError("say which checkpoint to score: python eval.py out/demo/vision_sft")
-    cfg = parse(Config, argv[1:])
+        flags = argv[1 + len(names):]
+        return compare.compare(names, parse(compare.Config, flags, "compare RUN RUN ...").out)
+    name, cfg = parse_checkpoint(Config)
     machine = setup(cfg.device)
     if cfg.tasks:
-        return benchmarks(argv[0], cfg, machine)
-    names = [argv[0]]
+        return benchmarks(name, cfg, machine)
+    names = [name]
     if cfg.report:
-        lineage = checkpoint.read(argv[0])[0].get("lineage", [])
+        lineage = checkpoint.read(name)[0].get("lineage", [])
         parents = [p for p in lineage if p["stage"] in ("pretrain", "clip_pretrain")]
         names = [p["folder"] for p in parents] + names
     scores = {}
     tests = (Path(cfg.data) / "chats" / "test").is_dir()
     for split in [cfg.split] if not cfg.report else ["val", "test"] if tests else ["val"]:
-        for name in names:
+        for scored in names:
             began = time.time()
-            print(f"{name}, {'validation' if split == 'val' else 'test'} data:")
-            found = score(name, cfg, machine, split)
+            print(f"{scored}, {'validation' if split == 'val' else 'test'} data:")
+            found = score(scored, cfg, machine, split)
             prefix = "val_" if split == "val" and cfg.report and tests else ""
             scores = scores | {prefix + label: figure for label, figure in found.items()}
             print(f"({time.time() - began:.0f} s)", file=sys.stderr)
     if cfg.report:
-        report(argv[0], cfg, scores)
+        report(name, cfg, scores)
 
 
 def benchmarks(name, cfg, machine):

@@ -45,30 +45,40 @@ VOCABULARY_TEXT = 200_000_000  # characters that a vocabulary is trained on, at 
 class Demo:
     """The picture world: stories, chats, captioned pictures and chats about pictures."""
 
+    # --- output
     out: str = "data/demo"  # folder to make
-    seed: int = 0  # of everything drawn but the test split
-    test_seed: int = 1003  # of the test split, which is scored once and never tuned on
+    vocabulary: int = 1024  # tokens of the small BPE, specials included
+    image_size: int = 48  # pixels
+
+    # --- size
     stories: int = 40000  # documents of text
     chats: int = 12000  # chats about text
     captions: int = 16000  # captioned pictures
     conversations: int = 16000  # pictures with a chat
     questions: int = 4  # questions about each picture
     held_out: int = 1000  # items of each kind for validation, and as many for the test
-    vocabulary: int = 1024  # tokens of the small BPE, specials included
-    image_size: int = 48  # pixels
+
+    # --- random seeds
+    seed: int = 0  # of everything drawn but the test split
+    test_seed: int = 1003  # of the test split, which is scored once and never tuned on
 
 
 @dataclass
 class Rows:
     """What text, chats and pictures have in common: where the rows are and which are held out."""
 
+    # --- source
     files: str = ""  # paths or patterns, separated by commas; hf://OWNER/NAME/FILE for the hub's
     dataset: str = ""  # instead of files: a data set of the Hugging Face hub, or a folder of one
     subset: str = ""  # which configuration of the data set, where it has several
     split: str = "train"  # which split of the data set
+
+    # --- validation
     val_files: str = ""  # rows for validation; without them val_share of the others is held out
     val_share: float = 0.02  # share held out for validation
     seed: int = 0  # of the choice
+
+    # --- output
     tokenizer: str = "gpt2"  # gpt2, or a folder with a tokenizer.json
 
 
@@ -76,13 +86,18 @@ class Rows:
 class Text(Rows):
     """Token shards from .txt, .jsonl, .json or .parquet files, or from a data set of the hub."""
 
-    out: str = "data/text"  # folder to make
+    # --- source
     field: str = "text"  # the column that holds the text
     max_documents: int = 0  # documents to take at most, the first ones; 0 for all
-    vocabulary: int = 0  # above 0: train a BPE of that many tokens on these texts instead
+
+    # --- validation
     val_share: float = 0.01  # share of the documents held out for validation
-    shard_tokens: int = 100_000_000  # tokens in a shard
     seed: int = 0  # of the order of documents
+
+    # --- output
+    out: str = "data/text"  # folder to make
+    vocabulary: int = 0  # above 0: train a BPE of that many tokens on these texts instead
+    shard_tokens: int = 100_000_000  # tokens in a shard
 
 
 @dataclass
@@ -93,14 +108,19 @@ class Chat(Rows):
     authors filtered themselves (arXiv 2406.08464, table 5); others are not touched by that.
     """
 
-    out: str = "data/chat"  # folder to make
+    # --- source
     max_chats: int = 0  # chats to take at most, the first ones; 0 for all
+
+    # --- filters, by the columns of Magpie
     # lowest input_quality to keep
     min_quality: Literal["very poor", "poor", "average", "good", "excellent"] = "average"
     min_reward: float = -10.0  # lowest instruct_reward to keep
     drop_duplicates: bool = True  # of near-copies keep only the one that min_similar_uuid names
     language: str = "EN"  # the only value of the column language to keep; empty for all
     safe_only: bool = True  # leave out what llama_guard_2 does not call safe
+
+    # --- output
+    out: str = "data/chat"  # folder to make
 
 
 @dataclass
@@ -110,11 +130,14 @@ class Images(Rows):
     Rows that show the same picture are held out together, or not at all.
     """
 
-    out: str = "data/images"  # folder to make
-    max_chats: int = 0  # chats to take at most, the first ones; 0 for all
+    # --- source
     # folder, .zip, .tar, .tar.zst or .tar.gz with the pictures, or several: paths and patterns with
     # commas between them; a name that is not there is sought by its base name
     image_root: str = ""
+    max_chats: int = 0  # chats to take at most, the first ones; 0 for all
+
+    # --- output
+    out: str = "data/images"  # folder to make
     image_size: int = 224  # pixels of the square that pictures are fitted into, or the short side
     # pad: padded to a square, as LLaVA does; short: all of the picture with its short side that
     # long, so that training can pad or crop it
@@ -128,9 +151,12 @@ class Images(Rows):
 class FineWeb:
     """Public shards of FineWeb-Edu that are GPT-2 tokens already, 100 million in each."""
 
-    out: str = "data/fineweb"  # folder to make
-    shards: int = 0  # training shards to fetch, the first ones; 0 for all; validation comes always
+    # --- source
     repository: str = "ShallowU/FineWeb-Edu-10B-Tokens-NPY"  # data set of the Hugging Face hub
+    shards: int = 0  # training shards to fetch, the first ones; 0 for all; validation comes always
+
+    # --- output
+    out: str = "data/fineweb"  # folder to make
 
 
 # -------------------------------------------------------------------------------------------- demo
@@ -266,7 +292,8 @@ def main():
     if sys.argv[1] not in COMMANDS:
         raise UserError(f"prepare.py {sys.argv[1]}: expected one of {', '.join(COMMANDS)}")
     config, command = COMMANDS[sys.argv[1]]
-    command(parse(config, data_first(sys.argv[2:]) if command is check else sys.argv[2:]))
+    argv = data_first(sys.argv[2:]) if command is check else sys.argv[2:]
+    command(parse(config, argv, f"{sys.argv[1]} {'DATA' if command is check else '[CONFIG]'}"))
 
 
 if __name__ == "__main__":

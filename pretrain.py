@@ -24,20 +24,25 @@ from vision import describe, open_model
 
 @dataclass
 class Config(TrainSettings):
+    # --- data
     # folder of *train*.npy and *val*.npy token shards, or hf://OWNER/NAME for those of a hub data
     # set, which are downloaded during training
     data: str = "data/text"
-    init_from: str = ""  # decoder checkpoint to continue with new data; empty: random weights
+    context: int = 1024  # tokens of a training row
 
+    # --- model
+    init_from: str = ""  # decoder checkpoint to continue with new data; empty: random weights
     n_layer: int = 20  # blocks
     n_head: int = 10  # attention heads
     n_embd: int = 1280  # width
     max_positions: int = 2048  # longest sequence of the decoder
     init: Literal["small", "torch"] = "small"  # small: model.py's; torch: PyTorch's defaults
 
-    context: int = 1024  # tokens of a training row
+    # --- optimization
     batch_tokens: int = 524_288  # tokens of a step, in all processes together
     micro_rows: int = 32  # rows of a forward pass on one GPU: as many as fit its memory
+
+    # --- run
     val_rows: int = 512  # rows of an evaluation, always the same ones
 
     def decoder(self, tokenizer):

@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from common.config import UserError, parse, run_main
+from common.config import UserError, parse_checkpoint, run_main
 from common.device import pick_device
 from common.images import read_image
 from inference.batch_inference import answer_file
@@ -45,12 +45,17 @@ UNPRINTABLE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)],
 
 @dataclass
 class Config(Sampling):
+    # --- input and output
     prompt: str = ""  # what to say, - for standard input; empty: an interactive chat
     image: tuple[str, ...] = ()  # a picture to talk about; repeatable
-    max_tokens: int = 256  # longest answer
     input: str = ""  # a JSONL file of questions to answer: rows with a prompt, or chats; see README
     output: str = ""  # the JSONL file for their answers; what is there already is not done again
     batch: int = 64  # questions answered at once
+
+    # --- sampling
+    max_tokens: int = 256  # longest answer
+
+    # --- hardware
     device: str = "auto"  # auto, cpu, cuda, mps
     # of weights and products; auto: the fastest here that costs a model under 0.01 nats
     precision: Literal["auto", "bf16", "fp16", "fp32", "int8"] = "auto"
@@ -70,17 +75,13 @@ class Config(Sampling):
 
 
 def main():
-    argv = sys.argv[1:]
-    if not argv or argv[0].startswith("-"):
-        parse(Config, argv)  # --help, or a flag that does not exist
-        raise UserError("say which checkpoint to talk to: python sample.py out/demo/vision_sft")
-    cfg = parse(Config, argv[1:])
+    name, cfg = parse_checkpoint(Config)
     for stream in sys.stdin, sys.stdout:  # what is no UTF-8, or no letter here, ends nothing
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     device = pick_device(cfg.device)
     pictures = read_images(cfg.image)
-    model, tokenizer, info = open_for_chat(argv[0], device, pick_precision(device, cfg.precision))
+    model, tokenizer, info = open_for_chat(name, device, pick_precision(device, cfg.precision))
     if cfg.input:
         return answer_file(model, tokenizer, info["stage"], cfg)
     decoding = Decoding(decoder_of(model), compile=cfg.compile)

@@ -23,12 +23,18 @@ from vision import describe, open_model
 
 @dataclass
 class Config(TrainSettings):
-    init_from: str = "out/pretrain"  # decoder checkpoint to start from
+    # --- data
     data: str = "data/chat"  # folder made by prepare.py chat
-
     context: int = 1024  # tokens of a training row
+
+    # --- model
+    init_from: str = "out/pretrain"  # decoder checkpoint to start from
+
+    # --- optimization
     batch_tokens: int = 65_536  # tokens of a step, in all processes together
     micro_rows: int = 32  # rows of a forward pass on one GPU: as many as fit its memory
+
+    # --- run
     val_rows: int = 256  # rows of an evaluation, always the same ones
 
 

@@ -26,7 +26,7 @@ import torch
 from common import checkpoint
 from common.atomic import NewFolder
 from common.checkpoint import file_sum
-from common.config import UserError, one_line, parse, run_main
+from common.config import UserError, one_line, parse_checkpoint, run_main
 from export.model_card import card, example, held_out_images
 from export.to_transformers import CHAT_TEMPLATE, write_folder
 from vision import open_model
@@ -52,26 +52,31 @@ A small model, trained from scratch with nanoGPT-Vision. `app.py` serves `checkp
 
 @dataclass
 class Config:
+    # --- destination
     to: str = ""  # folder to write for transformers
     repo: str = ""  # NAME/REPO on the hub to push it to
-    native: bool = False  # push the checkpoint as it is, for this project, not for transformers
     space: str = ""  # NAME/SPACE on the hub to push app.py and the checkpoint to
     gguf: str = ""  # file to write for llama.cpp; text-only models
-    gguf_dtype: Literal["f16", "f32"] = "f16"  # of its weights
-    import_original: str = ""  # a checkpoint of the original nanoGPT-Vision to read, with --out
-    out: str = ""  # run folder for it
-    dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights for transformers
-    license: str = "mit"  # of the weights, for the model card; mind the data's
-    image: str = ""  # example for the model card; empty: a held-out one of the demo, if any
+    native: bool = False  # push the checkpoint as it is, for this project, not for transformers
     private: bool = False  # a new repository or Space is private
     overwrite: bool = False  # replace an earlier export, or write into a repository with content
     dry_run: bool = False  # list what would be pushed, and push nothing
 
+    # --- format
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights for transformers
+    gguf_dtype: Literal["f16", "f32"] = "f16"  # of its weights
+
+    # --- model card
+    license: str = "mit"  # of the weights, for the model card; mind the data's
+    image: str = ""  # example for the model card; empty: a held-out one of the demo, if any
+
+    # --- import
+    import_original: str = ""  # a checkpoint of the original nanoGPT-Vision to read, with --out
+    out: str = ""  # run folder for it
+
 
 def main():
-    argv = sys.argv[1:]
-    name = argv.pop(0) if argv and not argv[0].startswith("-") else ""
-    cfg = parse(Config, argv)
+    name, cfg = parse_checkpoint(Config, default="")
     targets = [cfg.to, cfg.repo, cfg.space, cfg.gguf]
     if cfg.import_original:
         if not cfg.out or name or any(targets):

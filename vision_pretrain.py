@@ -24,17 +24,25 @@ from vision import describe, join
 
 @dataclass
 class Config(TrainSettings):
-    init_from: str = "out/sft"  # decoder checkpoint: a language model that can chat
-    clip: str = "out/clip_pretrain"  # CLIP checkpoint, or one of the hub
+    # --- data
     data: str = "data/captions"  # folder made by prepare.py images
     # how images become square: padded, as LLaVA does with OpenAI's CLIP, or cropped; empty for what
     # the CLIP was trained with, else pad
     fit: Literal["", "pad", "crop"] = ""
-
     context: int = 1024  # positions of a training row, image tokens included
+
+    # --- model
+    init_from: str = "out/sft"  # decoder checkpoint: a language model that can chat
+    clip: str = "out/clip_pretrain"  # CLIP checkpoint, or one of the hub
+
+    # --- optimization
     batch_tokens: int = 65_536  # positions of a step, in all processes together
     micro_rows: int = 16  # rows of a forward pass on one GPU: as many as fit its memory
+
+    # --- run
     val_chats: int = 512  # validation chats of an evaluation, always the same ones
+
+    # --- hardware
     workers: int = -1  # processes that decode images; -1 for the cores that each GPU leaves over
 
 

@@ -24,19 +24,27 @@ from vision import describe, open_model
 
 @dataclass
 class Config(TrainSettings):
-    init_from: str = "out/vision_pretrain"  # vision checkpoint to start from
+    # --- data
     data: str = "data/images"  # folder made by prepare.py images: chats about images
     text_data: str = ""  # folder made by prepare.py chat: text-only chats; empty for none
     text_share: float = 0.1  # text-only chats for every chat about an image
     replay: str = ""  # folder of token shards, against forgetting plain text; empty for none
     replay_share: float = 0.05  # windows of a quarter of a row for every chat about an image
-
     context: int = 1024  # positions of a training row, image tokens included
+
+    # --- model
+    init_from: str = "out/vision_pretrain"  # vision checkpoint to start from
+
+    # --- optimization
+    projector_lr: float = 1.0  # the projector's learning rates, as a multiple of the decoder's
     batch_tokens: int = 65_536  # positions of a step, in all processes together
     micro_rows: int = 16  # rows of a forward pass on one GPU: as many as fit its memory
+
+    # --- run
     val_chats: int = 512  # validation chats of an evaluation, always the same ones
+
+    # --- hardware
     workers: int = -1  # processes that decode images; -1 for the cores that each GPU leaves over
-    projector_lr: float = 1.0  # the projector's learning rates, as a multiple of the decoder's
 
 
 def loss(net, batch):

@@ -21,6 +21,7 @@ NOTHING = "–"
 
 @dataclass
 class Config:
+    # --- output
     out: str = "out/comparison"  # folder for report.md, report.html and the plot
 
 

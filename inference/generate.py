@@ -22,6 +22,7 @@ BUCKET = 256  # slots a CUDA graph looks at, or twice, four times ... as many
 class Sampling:
     """How the next token is chosen."""
 
+    # --- sampling
     temperature: float = 0.0  # 0 takes the likeliest token; above, the higher the wilder
     top_k: int = 0  # draw from the k likeliest tokens only; 0 for all
     top_p: float = 1.0  # draw from the likeliest tokens that make up this probability

@@ -1,4 +1,6 @@
-"""Inspect a data set before paying for a GPU: python prepare.py check DATA
+"""Inspect a data set before paying for a GPU.
+
+    python prepare.py check DATA
 
 DATA is a file of rows, which is converted into a temporary folder just as `prepare.py images` does
 it, or a folder that prepare.py made. Then every chat is read as training reads it.
@@ -43,14 +45,16 @@ class Check:
     DATA is a .json, .jsonl or .parquet file or a pattern, or a folder that prepare.py made.
     """
 
+    # --- source
     files: str = ""  # DATA, if it is not the first argument: paths or patterns, comma-separated
     dataset: str = ""  # instead of files: a data set of the Hugging Face hub, or a folder of one
     subset: str = ""  # which configuration of the data set, where it has several
     split: str = "train"  # which split of the data set
     image_root: str = ""  # where the images are, as in prepare.py images
-    tokenizer: str = "gpt2"  # gpt2, or a folder with a tokenizer.json; a made folder has its own
     max_chats: int = 0  # chats of files or a dataset to convert, the first ones; 0 for all
 
+    # --- training
+    tokenizer: str = "gpt2"  # gpt2, or a folder with a tokenizer.json; a made folder has its own
     context: int = 1024  # positions of a training row
     patches: int = 256  # positions of an image in it: 256 for ViT-L/14 at 224 pixels
     image_size: int = 224  # pixels of the square that images are fitted into
@@ -58,6 +62,7 @@ class Check:
     short_answers: bool = False  # as in prepare.py images
     batch_tokens: int = 65_536  # positions of a training step
 
+    # --- output
     sheet: str = "contact_sheet.png"  # image of 16 random chats; empty for none
     seed: int = 0  # of the draw
     report: str = ""  # a .json file for the same figures, for scripts
