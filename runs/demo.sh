@@ -24,5 +24,5 @@ What do you see?
 How many things are there?
 Is there a red thing?
 QUESTIONS
-echo "Go on yourself (after source .venv/bin/activate):"
+echo "Try it yourself (after source .venv/bin/activate):"
 echo "    python sample.py out/demo/vision_sft --image=$picture"

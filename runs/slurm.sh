@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One stage on several machines of a Slurm cluster.
 #   sbatch --nodes=2 --gpus-per-node=8 runs/slurm.sh pretrain.py configs/full/pretrain.py
-# The folder this is sent from, the data and --out must be on a disk that all machines share.
-# Preempted, or near its time limit, the job saves, goes back into the queue and goes on from there.
+# The folder of submission, the data and --out must be on a disk that all machines share.
+# Preempted, or near its time limit, the job saves, is requeued and resumes.
 #SBATCH --job-name=nanogpt-vision
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -18,14 +18,14 @@ cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 log=slurm-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.out
 
-# torchrun kills after 30 seconds what it was asked to stop; PyTorch 2.11 and older know no other
-# time and pass over this. Saving a large model takes longer.
+# torchrun kills a process 30 seconds after asking it to stop; saving a large model takes longer.
+# PyTorch 2.11 and older ignore this setting.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
-# A process that dies is started again, up to three times, from the newest checkpoint; torchrun can
-# do that only with a store of its own.
+# A process that dies is restarted from the newest checkpoint, up to three times, for which torchrun
+# needs its own store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
-# Slurm tells this script alone (B:) some minutes before the end; srun passes it on to torchrun.
+# Slurm signals only this script (B:) some minutes before the end; srun forwards it to torchrun.
 stopped=
 trap 'stopped=yes; kill -TERM "$step"' TERM
 srun --kill-on-bad-exit=0 torchrun --nnodes="$SLURM_NNODES" \
@@ -39,8 +39,8 @@ while kill -0 "$step" 2> /dev/null; do  # the signal ended the wait, not the ste
     status=$?
 done
 
-# A stage that can go on ends with 75; torchrun itself ends with 1 and only names the 75, or the
-# signal that it got itself when a preempted job's steps are told directly.
+# A stage that can resume exits with 75; torchrun exits with 1 and only prints the 75, or the signal
+# that it received itself when Slurm signals the steps of a preempted job directly.
 if [ "$status" != 0 ] && { [ "$stopped" ] || grep -Eq 'exitcode *: 75|got signal: 15' "$log"; } &&
     ! scontrol show job "$SLURM_JOB_ID" | grep -q JobState=CANCELLED; then
     scontrol requeue "$SLURM_JOB_ID"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# An 89 M model on one 16 GB GPU, in an evening; taken away, the same command goes on.
+# An 89 M model on one 16 GB GPU, in an evening; after a preemption the same command resumes.
 #   COCO=train2017.zip bash runs/t4.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source runs/pictures.sh
+source runs/images.sh
 [ -d data/magpie ] || python prepare.py chat --max_chats=150000 --out=data/magpie \
     --dataset=Magpie-Align/Magpie-Phi3-Pro-1M-v0.1
 [ -d data/fineweb ] || python prepare.py fineweb --shards=4 --out=data/fineweb

@@ -1,4 +1,4 @@
-# The public pictures of LLaVA's two stages, for runs/full.sh and runs/t4.sh.
+# The public images of LLaVA's two stages, for runs/full.sh and runs/t4.sh.
 : "${COCO:?say where COCO train2017 is, a folder or a zip: COCO=train2017.zip bash runs/...}"
 hub=hf://liuhaotian
 [ -d data/llava_captions ] || python prepare.py images --out=data/llava_captions \
