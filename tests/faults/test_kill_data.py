@@ -13,7 +13,7 @@ from test_hub import NAMES, REPOSITORY, shards
 from test_resumable import many_images, many_rows
 
 from common import checkpoint
-from faults.conftest import FULL, scale
+from faults.conftest import scale
 from faults.harness import chance, server, until
 from faults.test_kill import assert_same_run, plain
 
@@ -51,11 +51,11 @@ def test_prepare_killed_at_any_change_keeps_the_older_data_and_makes_the_same_by
     job = made(*making, f"--out={out}", below=folder)
     count, new = len(job.changes), checkpoint.sums(out)
     older = checkpoint.sums(tmp_path / "older/out")
-    assert count > 30 and older != new
+    assert count > 10 and older != new
     last = [number for number, change in enumerate(job.changes, 1)  # the new one takes its place
-            if " /out" in change or (change.startswith("os.rename") and "progress" not in change)]
+            if " /out" in change or change.startswith("os.rename")]
     luck, died = chance(making[1]), Counter()
-    for number in sorted({*luck.sample(range(1, count), scale(1, 30)), *last}):
+    for number in sorted({*luck.sample(range(1, count), min(scale(1, 30), count - 1)), *last}):
         shutil.rmtree(folder)
         shutil.copytree(tmp_path / "older", folder)
         job = server().start(*making, f"--out={out}", settings=OFTEN, below=folder, die_at=number)
@@ -68,12 +68,11 @@ def test_prepare_killed_at_any_change_keeps_the_older_data_and_makes_the_same_by
     print(f"prepare.py {making[1]}: killed at {died.total()} of {count} changes: {dict(died)}")
 
 
-@pytest.mark.skipif(not FULL, reason="test_prepare.py kills each command once")
 def test_prepare_killed_at_any_time_makes_the_same_bytes(making, tmp_path):
     began = time.monotonic()
     made(*making, f"--out={tmp_path}/whole")
     seconds, luck, killed = time.monotonic() - began, chance(making[1], "time"), 0
-    for number in range(20):
+    for number in range(scale(2, 20)):  # also inside SQLite, whose changes are not seen above
         job = server().start(*making, f"--out={tmp_path}/out", settings=OFTEN)
         time.sleep(luck.random() * seconds)
         job.kill(signal.SIGKILL)
