@@ -49,10 +49,12 @@ class Packed:
 
     def notes(self):
         """Lines for the report: how full the rows are, what was truncated and left out."""
-        truncated = self.chats["truncated"].sum()
         lines = [f"{self.name}: {len(self.chats)} chats in {len(self)} rows of {self.T}, "
-                 f"{self.filled:.1%} filled; {truncated} truncated after an answer, "
-                 f"{self.left_out} left out: too long, or nothing supervised"]
+                 f"{self.filled:.1%} filled"]
+        if truncated := self.chats["truncated"].sum():
+            lines[0] += f"; {truncated} truncated after an answer"
+        if self.left_out:
+            lines[0] += f"; {self.left_out} left out: too long, or nothing supervised"
         for chats in self.sources:
             reasons = chats.manifest.get("left_out", {})
             if reasons:

@@ -412,6 +412,9 @@ class Run:
             self.log.resume(-1)
             return None
         folder, info, weights, state = self._newest_intact(list(found.values()))
+        if "imported_from" in info:
+            raise UserError(f"{self.folder} holds an imported checkpoint, without an optimizer; "
+                            f"choose another --out, and --init_from={self.folder}")
         if info["stage"] != self.stage or info["tokenizer"] != self.tokenizer.fingerprint:
             raise UserError(f"{self.folder} holds a run of {info['stage']}.py or of another "
                             "tokenizer; choose another --out, or --resume=False to replace it")

@@ -93,7 +93,7 @@ def test_an_answer_is_greedy_if_greedy_decoding_says_it():
     said = []
     with torch.no_grad():
         for _ in range(5):
-            said.append(model(torch.tensor([ids + said]))[0, -1].argmax().item())
+            said.append(model.logits(torch.tensor([ids + said]))[0, -1].argmax().item())
     other = [*said[:-1], said[-1] ^ 1]
     found, = likelihoods(model, TOKENIZER, [Item(ids, [said, other, said[:1], other[3:]])])
     assert [x.greedy for x in found] == [True, False, True, False]

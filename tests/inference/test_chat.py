@@ -446,7 +446,7 @@ def test_a_text_is_continued_as_a_document():
     n_prompt = len(ids)
     with torch.no_grad():
         for _ in range(N):
-            ids.append(decoder(torch.tensor([ids]))[0, -1].argmax().item())
+            ids.append(decoder.logits(torch.tensor([ids]))[0, -1].argmax().item())
     say(chat, "What do you see?", [RED])
     assert "".join(chat.continue_text("A red ring", N)) == TOKENIZER.decode(ids[n_prompt:])
     assert chat.turns == [] and chat.decoding.length() == 0

@@ -126,7 +126,7 @@ def test_a_cut_cache_goes_on_as_if_nothing_had_been_behind_the_cut():
     decoding.cut(5 + 3)
     logits = decoding.prefill(model.token_embedding(turn))
     whole = torch.tensor([[*prompt.tolist(), *said[:3], *turn[0].tolist()]])
-    torch.testing.assert_close(logits, model(whole)[:, -1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits, model.logits(whole)[:, -1], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -140,7 +140,7 @@ def test_rows_that_wait_are_not_touched():
     assert [decoding.length(row) for row in range(4)] == [3, 6, 5, 0]
     for row, n in ((0, 2), (2, 4)):
         whole = torch.cat((ids[row, :n], ids[row, 6:]))
-        torch.testing.assert_close(logits[row], model(whole[None])[0, -1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(logits[row], model.logits(whole[None])[0, -1], atol=1e-5, rtol=0)
     alone = decoding.step(ids[1:2, 6], row=1)
     torch.testing.assert_close(alone, model.logits(ids[1:2])[:, -1], atol=1e-5, rtol=0)
 
@@ -360,7 +360,7 @@ def test_every_precision_says_nearly_the_same(precision):
     model, ids = new_model(seed=3), some_ids(2, 30)
     expected = model.logits(ids)
     fast = for_decoding(copy.deepcopy(model), precision)
-    found = fast(ids).float()
+    found = fast.logits(ids).float()
     assert (found - expected).square().mean().sqrt() < CLOSE[precision] * expected.std()
     assert not any(isinstance(module, torch.nn.Linear) for module in fast.modules())
     decoding = Decoding(fast)
@@ -375,7 +375,7 @@ def test_no_precision_costs_a_hundredth_of_a_nat(precision):
     """The loss on text that the model itself would write, less what it is in fp32."""
     model, ids = new_model(seed=3), some_ids(4, 60)
     expected = model.logits(ids).log_softmax(-1)
-    found = for_decoding(copy.deepcopy(model), precision)(ids).float().log_softmax(-1)
+    found = for_decoding(copy.deepcopy(model), precision).logits(ids).float().log_softmax(-1)
     cost = (expected.exp() * (expected - found)).sum(-1).mean()
     assert abs(cost) < 0.01
     assert (expected.exp() * expected).sum(-1).mean() > -4  # it is sure of something: log(96) = 4.6

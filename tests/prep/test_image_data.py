@@ -429,12 +429,12 @@ def test_pictures_can_stay_where_they_are(form, vocabulary, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("pictures, why", [
-    ({"copied": False}, "not where they are; add their folder as stored_images.root"),
-    ({"copied": False, "root": 7}, "not of the form that prepare.py writes"),
-    ({"size": "32", "fit": "pad"}, "not of the form that prepare.py writes"),
-    ([32, "pad"], "not of the form that prepare.py writes"),
-    ("pictures", "not of the form that prepare.py writes"),
-    (None, "not of the form that prepare.py writes"),
+    ({"copied": False}, "stored_images should be"),
+    ({"copied": False, "root": 7}, "stored_images should be"),
+    ({"size": "32", "fit": "pad"}, "stored_images should be"),
+    ([32, "pad"], "stored_images should be"),
+    ("pictures", "stored_images should be"),
+    (None, "stored_images should be"),
 ])
 def test_a_manifest_made_by_hand_that_makes_no_sense_is_a_sentence(
         pictures, why, vocabulary, tmp_path):
@@ -446,7 +446,7 @@ def test_a_manifest_made_by_hand_that_makes_no_sense_is_a_sentence(
         Chats(tmp_path / "out", "train")
     assert str(file) in str(error.value)
     file.write_text("[]")
-    with pytest.raises(UserError, match="not of the form"):
+    with pytest.raises(UserError, match="malformed"):
         Chats(tmp_path / "out", "train")
 
 
