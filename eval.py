@@ -1,20 +1,18 @@
-"""Score a checkpoint on validation data, and sum up a whole pipeline.
+"""Score a checkpoint on validation data, and report on a complete pipeline.
 
     python eval.py out/demo/pretrain --data=data/demo
     python eval.py out/demo/vision_sft --data=data/demo --report=out/demo
     python eval.py out/full/clip_pretrain --zero_shot=data/imagenet/val
-    python eval.py compare out/a out/b --out=out/comparison          # runs side by side
+    python eval.py compare out/a out/b --out=out/comparison          # several runs
     python eval.py out/full/pretrain --tasks=hellaswag:hellaswag_val.jsonl,piqa:piqa.jsonl
     python eval.py out/full/vision_sft --tasks=pope:coco_pope.json --image_root=val2014.zip
 
-What is scored follows from the checkpoint, see evals/validation.py: losses, exact answers, what
-the right picture saves, captions chosen, classes named. Beside each figure stand its standard
-error and what guessing gives. Later stages have the loss on text and chats again, to show what
-they forgot. With --report the checkpoints it came from are scored as well, and report.md and
-report.json sum up the pipeline; a figure NAME of report.json has its error in NAME_error. With
---tasks instead it is asked the questions of public benchmarks, or of one's own, from local files:
-NAME:FILE, names as in tasks.TASKS. With --out the answer to every question is kept there, and a
-run that was stopped goes on behind them.
+The checkpoint determines what is scored, see evals/validation.py. Each score has its standard error
+and the value by chance. Later stages are also scored on text and chats, to show what they forgot.
+--report also scores the checkpoints it was trained from and writes report.md and report.json; the
+error of the score NAME is NAME_error. --tasks=NAME:FILE,... scores public benchmarks or your own
+questions in local files instead (names: evals/tasks.py); --out keeps the answers, and the same
+command resumes a stopped evaluation.
 """
 
 import itertools
@@ -41,7 +39,7 @@ from common.report import (
 )
 from evals import compare
 from evals.contamination import overlaps, sentence
-from evals.runner import Asking
+from evals.runner import TaskRunner
 from evals.validation import Score, score
 from inference.conversation import Conversation, open_for_chat
 from train.log import duration, price
@@ -82,49 +80,51 @@ def main():
     machine = setup(cfg.device)
     if cfg.tasks:
         return benchmarks(name, cfg, machine)
-    names = [name]
-    if cfg.report:
-        lineage = checkpoint.read(name)[0].get("lineage", [])
-        parents = [p for p in lineage if p["stage"] in ("pretrain", "clip_pretrain")]
-        names = [p["folder"] for p in parents] + names
+    if not cfg.report:
+        return score_split([name], cfg, machine, cfg.split)
+    lineage = checkpoint.read(name)[0].get("lineage", [])
+    names = [parent["folder"] for parent in lineage
+             if parent["stage"] in ("pretrain", "clip_pretrain")]
+    scores = {split: score_split([*names, name], cfg, machine, split) for split in ("val", "test")
+              if split == "val" or (Path(cfg.data) / "chats" / "test").is_dir()}
+    report(name, cfg, scores)
+
+
+def score_split(names, cfg, machine, split):
+    """{score: Score} of some checkpoints on a split."""
     scores = {}
-    tests = (Path(cfg.data) / "chats" / "test").is_dir()
-    for split in [cfg.split] if not cfg.report else ["val", "test"] if tests else ["val"]:
-        for scored in names:
-            began = time.time()
-            print(f"{scored}, {'validation' if split == 'val' else 'test'} data:")
-            found = score(scored, cfg, machine, split)
-            prefix = "val_" if split == "val" and cfg.report and tests else ""
-            scores = scores | {prefix + label: figure for label, figure in found.items()}
-            print(f"({time.time() - began:.0f} s)", file=sys.stderr)
-    if cfg.report:
-        report(name, cfg, scores)
+    for name in names:
+        began = time.time()
+        print(f"{name}, {'validation' if split == 'val' else 'test'} data:")
+        scores |= score(name, cfg, machine, split)
+        print(f"({time.time() - began:.0f} s)", file=sys.stderr)
+    return scores
 
 
 def benchmarks(name, cfg, machine):
-    """Score the tasks of --tasks; prints them, and writes eval.json where there is --out."""
-    wishes = [wish.strip().partition(":")[::2] for wish in cfg.tasks.split(",")]
-    names = [task for task, _ in wishes]
+    """Score the tasks of --tasks; prints the scores, and writes eval.json into --out."""
+    wanted = [item.strip().partition(":")[::2] for item in cfg.tasks.split(",")]
+    tasks = [task for task, _ in wanted]
     model, tokenizer, info = open_for_chat(name, machine.device)
-    askings = {task if names.count(task) == 1 else f"{task}:{Path(path).stem}": Asking(
+    runners = {task if tasks.count(task) == 1 else f"{task}:{Path(path).stem}": TaskRunner(
         task, path, model, tokenizer, cfg.items, cfg.image_root, cfg.out, info["sha256"])
-        for task, path in wishes}
+        for task, path in wanted}
     found = {}
-    seen = overlaps(list(askings.values()), info) if cfg.overlap else [None] * len(askings)
-    for (task, asking), overlap in zip(askings.items(), seen, strict=True):
-        with tqdm(total=len(asking.questions), desc=task, disable=None) as bar:
-            found[task] = result = {**asking.run(bar.update), "overlap": overlap}
+    seen = overlaps(list(runners.values()), info) if cfg.overlap else [None] * len(runners)
+    for (task, runner), overlap in zip(runners.items(), seen, strict=True):
+        with tqdm(total=len(runner.questions), desc=task, disable=None) as bar:
+            found[task] = result = {**runner.run(bar.update), "overlap": overlap}
         for label, (value, error) in result["scores"].items():
-            beside = [f"{result['n']} questions"]
+            notes = [f"{result['n']} questions"]
             if result["chance"] is not None and label.startswith("acc"):
-                beside.append(f"guessing {result['chance']:.3f}")
-            if "blind" in result:
-                beside.append("blind {:.3f} ± {:.3f}".format(*result["blind"][label]))
-            print(f"{task + '/' + label:24s} {value:.4f} ± {error:.4f}  ({', '.join(beside)})")
+                notes.append(f"guessing {result['chance']:.3f}")
+            if "text_only" in result:
+                notes.append("text-only {:.3f} ± {:.3f}".format(*result["text_only"][label]))
+            print(f"{task + '/' + label:24s} {value:.4f} ± {error:.4f}  ({', '.join(notes)})")
         if overlap:
             print(f"({sentence(overlap)})")
-        if asking.left_out:
-            print(f"({task}: {len(asking.left_out)} left out, such as {asking.left_out[0]})",
+        if runner.left_out:
+            print(f"({task}: {len(runner.left_out)} left out, such as {runner.left_out[0]})",
                   file=sys.stderr)
     if cfg.out:
         write_json(Path(cfg.out) / "eval.json", {
@@ -134,61 +134,64 @@ def benchmarks(name, cfg, machine):
 # ----------------------------------------------------------------------------------------- report
 
 
-def report(name, cfg, scores):
-    """report.md, .html and .json: scores, time, price, curves, a talk about pictures."""
-    folder = Path(cfg.report)
-    info = checkpoint.read(name)[0]
+def report(name, cfg, by_split):
+    """Write report.md, .html and .json: scores, time, price, curves, conversations about images.
+
+    by_split: {split: {score: Score}}; with a test split, names of validation scores get val_.
+    """
+    folder, info = Path(cfg.report), checkpoint.read(name)[0]
     stages = [*info.get("lineage", []), info]
-    trained = [stage for stage in stages if stage["metrics"]]  # a CLIP from elsewhere has none
+    trained = [stage for stage in stages if stage["metrics"]]  # an imported CLIP has none
     manifest = Path(cfg.data) / "manifest.json"
     prepared = read_json(manifest) if manifest.is_file() else {}
-    figures, total = {}, {key: sum(stage["metrics"][key] for stage in trained)
-                          for key in ("tflop", "seconds", "dollars")}
+    costs = {key: sum(stage["metrics"][key] for stage in trained)
+             for key in ("tflop", "seconds", "dollars")}
+    costs["seconds"] = (time.time() - cfg.started if cfg.started
+                        else costs["seconds"] + prepared.get("seconds", 0))
+    costs["peak_rss_gb"] = max([prepared.get("peak_rss_gb", 0), peak_memory_gb()[1],
+                                *(stage["metrics"]["peak_rss_gb"] for stage in trained)])
+    costs = {label: Score(value) for label, value in costs.items()}
+    sections = {"Scores": [score_table(by_split["val"] | costs)]}
+    scores = by_split["val"] | costs
+    if "test" in by_split:
+        tuned = {f"val_{label}": found for label, found in by_split["val"].items()}
+        sections = {"Scores on test data": [score_table(by_split["test"] | costs)],
+                    "Scores on validation data": [score_table(tuned)]}
+        scores = tuned | by_split["test"] | costs
+    figures = {}
     for label, found in scores.items():
         figures |= {label: found.value} | (
             {} if found.error is None else {f"{label}_error": found.error})
-    figures["seconds"] = (time.time() - cfg.started if cfg.started
-                          else total["seconds"] + prepared.get("seconds", 0))
-    figures["dollars"], figures["tflop"] = total["dollars"], total["tflop"]
-    figures["peak_rss_gb"] = max([prepared.get("peak_rss_gb", 0), peak_memory_gb()[1],
-                                  *(stage["metrics"]["peak_rss_gb"] for stage in trained)])
-    costs = {label: Score(figures[label])
-             for label in ("tflop", "seconds", "dollars", "peak_rss_gb")}
-    tuned = {label: found for label, found in scores.items() if label.startswith("val_")}
-    held = {label: found for label, found in scores.items() if label not in tuned}
-    sections = {f"Scores{' on test data' if tuned else ''}": [score_table(held | costs)]}
-    if tuned:
-        sections["Scores on validation data"] = [score_table(tuned)]
     sections["Lineage"] = [lineage_table(stages)]
     if info["kind"] == "vision":
-        talks = conversations(name, Path(cfg.data) / "images", cfg.device)
-        sections["Talking about pictures it never saw"] = sample_blocks(talks)
+        samples = conversations(name, Path(cfg.data) / "images", cfg.device)
+        sections["Conversations about new images"] = sample_blocks(samples)
     curves = [(stage["stage"], Path(stage["folder"]).parent / "loss.png") for stage in trained]
     sections["Loss curves"] = [ReportImage(f"curves/{stage}.png", path.read_bytes(), stage)
                                for stage, path in curves if path.is_file()]
     lead = f"{duration(figures['seconds'])}, {price(figures['dollars'])}"
     write_report(folder, str(folder), lead, sections)
     write_json(folder / "report.json", figures)
-    print(f"{folder / 'report.html'}, report.md and report.json sum it up")
+    print(f"wrote {folder / 'report.html'}, report.md and report.json")
 
 
 def score_table(scores):
     """A table of {name: Score}."""
-    return table(["score", "figure", "±", "guessing"],
+    return table(["score", "value", "±", "guessing"],
                  [[label, *found.cells()] for label, found in scores.items()])
 
 
-def conversations(name, pictures, device, n=4):
-    """A report.Sample of a talk about each of the first pictures of a folder."""
+def conversations(name, folder, device, n=4):
+    """A report.Sample of a conversation about each of the first images of a folder."""
     model, tokenizer, _ = open_for_chat(name, pick_device(device))
-    talks = []
-    for path in sorted(pictures.glob("*.png"))[:n]:
-        conversation, shown, said = Conversation(model, tokenizer), [read_image(path)], []
+    samples = []
+    for path in sorted(folder.glob("*.png"))[:n]:
+        conversation, images, turns = Conversation(model, tokenizer), [read_image(path)], []
         for question in ("What do you see?", "How many things are there?", "Is there a red thing?"):
-            answer = "".join(conversation.ask(question, [] if said else shown))
-            said += [("user", question), ("model", answer)]
-        talks.append(Sample(said, shown))
-    return talks
+            answer = "".join(conversation.ask(question, [] if turns else images))
+            turns += [("user", question), ("model", answer)]
+        samples.append(Sample(turns, images))
+    return samples
 
 
 if __name__ == "__main__":

@@ -25,7 +25,13 @@ from common.config import UserError, parse_checkpoint, run_main
 from common.device import pick_device
 from common.images import read_image
 from inference.batch_inference import answer_file
-from inference.conversation import BLIND, Conversation, decoder_of, open_for_chat, pick_precision
+from inference.conversation import (
+    TEXT_ONLY,
+    Conversation,
+    decoder_of,
+    open_for_chat,
+    pick_precision,
+)
 from inference.generate import Decoding, Sampler, Sampling
 from prep.schema import MAX_IMAGES
 from tokenizer import IMAGE_MARK
@@ -87,7 +93,7 @@ def main():
     decoding = Decoding(decoder_of(model), compile=cfg.compile)
     talk = Talk(Conversation(model, tokenizer, decoding), cfg, device)
     if pictures and not talk.conversation.sees:
-        raise UserError(BLIND)
+        raise UserError(TEXT_ONLY)
     prompt = sys.stdin.read().strip() if cfg.prompt == "-" else cfg.prompt
     if info["stage"] == "pretrain":
         if not prompt:
@@ -194,7 +200,7 @@ class Talk:
                   else "(there is nothing to take back)")
         elif name == "/image":
             if not self.conversation.sees:
-                raise UserError(BLIND)
+                raise UserError(TEXT_ONLY)
             names = file_names(rest)
             self.show_pictures(names, read_images(names))
             print(f"({'new pictures' if len(names) > 1 else 'a new picture'}, "

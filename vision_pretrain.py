@@ -14,7 +14,7 @@ from typing import Literal
 from common.checkpoint import lineage
 from common.config import TrainSettings, parse, run_main
 from data import Chats, check_tokenizer
-from evals.image_ablation import Looking, blind
+from evals.image_ablation import ImageAblation, ignored_images_warning
 from inference.conversation import sample_answers
 from train.optim import make_optimizer
 from train.packing import Packed
@@ -65,7 +65,7 @@ def main():
     check_tokenizer(cfg.data, tokenizer)
     train = Packed([Chats(cfg.data, "train")], cfg.context, tokenizer, model.image_spec)
     val = Chats(cfg.data, "val")
-    looking = Looking(val, cfg.val_chats, cfg.context, tokenizer, model.image_spec)
+    ablation = ImageAblation(val, cfg.val_chats, cfg.context, tokenizer, model.image_spec)
     loader = run.loader(train, rows, cfg.micro_rows)
     run.note(*train.notes())
 
@@ -82,9 +82,9 @@ def main():
         run.optimizer_step(step)
         run.progress(step)
         if run.due(step, cfg.eval_every):
-            losses = looking.losses(run.machine, model, cfg.micro_rows)
+            losses = ablation.losses(run.machine, model, cfg.micro_rows)
             run.record(step, **losses)
-            run.log.say(blind(losses))
+            run.log.say(ignored_images_warning(losses))
         if run.due(step, cfg.save_every):
             run.save(step)
 

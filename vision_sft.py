@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from common.checkpoint import lineage
 from common.config import TrainSettings, parse, run_main
 from data import Chats, Documents, Share, check_tokenizer
-from evals.image_ablation import Looking, blind
+from evals.image_ablation import ImageAblation, ignored_images_warning
 from inference.conversation import sample_answers
 from train.loader import validation_loss
 from train.optim import make_optimizer
@@ -75,7 +75,7 @@ def main():
         sources.append(Share(documents, round(len(sources[0]) * cfg.replay_share), cfg.seed))
     train = Packed(sources, cfg.context, tokenizer, model.image_spec)
     val = Chats(cfg.data, "val")
-    looking = Looking(val, cfg.val_chats, cfg.context, tokenizer, model.image_spec)
+    ablation = ImageAblation(val, cfg.val_chats, cfg.context, tokenizer, model.image_spec)
     loader = run.loader(train, rows, cfg.micro_rows)
     run.note(*train.notes())
 
@@ -91,12 +91,12 @@ def main():
         run.optimizer_step(step)
         run.progress(step)
         if run.due(step, cfg.eval_every):
-            losses = looking.losses(run.machine, model, cfg.micro_rows)
+            losses = ablation.losses(run.machine, model, cfg.micro_rows)
             if val_text:
                 losses["val_text_loss"] = validation_loss(run.machine, val_text, cfg.micro_rows,
                                                           model, 64)
             run.record(step, **losses)
-            run.log.say(blind(losses))
+            run.log.say(ignored_images_warning(losses))
         if run.due(step, cfg.save_every):
             run.save(step)
 

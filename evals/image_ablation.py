@@ -1,39 +1,40 @@
-"""Does the model look? Held-out loss with the right pictures, with another chat's, and with none.
+"""Image ablation: validation loss with the correct images, with those of another chat, without.
 
-A model that answers from the question alone has the same loss three times. What the right picture
-saves, against another chat's or a blank one, is the vision gain.
+A model that answers from the text alone has the same loss each time. What the correct image saves
+against a mismatched or a blank one is the vision gain.
 """
 
 import numpy as np
 import torch
 
+from common.config import UserError
 from common.images import blank
 from evals.metrics import bootstrap
 from model import compute_dtype, head_loss, packed_mask
 from train.loader import validation_loss
 from train.packing import Packed
 
-LEAST_GAIN = 0.01  # nats a token that the right picture should bring
+LEAST_GAIN = 0.01  # nats per token that the correct image should save
 
 
-class Held:
-    """Some chats of a Chats, with their own pictures, with another's that has as many, or none.
+class AblatedChats:
+    """The first n chats of a Chats with other images in the place of their own.
 
-    pictures: "own", "other", "none", or "blank" for a grey one in the place of each.
-    lengths: {number of the chat in Chats: how many of its ids}; None for all of the first n.
+    images: "correct", "mismatched" for those of another chat with as many, "blank" for grey ones,
+    or "text_only". lengths: {number of the chat: ids to keep} instead of n.
     """
 
-    def __init__(self, chats, n, tokenizer, pictures="own", lengths=None):
+    def __init__(self, chats, n, tokenizer, images="correct", lengths=None):
         self.folder, self.manifest, self.chats = chats.folder, chats.manifest, chats
-        self.tokenizer, self.pictures = tokenizer, pictures
+        self.tokenizer, self.kind = tokenizer, images
         self.lengths = lengths or dict.fromkeys(range(min(n, len(chats))))
         self.numbers = list(self.lengths)
-        alike = {}  # number of pictures -> the chats that have so many
+        by_count = {}  # number of images -> chats with as many
         for number in self.numbers:
-            alike.setdefault(chats.n_images(number), []).append(number)
-        # half of them away: neighbours may show the same picture
-        self.other = {number: some[(k + max(1, len(some) // 2)) % len(some)]
-                      for some in alike.values() for k, number in enumerate(some)}
+            by_count.setdefault(chats.n_images(number), []).append(number)
+        # Half the list away: neighbours may show the same image.
+        self.mismatched = {number: group[(k + max(1, len(group) // 2)) % len(group)]
+                           for group in by_count.values() for k, number in enumerate(group)}
 
     def __len__(self):
         return len(self.numbers)
@@ -41,87 +42,75 @@ class Held:
     def chat(self, i):
         number = self.numbers[i]
         ids, supervised = (part[: self.lengths[number]] for part in self.chats.chat(number))
-        if self.pictures == "none":
+        if self.kind == "text_only":
             kept = ids != self.tokenizer.image
             ids, supervised = ids[kept], supervised[kept]
         return ids, supervised
 
     def images(self, i, spec=None):
         number = self.numbers[i]
-        if self.pictures == "none":
+        if self.kind == "text_only":
             return []
-        if self.pictures == "blank":
+        if self.kind == "blank":
             return [blank(spec.size if spec else 1)] * self.chats.n_images(number)
-        if self.pictures == "other":
-            number = self.other[number]
-        return self.chats.images(number, spec)
+        return self.chats.images(self.mismatched[number] if self.kind == "mismatched" else number,
+                                 spec)
 
 
-class Looking:
-    """The first n held-out chats, packed three times: what fits with its pictures, in all."""
+class ImageAblation:
+    """The first n validation chats that fit T positions, packed once for each kind of images."""
 
-    kinds = "other", "none"
-
-    def __init__(self, chats, n, T, tokenizer, spec=None):
-        own = Packed([Held(chats, n, tokenizer)], T, tokenizer, spec)
-        fits = dict(own.chats[["number", "n_ids"]].tolist())
-        self.packed = {"own": own}
-        for kind in self.kinds:
-            held = Held(chats, n, tokenizer, kind, fits)
-            self.packed[kind] = Packed([held], T, tokenizer, spec)
+    def __init__(self, chats, n, T, tokenizer, spec=None, others=("mismatched", "text_only")):
+        correct = Packed([AblatedChats(chats, n, tokenizer)], T, tokenizer, spec)
+        self.packed, lengths = {"correct": correct}, dict(
+            correct.chats[["number", "n_ids"]].tolist())
+        for kind in others:
+            ablated = AblatedChats(chats, n, tokenizer, kind, lengths)
+            self.packed[kind] = Packed([ablated], T, tokenizer, spec)
 
     def losses(self, machine, model, micro_rows):
-        """{"val_loss", "val_other_picture", "val_no_picture"}, in nats a supervised token."""
-        names = ("val_loss", "val_other_picture", "val_no_picture")
+        """{"val_loss", "val_loss_mismatched_image", "val_loss_text_only"}, nats per token."""
+        names = ("val_loss", "val_loss_mismatched_image", "val_loss_text_only")
         return {name: validation_loss(machine, packed, micro_rows, model, len(packed))
                 for name, packed in zip(names, self.packed.values(), strict=True)}
 
-
-class Gains(Looking):
-    """The same and a fourth time, with blank pictures: what every chat costs with each kind.
-
-    Only chats with pictures, of which another has as many, count for the gains.
-    """
-
-    kinds = "other", "none", "blank"
-
     def nats(self, machine, model, micro_rows):
-        """{kind: {number of a chat: (its nats, its supervised tokens)}}"""
+        """{kind: what nats_by_chat returns}"""
         return {kind: nats_by_chat(machine, model, packed, micro_rows)
                 for kind, packed in self.packed.items()}
 
     def gains(self, nats):
-        """{"other", "blank"}: (nats a token that the right picture saves against it, the error).
+        """{"mismatched", "blank"}: (nats per token that the correct image saves, standard error).
 
-        Empty where no chat has a picture. Standard errors by bootstrap over the chats.
+        nats: what self.nats returned. Only chats with images, of which another has as many, count;
+        empty if there are none.
         """
-        own, held, found = nats["own"], self.packed["other"].sources[0], {}
-        for kind in "other", "blank":
-            saved = [(nats[kind][number][0] - own[number][0], own[number][1]) for number in own
-                     if number in nats[kind] and held.other[number] != number
-                     and held.chats.n_images(number)]
+        correct, chats, found = nats["correct"], self.packed["mismatched"].sources[0], {}
+        for kind in "mismatched", "blank":
+            saved = [(nats[kind][number][0] - loss, n) for number, (loss, n) in correct.items()
+                     if number in nats[kind] and chats.mismatched[number] != number
+                     and chats.chats.n_images(number)]
             if saved:
-                found[kind] = a_token(saved)
+                found[kind] = per_token(saved)
         return found
 
 
-def a_token(chats):
-    """(nats a token, its standard error) of chats: pairs of nats and of tokens (N, 2)."""
-    chats = np.array(chats, float)
-
+def per_token(pairs):
+    """(nats per token, standard error by bootstrap) of items: pairs (N, 2) of nats and tokens."""
     def mean(rows):
         return rows[:, 0].sum() / rows[:, 1].sum()
 
-    return float(mean(chats)), bootstrap(chats, statistic=mean)
+    pairs = np.array(pairs, float)
+    return float(mean(pairs)), bootstrap(pairs, statistic=mean)
 
 
 @torch.no_grad()
 def nats_by_chat(machine, model, packed, micro_rows):
-    """{number: (nats, supervised tokens)} of the chats of a Packed of one Held.
+    """{number: (nats, supervised tokens)} of the chats of a Packed of one AblatedChats.
 
-    Without those whose pictures cannot be read. All processes do the same.
+    Chats with unreadable images are left out. Not distributed: every process computes everything.
     """
-    found, decoder, held = {}, getattr(model, "decoder", model), packed.sources[0]
+    found, decoder, ablated = {}, getattr(model, "decoder", model), packed.sources[0]
     for start in range(0, len(packed), micro_rows):
         rows = range(start, min(start + micro_rows, len(packed)))
         batch = packed.batch(rows).to(machine.device)
@@ -130,7 +119,7 @@ def nats_by_chat(machine, model, packed, micro_rows):
                  else model.embed(batch.ids, batch.pixels, batch.image_positions))
             mask = packed_mask(batch.segments, batch.bounds, batch.longest, compute_dtype(x))
             x = decoder.hidden(x, batch.positions, mask).flatten(0, 1)[batch.where]  # (N, C)
-            # the supervised positions of a chat stand together; so many there are of each
+            # The supervised positions of a chat are consecutive: count those of each.
             segments = batch.segments.flatten()[batch.where]
             chats, counts = torch.stack((batch.where // packed.T, segments)).unique_consecutive(
                 dim=1, return_counts=True)
@@ -139,17 +128,19 @@ def nats_by_chat(machine, model, packed, micro_rows):
             for (row, number), states, targets in parts:
                 place = packed.chats["number"][packed.rows[rows[row]][number - 1]]
                 nats = head_loss(states, decoder.head.weight, targets).item()
-                found[held.numbers[place]] = nats, len(targets)
+                found[ablated.numbers[place]] = nats, len(targets)
+    if not found:
+        raise UserError(f"{packed.name}: no image is readable, so there is no loss")
     return found
 
 
-def blind(losses):
-    """A sentence for a user whose model does not look, or "" where the pictures help."""
-    others = losses["val_other_picture"] - losses["val_loss"]
-    none = losses["val_no_picture"] - losses["val_loss"]
-    if min(others, none) >= LEAST_GAIN:
+def ignored_images_warning(losses):
+    """A warning for the user if what ImageAblation.losses returned shows no gain, else ""."""
+    mismatched = losses["val_loss_mismatched_image"] - losses["val_loss"]
+    text_only = losses["val_loss_text_only"] - losses["val_loss"]
+    if min(mismatched, text_only) >= LEAST_GAIN:
         return ""
-    return ("the model is not looking: on held-out chats the right picture saves "
-            f"{others:.3f} nats a token against another chat's picture, and {none:.3f} against "
-            "none. If that stays so, train longer or with a higher learning rate, and look with "
-            "prepare.py check whether pictures and texts belong together")
+    return ("warning: the model ignores images: the correct image lowers the validation loss by "
+            f"only {mismatched:.3f} nats per token against a mismatched one and {text_only:.3f} "
+            "against none. Train longer or with a higher learning rate; prepare.py check shows "
+            "whether images and texts match")

@@ -1,8 +1,8 @@
-"""How likely a model finds given continuations: many questions, each with its answers, in batches.
+"""Log-likelihoods of given answers: many questions, each with its choices, in batches.
 
-A question is read once, with its picture, and its answers stand behind it in the same row, each at
-the positions right behind the question and hidden from the others. Logits exist only where an
-answer is predicted.
+A question is computed once with its images. All of its answers follow in the same row, each at the
+positions right after the question and masked from the others. Logits are computed only where an
+answer token is predicted.
 
 Letters for shapes: B rows, T positions, C width, N answer tokens in a batch, V vocabulary.
 """
@@ -13,41 +13,41 @@ import torch
 
 from inference.conversation import decoder_of, embed, see, spread
 
-# Elements of the logits that exist at a time: 16 MB in fp32 on a CPU, where larger tensors come in
-# memory that the system has to give anew. Rows read together: few find room in a CPU's cache.
+# Elements of the logits at a time: 16 MB in fp32 on a CPU, where the allocator returns larger
+# tensors to the system. Rows per batch: few fit a CPU's cache.
 LOGITS_AT_ONCE = {"cpu": 2**22, "mps": 2**24, "cuda": 2**26}
 ROWS_AT_ONCE = {"cpu": 6, "mps": 16, "cuda": 16}
 
 
 @dataclass
 class Item:
-    """A question: ids that its answers follow, one <|image|> a picture, and the answers as ids."""
+    """A question: the ids before its answers, one <|image|> per image, and the answers as ids."""
 
     prompt: list
-    answers: list  # lists of ids, none of them empty
-    images: list = field(default_factory=list)  # PIL pictures
+    answers: list  # non-empty lists of ids
+    images: list = field(default_factory=list)  # PIL images
 
 
 @dataclass
 class Likelihood:
-    """What a model thinks of one answer."""
+    """The probability of one answer."""
 
     nats: float  # log-likelihood
-    greedy: bool  # whether greedy decoding would say it
+    greedy: bool  # whether greedy decoding would generate it
 
 
 @dataclass
 class Row:
-    """A question with as many of its answers as the context has room for."""
+    """A question with as many of its answers as fit the context."""
 
     item: int  # its number
-    prompt: list  # ids, P times <|image|> for a picture
+    prompt: list  # ids, with P times <|image|> per image
     answers: list
     images: list
 
     @property
     def ids(self):
-        """What the model reads: nothing follows the last id of an answer."""
+        """The input: the last id of an answer predicts nothing."""
         return self.prompt + [token for answer in self.answers for token in answer[:-1]]
 
 
@@ -55,22 +55,23 @@ class Row:
 def likelihoods(model, tokenizer, items, batch=None):
     """[[Likelihood of each answer] of each Item], in the order given.
 
-    batch: rows read together; None for what suits the device. Raises ValueError for an item that
-    is longer than the model's context.
+    batch: rows per batch; None for the default of the device. Raises ValueError for an item longer
+    than the model's context.
     """
     rows = [row for number, item in enumerate(items)
             for row in rows_of(number, item, tokenizer, model)]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # alike lengths together
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # little padding
     found = [None] * len(rows)
     batch = batch or ROWS_AT_ONCE[decoder_of(model).token_embedding.weight.device.type]
     for start in range(0, len(order), batch):
-        some = order[start : start + batch]
-        for i, part in zip(some, read(model, tokenizer, [rows[i] for i in some]), strict=True):
-            found[i] = part
-    together = [[] for _ in items]
-    for row, part in zip(rows, found, strict=True):
-        together[row.item] += part
-    return together
+        numbers = order[start : start + batch]
+        results = batch_likelihoods(model, tokenizer, [rows[i] for i in numbers])
+        for i, result in zip(numbers, results, strict=True):
+            found[i] = result
+    by_item = [[] for _ in items]
+    for row, result in zip(rows, found, strict=True):
+        by_item[row.item] += result
+    return by_item
 
 
 def rows_of(number, item, tokenizer, model):
@@ -87,23 +88,24 @@ def rows_of(number, item, tokenizer, model):
     return rows
 
 
-def read(model, tokenizer, rows):
-    """The likelihoods of one batch."""
-    decoder, ids = decoder_of(model), [row.ids for row in rows]
-    pictures = [picture for row in rows for picture in row.images]
-    features = see(model, pictures).flatten(0, 1) if pictures else None
-    x = embed(model, tokenizer, ids, features)  # (B, T, C)
+def batch_likelihoods(model, tokenizer, rows):
+    """[[Likelihood of each answer] of each Row] of one batch."""
+    images = [image for row in rows for image in row.images]
+    features = see(model, images).flatten(0, 1) if images else None
+    x = embed(model, tokenizer, [row.ids for row in rows], features)  # (B, T, C)
     positions, mask, where = layout(rows, x.size(1))
-    places, state_of = where.to(x.device).unique(return_inverse=True)  # answers begin at one place
+    # The first tokens of all answers to a question are predicted by the same state.
+    places, state_of = where.to(x.device).unique(return_inverse=True)
+    decoder = decoder_of(model)
     states = decoder.hidden(x, positions.to(x.device), mask.to(x.device), where=places)
     wanted = [token for row in rows for answer in row.answers for token in answer]
-    nats, right = score(decoder, states, state_of, torch.tensor(wanted, device=x.device))
+    nats, greedy = score(decoder, states, state_of, torch.tensor(wanted, device=x.device))
     found, at = [], 0
     for row in rows:
         found.append([])
         for answer in row.answers:
             here = slice(at, at + len(answer))
-            found[-1].append(Likelihood(sum(nats[here]), all(right[here])))
+            found[-1].append(Likelihood(sum(nats[here]), all(greedy[here])))
             at += len(answer)
     return found
 
@@ -121,9 +123,9 @@ def layout(rows, T):
             positions[b, at:end], parts[b, at:end] = torch.arange(n, n + end - at), k
             where += [b * T + n - 1, *range(b * T + at, b * T + end)]
             at = end
-    seen = (parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])
-    return positions, (seen & torch.ones(T, T, dtype=torch.bool).tril())[:, None], torch.tensor(
-        where)
+    visible = (parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])
+    mask = visible & torch.ones(T, T, dtype=torch.bool).tril()
+    return positions, mask[:, None], torch.tensor(where)
 
 
 def score(decoder, states, state_of, wanted):
@@ -132,16 +134,16 @@ def score(decoder, states, state_of, wanted):
     states (M, C): final states; state_of (N,): which of them predicts each id.
     """
     nats = torch.empty(len(wanted), device=states.device)
-    right = torch.empty(len(wanted), dtype=torch.bool, device=states.device)
+    greedy = torch.empty(len(wanted), dtype=torch.bool, device=states.device)
     step = max(1, LOGITS_AT_ONCE[states.device.type] // decoder.config.vocab_size)
     for start in range(0, len(states), step):
         here = ((state_of >= start) & (state_of < start + step)).nonzero()[:, 0]
         rows, ids = state_of[here] - start, wanted[here]
         logits = decoder.head(states[start : start + step]).float()  # (step, V)
         mine, highest = logits[rows, ids], logits.amax(-1)
-        # argmax is slow on a CPU, and only decides which of several highest comes first.
+        # argmax is slow on a CPU and only decides which of several maxima comes first.
         best = mine == highest[rows]
         best[best.clone()] = logits[rows[best]].argmax(-1) == ids[best]
         sums = logits.sub_(highest[:, None]).exp_().sum(-1)  # in place: half of logsumexp's time
-        nats[here], right[here] = mine - highest[rows] - sums.log()[rows], best
-    return nats.tolist(), right.tolist()
+        nats[here], greedy[here] = mine - highest[rows] - sums.log()[rows], best
+    return nats.tolist(), greedy.tolist()

@@ -1,9 +1,7 @@
-"""The metrics of evaluation, as small pure functions in plain numpy.
-
-    pytest tests/test_scores.py
+"""Evaluation metrics as pure functions.
 
 Marks are the scores of single items, floats (N,): a score is their mean and bootstrap(marks) its
-standard error. What cannot be scored (no items, unequal lists, NaN) is a ValueError.
+standard error.
 """
 
 import math
@@ -16,100 +14,49 @@ from operator import or_
 import numpy as np
 
 
-def items(**columns):
-    """The number of items, which must be the same in every column and not zero."""
-    lengths = {name: len(column) for name, column in columns.items()}
-    if 0 in lengths.values() or len(set(lengths.values())) > 1:
-        raise ValueError(f"expected equally many items, and at least one, but there are {lengths}")
-    return next(iter(lengths.values()))
+def bootstrap(values, n=1000, statistic=np.mean):
+    """Standard error of a statistic over items: its deviation over n resamples with replacement.
 
-
-def numbers(name, values):
-    """values as an array of floats; a ValueError for NaN, which has no place in an order."""
-    values = np.asarray(values, float)
-    if np.isnan(values).any():
-        raise ValueError(f"NaN among the {name} cannot be scored")
-    return values
-
-
-def truths(name, values):
-    """values (N,), each True or False (or 1 or 0), as an array of bools."""
-    values = np.asarray(values)
-    if not np.isin(values, (0, 1)).all():
-        raise ValueError(f"{name} must be true or false, or 1 or 0, but holds {set(values.flat)}")
-    return values.astype(bool)
-
-
-def bootstrap(values, n=1000, seed=0, statistic=np.mean):
-    """Standard error of a statistic over items, by drawing them again n times with replacement.
-
-    values: (N, ...), an item a row; statistic: from such an array to a number, of two columns with
-    np.stack((scores, labels), 1). The error itself is uncertain by 1 in sqrt(2 n). 0 for a single
-    item, NaN where the statistic was. Source: Efron (1979), "Bootstrap Methods".
+    values: (N, ...), one item per row; statistic: from such an array to a number. Always drawn with
+    the same seed. 0 for a single item. Source: Efron (1979), "Bootstrap Methods".
     """
-    values = np.asarray(values)
-    N, random = items(values=values), np.random.default_rng(seed)
+    values, random = np.asarray(values), np.random.default_rng(0)
+    N = len(values)
     return float(np.std([statistic(values[random.integers(N, size=N)]) for _ in range(n)], ddof=1))
 
 
-def bits_per_byte(nats, n_bytes):
-    """Bits a byte of UTF-8 costs, from the summed loss of a text in nats: 0 and up, less is better.
-
-    A uniform guess costs 8, whatever the tokenizer. Source: The Pile (arXiv:2101.00027).
-    """
-    if n_bytes <= 0:
-        raise ValueError(f"bits per byte of {n_bytes} bytes are not defined")
-    return nats / n_bytes / math.log(2)
-
-
 def multiple_choice(log_likelihoods, choices, answers):
-    """Marks (N,) for picking the likeliest choice: {"acc", "acc_norm", "acc_bytes", "chance"}.
+    """Marks (N,) for picking the likeliest choice: {"acc", "acc_norm", "chance"}.
 
-    log_likelihoods: N sequences of summed log-probabilities, one a choice; choices: N lists of
-    strings, without the space before; answers: (N,) index of the right one. acc compares the sums,
-    acc_norm the sums a *character* of the choice, acc_bytes those a byte; equals go to the first.
-    ValueError also for an empty choice, and for an answer that is none of the choices.
-    Source: process_results in api/task.py of lm_eval 0.4.13, where HellaSwag, ARC and PIQA report
-    acc and acc_norm, and of all tasks only Global PIQA acc_bytes.
+    log_likelihoods: N sequences of summed log-probabilities, one per choice; choices: N lists of
+    strings without the leading space; answers: (N,) index of the correct one. acc compares the
+    sums, acc_norm the sums per *character*; the first of equals is picked. Errors: ValueError for
+    NaN. Source: process_results in api/task.py of lm_eval 0.4.13.
     """
-    items(log_likelihoods=log_likelihoods, choices=choices, answers=answers)
     marks = []
     for sums, texts, answer in zip(log_likelihoods, choices, answers, strict=True):
-        sums, K = numbers("log_likelihoods", sums), items(log_likelihoods=sums, choices=texts)
-        if not all(texts) or not 0 <= answer < K:
-            raise ValueError(f"expected an answer among choices with text: {answer} of {texts}")
-        lengths = [[1] * K, [len(text) for text in texts], [len(text.encode()) for text in texts]]
-        marks.append([*((sums / lengths).argmax(1) == answer), 1 / K])
-    return dict(zip(("acc", "acc_norm", "acc_bytes", "chance"), np.array(marks).T, strict=True))
+        if np.isnan(sums).any():
+            raise ValueError("the log-likelihood of a choice is NaN")
+        per_character = np.array(sums) / [len(text) for text in texts]
+        marks.append([np.argmax(sums) == answer, per_character.argmax() == answer, 1 / len(texts)])
+    return dict(zip(("acc", "acc_norm", "chance"), np.array(marks, float).T, strict=True))
 
 
 def auroc(scores, labels):
-    """Area under the ROC curve: how often a true item scores above a false one, equals half.
+    """Area under the ROC curve of scores (N,) for labels (N,), True or False; 0.5 by chance.
 
-    scores, labels: (N,), any numbers and True or False. Range 0 to 1, 0.5 by chance; NaN where all
-    labels are the same. Source: Mann & Whitney (1947), by ranks; equal scores share the mean rank.
+    Also 0.5 where all labels are equal, as in some bootstrap samples of few items.
     """
-    items(scores=scores, labels=labels)
-    scores, labels = numbers("scores", scores), truths("labels", labels)
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum() - (counts - 1) / 2)[inverse]
-    true, false = labels.sum(), (~labels).sum()
-    ahead = ranks[labels].sum() - true * (true + 1) / 2
-    return float(ahead / (true * false)) if true and false else math.nan
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(labels, scores)) if len(set(labels)) > 1 else 0.5
 
 
-def yes_no(said, labels):
-    """{"accuracy", "precision", "recall", "f1", "yes_share"} of answers to yes-or-no questions.
+def f1(said, labels):
+    """F1 score of yes, from said (N,) and labels (N,), True for yes; 0 where undefined."""
+    from sklearn.metrics import f1_score
 
-    said, labels: (N,), True for yes. All from 0 to 1; precision, recall and f1 are those of yes,
-    and 0 where they would be 0 / 0. Source: evaluate.py of AoiDragon/POPE (arXiv:2305.10355).
-    """
-    items(said=said, labels=labels)
-    said, labels = truths("said", said), truths("labels", labels)
-    both, yes, meant = (said & labels).sum(), said.sum(), labels.sum()
-    return {"accuracy": float((said == labels).mean()), "precision": float(both / max(yes, 1)),
-            "recall": float(both / max(meant, 1)), "f1": float(2 * both / max(yes + meant, 1)),
-            "yes_share": float(said.mean())}
+    return float(f1_score(labels, said, zero_division=0))
 
 
 def says_yes(answer):
@@ -151,17 +98,17 @@ def vqa_normalise(answer):
 
 
 def vqa_accuracy(answer, human_answers):
-    """How far an answer agrees with people's, 0 to 1: min(people who gave it / 3, 1).
+    """Agreement of an answer with human ones, 0 to 1: min(people who gave it / 3, 1).
 
-    human_answers: a list of strings. Of 4 and more (VQA has 10) each is left out in turn, and the
-    result is the mean; a single one is matched, 1.0 or 0.0. All are normalised before.
-    Errors: ValueError for no answers, for 2 or 3 (full marks would be out of reach), for a string.
-    Source: Antol et al. (arXiv:1505.00468) and vqaEval.py of GT-Vision-Lab/VQA, which, unlike its
-    rules and this, normalises nothing where all people agree to the letter.
+    human_answers: a list of strings. From 4 on (VQA has 10) the result is the mean over leaving
+    each of them out; a single one has to match. All are normalised. Errors: ValueError for 0, 2
+    and 3 answers, with which the full score would be out of reach. Source: Antol et al.
+    (arXiv:1505.00468) and vqaEval.py of GT-Vision-Lab/VQA, which, unlike its rules and this,
+    normalises nothing where all people agree to the letter.
     """
-    if isinstance(human_answers, str) or len(human_answers) in (0, 2, 3):
-        raise ValueError(f"expected a list of 1 answer, or of 4 and more, not {human_answers!r}")
     N, answer = len(human_answers), vqa_normalise(answer)
+    if N in (0, 2, 3):
+        raise ValueError(f"expected 1 answer, or 4 and more, not {human_answers!r}")
     same = sum(vqa_normalise(human) == answer for human in human_answers)
     left_out = (same * min((same - 1) / 3, 1) + (N - same) * min(same / 3, 1)) / N
     return left_out if N > 1 else float(same)
@@ -174,19 +121,12 @@ def gsm_answer(text):
     """The final number of a GSM8K answer: after "####", else the last one; None without any.
 
     A string: "1,234." and "$1234" are "1234", but "3.0" is not "3". A hyphen after a digit or a
-    letter is no minus. Source: extract_answer of openai/grade-school-math (arXiv:2110.14168), and
-    for the last number the filter "flexible-extract" of lm_eval's gsm8k.
+    letter is no minus sign. Source: extract_answer of openai/grade-school-math (arXiv:2110.14168),
+    and for the last number the filter "flexible-extract" of lm_eval's gsm8k.
     """
     marked = re.search(rf"####\s*({NUMBER})", text)
     found = [marked[1]] if marked else re.findall(NUMBER, text)
     return re.sub("[$,]", "", found[-1]) if found else None
-
-
-def gsm_exact(text, reference):
-    """Whether two GSM8K answers end in the same number. ValueError if the reference has none."""
-    if gsm_answer(reference) is None:
-        raise ValueError(f"this reference has no number: {reference!r}")
-    return gsm_answer(text) == gsm_answer(reference)
 
 
 CLITIC = r"(?:n't|'(?:s|m|d|re|ve|ll))(?!\w)"
@@ -203,73 +143,60 @@ def caption_words(caption):
     return re.findall(rf"(?:(?<=\s){CLITIC}|\w+(?:[-/.,:]\w+)*)", text)
 
 
-def caption_grams(candidates, references):
-    """N pairs (grams of the candidate, [grams of a reference]); grams: Counters for n = 1 to 4."""
-    items(candidates=candidates, references=references)
-    if any(isinstance(captions, str) or not captions for captions in references):
-        raise ValueError("every candidate needs a list of at least one reference")
-
-    def grams(caption):
-        words = caption_words(caption)
-        return [Counter(zip(*(words[i:] for i in range(n)), strict=False)) for n in (1, 2, 3, 4)]
-
-    return [(grams(candidate), [grams(reference) for reference in captions])
-            for candidate, captions in zip(candidates, references, strict=True)]
-
-
-def bleu4(candidates, references):
-    """BLEU-4 of captions: (score of the corpus, scores of the items (N,)), from 0 to 1.
-
-    candidates: N strings; references: N lists of strings. The corpus score is made of summed
-    counts, not of the items' scores. The brevity penalty takes the reference closest in length, the
-    shorter of two. An empty candidate scores 0. Source: Papineni et al. (2002), bleu_scorer.py of
-    coco-caption ("closest"); words: see caption_words.
-    """
-    counts = bleu_counts(candidates, references)
-    return float(bleu_of(*(column.sum(0) for column in counts))), bleu_of(*counts)
+def ngrams(caption):
+    """The n-grams of a caption: one Counter each for n = 1 to 4."""
+    words = caption_words(caption)
+    return [Counter(zip(*(words[i:] for i in range(n)), strict=False)) for n in (1, 2, 3, 4)]
 
 
 def bleu_counts(candidates, references):
-    """What bleu_of takes of N items: (N, 4), (N, 4) and (N,); their sums are the corpus's."""
-    correct, guesses, closest = [], [], []
-    for candidate, captions in caption_grams(candidates, references):
-        most = [reduce(or_, counters) for counters in zip(*captions, strict=True)]
+    """What bleu4 takes, of N candidates (strings) with N lists of references: correct n-grams
+    (N, 4), all n-grams (N, 4), and the length of the closest reference (N,), the shorter of two."""
+    correct, total, closest = [], [], []
+    for candidate, texts in zip(map(ngrams, candidates), references, strict=True):
+        texts = list(map(ngrams, texts))
+        most = [reduce(or_, counters) for counters in zip(*texts, strict=True)]
         correct.append([(candidate[n] & most[n]).total() for n in range(4)])
-        guesses.append([candidate[n].total() for n in range(4)])
-        sizes, size = [caption[0].total() for caption in captions], guesses[-1][0]
+        total.append([candidate[n].total() for n in range(4)])
+        size, sizes = candidate[0].total(), [text[0].total() for text in texts]
         closest.append(min((abs(other - size), other) for other in sizes)[1])
-    return [np.array(column, float) for column in (correct, guesses, closest)]
+    return [np.array(column, float) for column in (correct, total, closest)]
 
 
-def bleu_of(correct, guesses, closest):
-    """BLEU-4 (...) from counts of grams, right and said (..., 4), and reference lengths (...)."""
+def bleu4(correct, total, closest):
+    """BLEU-4 (...), 0 to 1, from the counts of bleu_counts: (..., 4), (..., 4) and (...).
+
+    The score of a corpus is made of the summed counts of its items. Source: Papineni et al. (2002),
+    bleu_scorer.py of coco-caption ("closest"); words: see caption_words.
+    """
     # The tiny terms are those of coco-caption: without a match a score is nearly 0, never 0 / 0.
-    precision = ((correct + 1e-15) / (guesses + 1e-9)).prod(-1) ** 0.25
-    ratio = (guesses[..., 0] + 1e-15) / (closest + 1e-9)
+    precision = ((correct + 1e-15) / (total + 1e-9)).prod(-1) ** 0.25
+    ratio = (total[..., 0] + 1e-15) / (closest + 1e-9)
     return precision * np.exp(np.minimum(0, 1 - 1 / ratio))
 
 
 def cider(candidates, references):
-    """CIDEr-D of captions: (their mean, scores of the items (N,)), from 0 to 10.
+    """CIDEr-D of N candidates (strings) with N lists of references: scores (N,), 0 to 10.
 
-    candidates, references: as for bleu4. A gram of 1 to 4 words weighs log(N / items with it in a
-    reference): one item alone scores 0, and different sets cannot be compared. Source: Vedantam et
-    al. (arXiv:1411.5726), cider_scorer.py of coco-caption (sigma 6); words: see caption_words.
+    An n-gram weighs log(N / items with it in a reference): a single item scores 0, and scores of
+    different sets cannot be compared. Source: Vedantam et al. (arXiv:1411.5726), cider_scorer.py
+    of coco-caption (sigma 6); words: see caption_words.
     """
-    counted = caption_grams(candidates, references)
-    seen = Counter(gram for _, captions in counted for gram in {*chain(*chain(*captions))})
+    references = [list(map(ngrams, texts)) for texts in references]
+    N, seen = len(references), Counter(
+        gram for texts in references for gram in {*chain(*chain(*texts))})
 
-    def weigh(caption):
-        return [{gram: count * math.log(len(counted) / max(seen[gram], 1))
-                 for gram, count in grams.items()} for grams in caption]
+    def weigh(grams):
+        return [{gram: count * math.log(N / max(seen[gram], 1)) for gram, count in some.items()}
+                for some in grams]
 
-    scores = np.zeros(len(counted))
-    for i, (candidate, captions) in enumerate(counted):
-        for caption in captions:
-            apart = candidate[0].total() - caption[0].total()
-            alike = clipped_cosine(weigh(candidate), weigh(caption))
-            scores[i] += 10 * alike * math.exp(-(apart**2) / (2 * 6**2)) / len(captions)
-    return float(scores.mean()), scores
+    scores = np.zeros(N)
+    for i, (candidate, texts) in enumerate(zip(map(ngrams, candidates), references, strict=True)):
+        for text in texts:
+            difference = candidate[0].total() - text[0].total()
+            similarity = clipped_cosine(weigh(candidate), weigh(text))
+            scores[i] += 10 * similarity * math.exp(-(difference**2) / (2 * 6**2)) / len(texts)
+    return scores
 
 
 def clipped_cosine(candidate, reference):
@@ -282,23 +209,11 @@ def clipped_cosine(candidate, reference):
     return total / len(candidate)
 
 
-def retrieval_recall(similarity, k, belongs=None):
-    """Recall at k: marks of images that find a text (N,), and of texts that find an image (M,).
+def retrieval_ranks(similarity, matches):
+    """How many wrong candidates are at least as similar as the best correct one: (N,).
 
-    similarity: (N, M), images by texts; belongs: (N, M), True for what belongs together, without it
-    image i and text i. A mark is 1.0 if one of the own is among the k most similar; equals count
-    against the model. Errors: ValueError also for k < 1 and for an image or a text that nothing
-    belongs to. Source: Karpathy & Fei-Fei (arXiv:1412.2306).
+    similarity, matches: (N, M), queries by candidates; each query needs a correct one. Recall at k
+    is the share of ranks below k (Karpathy & Fei-Fei, arXiv:1412.2306).
     """
-    similarity = numbers("similarity", similarity)
-    belongs = truths("belongs", np.eye(len(similarity)) if belongs is None else belongs)
-    if not belongs.size or belongs.shape != similarity.shape or k < 1:
-        raise ValueError(f"cannot rank {similarity.shape} for {belongs.shape} and the first {k}")
-    if not (belongs.any(0).all() and belongs.any(1).all()):
-        raise ValueError("every image needs a text that belongs to it, and every text an image")
-
-    def marks(similarity, belongs):
-        best = np.where(belongs, similarity, -np.inf).max(1, keepdims=True)
-        return (((similarity >= best) & ~belongs).sum(1) < k).astype(float)
-
-    return marks(similarity, belongs), marks(similarity.T, belongs.T)
+    best = np.where(matches, similarity, -np.inf).max(1, keepdims=True)
+    return ((similarity >= best) & ~matches).sum(1)

@@ -1,8 +1,7 @@
-"""Public benchmarks, and one's own, from local files: what their rows ask, how answers are scored.
+"""What the rows of public benchmarks and of the user's own files ask, and how answers are scored.
 
-Choices are made by likelihood, as lm-evaluation-harness has it: the choice that the model finds
-likeliest behind the question (acc), or likeliest for its length (acc_norm). Other tasks ask for an
-answer, greedily.
+Choices are made by likelihood as in lm-evaluation-harness: the likeliest continuation of the
+question (acc), or the likeliest per character (acc_norm). Other tasks generate a greedy answer.
 """
 
 import json
@@ -23,7 +22,7 @@ from prep.sources import parsed
 SHORT = "Answer the question using a single word or phrase."  # these three as in LLaVA 1.5
 LETTER = "Answer with the option's letter from the given choices directly."
 DESCRIBE = "Provide a one-sentence caption for the provided image."
-REPEATS = 100  # bootstrap samples of a score that is no mean
+RESAMPLES = 100  # of the bootstrap for a score that is not a mean
 
 
 @dataclass
@@ -31,23 +30,15 @@ class Question:
     """What a row asks: in a chat, or as the beginning of a document."""
 
     messages: list  # the last is the user's; or one message, the document's beginning
-    choices: list = field(default_factory=list)  # strings, for a choice
-    answer: int = 0  # which of them is right
-    wanted: list = field(default_factory=list)  # right answers, for one in words
-    images: list = field(default_factory=list)  # names of pictures, or their bytes
+    choices: list = field(default_factory=list)  # strings
+    answer: int = 0  # index of the correct choice
+    references: list = field(default_factory=list)  # correct answers, where one is generated
+    images: list = field(default_factory=list)  # file names, or the bytes of files
     ids: list = field(default_factory=list)  # of a window of text: the first is given
 
 
-def said(text):
+def user(text):
     return [{"role": "user", "content": text}]
-
-
-def shown(row):
-    """The pictures of a row that asks about one."""
-    found = images_of(row, [])
-    if not found:
-        raise ValueError("no picture")
-    return found
 
 
 # -------------------------------------------------------------------------------- rows to questions
@@ -60,7 +51,7 @@ def hellaswag(row):
         return text.replace("  ", " ")
 
     start = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return Question(said(clean(start)), [clean(text) for text in row["endings"]],
+    return Question(user(clean(start)), [clean(text) for text in row["endings"]],
                     int(row["label"]))
 
 
@@ -73,12 +64,12 @@ def arc(row):
         texts, labels = choices["text"], choices["label"]
     else:
         texts, labels = ([choice[name] for choice in choices] for name in ("text", "label"))
-    return Question(said(f"Question: {question}\nAnswer:"), texts, labels.index(row["answerKey"]))
+    return Question(user(f"Question: {question}\nAnswer:"), texts, labels.index(row["answerKey"]))
 
 
 def piqa(row):
     """Bisk et al. 2020, the label in the row."""
-    return Question(said(f"Question: {row['goal']}\nAnswer:"), [row["sol1"], row["sol2"]],
+    return Question(user(f"Question: {row['goal']}\nAnswer:"), [row["sol1"], row["sol2"]],
                     int(row["label"]))
 
 
@@ -87,20 +78,21 @@ def lambada(row):
     start, _, word = row["text"].strip().rpartition(" ")
     if not start:
         raise ValueError("no passage before the last word")
-    return Question(said(start), [word])
+    return Question(user(start), [word])
 
 
 def gsm(row):
     """Cobbe et al. 2021: a sum in words."""
     if metrics.gsm_answer(row["answer"]) is None:
         raise ValueError("an answer without a number")
-    return Question(said(row["question"]), wanted=[row["answer"]])
+    return Question(user(row["question"]), references=[row["answer"]])
 
 
 def pope(row):
-    """Li et al. 2023: is there a ... in the picture?"""
-    right = ["yes", "no"].index(row["label"].lower())
-    return Question(said(f"{row['text']}\n{SHORT}"), ["Yes", "No"], right, images=shown(row))
+    """Li et al. 2023: is there a ... in the image?"""
+    correct = ["yes", "no"].index(row["label"].lower())
+    return Question(user(f"{row['text']}\n{SHORT}"), ["Yes", "No"], correct,
+                    images=images_of(row, []))
 
 
 def vqa(row):
@@ -108,50 +100,51 @@ def vqa(row):
     answers = row.get("answers") or [row["answer"]]
     answers = [answers] if isinstance(answers, str) else answers
     answers = [a["answer"] if isinstance(a, dict) else a for a in answers]
-    metrics.vqa_accuracy("", answers)  # refuses 2 or 3 of them
-    return Question(said(f"{row['question']}\n{SHORT}"), wanted=answers, images=shown(row))
+    metrics.vqa_accuracy("", answers)  # raises ValueError for 2 or 3
+    return Question(user(f"{row['question']}\n{SHORT}"), references=answers,
+                    images=images_of(row, []))
 
 
 def captions(row):
-    """A picture and one or more captions of it, as in COCO (Chen et al. 2015)."""
+    """An image and one or more captions, as in COCO (Chen et al. 2015)."""
     found = row.get("captions") or row["caption"]
-    return Question(said(DESCRIBE), wanted=[found] if isinstance(found, str) else found,
-                    images=shown(row))
+    return Question(user(DESCRIBE), references=[found] if isinstance(found, str) else found,
+                    images=images_of(row, []))
 
 
 def mmstar(row):
     """Chen et al. 2024: the options stand in the question, the answer is a letter."""
     options = set(re.findall(r"\b([A-H])[:.)]", row["question"].rpartition("Options:")[2]))
     letters = list(takewhile(options.__contains__, "ABCDEFGH")) or list("ABCD")
-    return Question(said(f"{row['question']}\n{LETTER}"), letters, letters.index(row["answer"]),
-                    images=shown(row))
+    return Question(user(f"{row['question']}\n{LETTER}"), letters, letters.index(row["answer"]),
+                    images=images_of(row, []))
 
 
 def scienceqa(row):
-    """Lu et al. 2022, with or without a picture."""
+    """Lu et al. 2022, with or without an image."""
     letters = [chr(ord("A") + i) for i in range(len(row["choices"]))]
     options = [f"{letter}. {text}" for letter, text in zip(letters, row["choices"], strict=True)]
     hint = [f"Context: {row['hint']}"] if row.get("hint") else []
     text = "\n".join([*hint, row["question"], *options, LETTER])
-    return Question(said(text), letters, int(row["answer"]), images=images_of(row, []))
+    return Question(user(text), letters, int(row["answer"]), images=images_of(row, []))
 
 
 def own(row):
-    """A chat in any form that prepare.py reads; its last answer is asked for."""
+    """A chat in any form that prepare.py reads; its last answer is the reference."""
     messages = messages_of(row)
     return Question(messages[:-1], [messages[-1]["content"]], 0, [messages[-1]["content"]],
                     images_of(row, messages))
 
 
 def text(row):
-    """A text, all of which is to be predicted; windows() cuts what all rows hold."""
-    return Question(said(text_of(row, "text")))
+    """A text of which every token is predicted; text_windows cuts the texts of all rows."""
+    return Question(user(text_of(row, "text")))
 
 
-def windows(questions, tokenizer, T, most):
-    """Their texts end to end, each behind <|endoftext|>, as `most` Questions of T + 1 ids at most.
+def text_windows(questions, tokenizer, T, most):
+    """Their texts end to end, each after <|endoftext|>, as `most` Questions of T + 1 ids at most.
 
-    Each begins with the id that the one before ends with; the last may be shorter.
+    Each begins with the last id of the one before; the last may be shorter.
     """
     ids, end = [], tokenizer.end_of_text
     for question in questions:
@@ -159,23 +152,25 @@ def windows(questions, tokenizer, T, most):
         if len(ids) > T * most:
             break
     parts = [ids[start : start + T + 1] for start in range(0, len(ids) - 1, T)][:most]
-    return [Question(said(tokenizer.decode([i for i in part[1:] if i != end])), ids=part)
+    return [Question(user(tokenizer.decode([i for i in part[1:] if i != end])), ids=part)
             for part in parts]
 
 
 def question_of(task, row):
-    """The Question of a row, which may still be a line of JSON; a ValueError says why it is none.
-    """
+    """The Question of a row, which may be a line of JSON; ValueError with the reason if it has
+    another form."""
     row = parsed(row)
     if not isinstance(row, dict):
-        raise ValueError("a row that is no object")
+        raise ValueError("not a JSON object")
     try:
         question = task.read(row)
     except KeyError as error:
         raise ValueError(f"no field {error}") from None
     except (AttributeError, TypeError) as error:
-        raise ValueError(f"a field of another form ({error})") from None
-    texts = [*question.choices, *question.wanted]
+        raise ValueError(f"a field of the wrong type ({error})") from None
+    if task.image and not question.images:
+        raise ValueError("no image")
+    texts = [*question.choices, *question.references]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError("an empty answer")
     if question.choices and not 0 <= question.answer < len(question.choices):
@@ -184,23 +179,23 @@ def question_of(task, row):
 
 
 # ------------------------------------------------------------------------------------------- scores
-# A score is an array of marks, whose mean it is; or (an array, an item a row, what makes it of it).
+# Each function returns ({name: score}, chance). A score is an array of marks with the mean as its
+# value, or (an array with one item per row, the statistic that computes the value from it).
 
 
 def value_and_error(score):
     """(value, standard error by bootstrap over the questions) of a score."""
     if isinstance(score, tuple):
         rows, statistic = score
-        return float(statistic(rows)), metrics.bootstrap(rows, REPEATS, statistic=statistic)
+        return float(statistic(rows)), metrics.bootstrap(rows, RESAMPLES, statistic)
     return float(np.mean(score)), metrics.bootstrap(score)
 
 
 def choice_scores(questions, found):
-    """Marks by name, for choices: found is a list of [log-likelihood, greedy, tokens] a question.
-    """
-    texts = [question.choices for question in questions]
-    marks = metrics.multiple_choice([[x[0] for x in some] for some in found], texts,
-                                   [question.answer for question in questions])
+    """found: of each question [log-likelihood, is it the greedy answer, tokens] of each choice."""
+    marks = metrics.multiple_choice([[x[0] for x in choices] for choices in found],
+                                    [question.choices for question in questions],
+                                    [question.answer for question in questions])
     return {"acc": marks["acc"], "acc_norm": marks["acc_norm"]}, marks["chance"].mean()
 
 
@@ -208,112 +203,95 @@ def yes_no_scores(questions, found):
     """Accuracy, and what POPE reports beside it."""
     marks, chance = choice_scores(questions, found)
     margins = np.array([yes[0] - no[0] for yes, no in found])
-    both = np.stack((margins, [question.answer == 0 for question in questions]), 1)
-    return {"acc": marks["acc"], "f1": (both, lambda x: f1(x[:, 0] > 0, x[:, 1])),
+    rows = np.stack((margins, [question.answer == 0 for question in questions]), 1)
+    return {"acc": marks["acc"], "f1": (rows, lambda x: metrics.f1(x[:, 0] > 0, x[:, 1] > 0)),
             "yes_share": (margins > 0).astype(float),
-            "auroc": (both, lambda x: auroc(x[:, 0], x[:, 1]))}, chance
+            "auroc": (rows, lambda x: metrics.auroc(x[:, 0], x[:, 1]))}, chance
 
 
-def auroc(margins, labels):
-    """0.5 where all labels are the same, as in some samples of few questions."""
-    return float(np.nan_to_num(metrics.auroc(margins, labels), nan=0.5))
-
-
-def f1(says, labels):
-    return metrics.yes_no(says, labels)["f1"]
+def generated_yes_no_scores(questions, answers):
+    rows = np.array([(metrics.says_yes(answer), question.answer == 0)
+                     for question, answer in zip(questions, answers, strict=True)])
+    return {"acc": (rows[:, 0] == rows[:, 1]).astype(float),
+            "f1": (rows, lambda x: metrics.f1(x[:, 0], x[:, 1])),
+            "yes_share": rows[:, 0].astype(float)}, 0.5
 
 
 def word_scores(questions, found):
-    """Whether greedy decoding says the last word, and its perplexity."""
-    nats = np.array([some[0][0] for some in found])
-    return {"acc": np.array([float(some[0][1]) for some in found]),
+    """Whether the last word is the greedy answer, and its perplexity."""
+    nats = np.array([choices[0][0] for choices in found])
+    return {"acc": np.array([float(choices[0][1]) for choices in found]),
             "perplexity": (nats, lambda x: np.exp(-x.mean()))}, 0.0
 
 
 def loss_scores(questions, found):
-    """Nats a token of the wanted answers; found holds their log-likelihood and length."""
-    both = np.array([(some[0][0], some[0][2]) for some in found])
-    return {"nats": (both, lambda x: -x[:, 0].sum() / x[:, 1].sum())}, None
+    """Loss in nats per token of the references, or of the windows of a text."""
+    rows = np.array([(choices[0][0], choices[0][2]) for choices in found])
+    return {"nats": (rows, lambda x: -x[:, 0].sum() / x[:, 1].sum())}, None
 
 
 def text_scores(questions, found):
-    """Nats a token and bits per byte; the questions are windows."""
-    nats = [-some[0][0] for some in found]
+    """The loss, and bits per byte of UTF-8 (The Pile, arXiv:2101.00027)."""
     n_bytes = [len(question.messages[0]["content"].encode()) for question in questions]
-    rows = np.stack((nats, [some[0][2] for some in found], n_bytes), 1)
-    return {"nats": (rows, lambda x: x[:, 0].sum() / x[:, 1].sum()),
-            "bits_per_byte": (rows, lambda x: metrics.bits_per_byte(x[:, 0].sum(), x[:, 2].sum()))
-            }, None
+    rows = np.stack(([choices[0][0] for choices in found], n_bytes), 1)
+    bits = (rows, lambda x: -x[:, 0].sum() / x[:, 1].sum() / np.log(2))
+    return {**loss_scores(questions, found)[0], "bits_per_byte": bits}, None
 
 
-def exact_scores(questions, answers):
-    pairs = zip(questions, answers, strict=True)
-    return {"exact": np.array([float(a.strip() == q.wanted[0].strip()) for q, a in pairs])}, 0.0
+def marked_by(name, metric):
+    """The scoring of generated answers by metric(answer, references), from 0 to 1."""
+    def scores(questions, answers):
+        pairs = zip(questions, answers, strict=True)
+        return {name: np.array([float(metric(a, q.references)) for q, a in pairs])}, 0.0
 
-
-def gsm_scores(questions, answers):
-    pairs = zip(questions, answers, strict=True)
-    return {"exact": np.array([float(metrics.gsm_exact(a, q.wanted[0])) for q, a in pairs])}, 0.0
-
-
-def vqa_scores(questions, answers):
-    pairs = zip(questions, answers, strict=True)
-    return {"vqa": np.array([metrics.vqa_accuracy(a, q.wanted) for q, a in pairs])}, 0.0
-
-
-def said_yes_scores(questions, answers):
-    labels = np.array([question.answer == 0 for question in questions])
-    says = np.array([metrics.says_yes(answer) for answer in answers])
-    return {"acc": (says == labels).astype(float),
-            "f1": (np.stack((says, labels), 1), lambda x: f1(x[:, 0], x[:, 1])),
-            "yes_share": says.astype(float)}, 0.5
+    return scores
 
 
 def caption_scores(questions, answers):
-    wanted = [question.wanted for question in questions]
+    references = [question.references for question in questions]
+    counts = metrics.bleu_counts(answers, references)  # once, not for every resample
 
-    counts = metrics.bleu_counts(answers, wanted)  # once, not for every sample of the bootstrap
+    def bleu(rows):
+        return metrics.bleu4(*(column[rows].sum(0) for column in counts))
 
-    def bleu(numbers):
-        return metrics.bleu_of(*(column[numbers].sum(0) for column in counts))
-
-    return {"cider": metrics.cider(answers, wanted)[1],
+    return {"cider": metrics.cider(answers, references),
             "bleu4": (np.arange(len(answers)), bleu)}, 0.0
 
 
 @dataclass
 class Task:
-    """How a kind of file is read, asked and scored. way: "choose", or "say" an answer in words."""
+    """How rows are read, asked and scored."""
 
     read: callable
-    way: str
     score: callable
-    max_tokens: int = 64
-    document: bool = False  # the question is a document's beginning, not a chat
-    windows: bool = False  # the rows are texts, of which every token is predicted
+    max_tokens: int = 0  # of a generated answer; 0 for choosing by likelihood
+    document: bool = False  # the question is the beginning of a document, not a chat
+    image: bool = False  # every question needs one
+    windows: bool = False  # the rows are texts of which every token is predicted
 
 
 TASKS = {
-    "hellaswag": Task(hellaswag, "choose", choice_scores, document=True),
-    "arc": Task(arc, "choose", choice_scores, document=True),
-    "piqa": Task(piqa, "choose", choice_scores, document=True),
-    "lambada": Task(lambada, "choose", word_scores, document=True),
-    "gsm": Task(gsm, "say", gsm_scores, 320),
-    "pope": Task(pope, "choose", yes_no_scores),
-    "pope_said": Task(pope, "say", said_yes_scores, 16),
-    "vqa": Task(vqa, "say", vqa_scores, 16),
-    "captions": Task(captions, "say", caption_scores),
-    "mmstar": Task(mmstar, "choose", choice_scores),
-    "scienceqa": Task(scienceqa, "choose", choice_scores),
-    "likelihood": Task(own, "choose", loss_scores),
-    "exact": Task(own, "say", exact_scores),
-    "text": Task(text, "choose", text_scores, windows=True),
+    "hellaswag": Task(hellaswag, choice_scores, document=True),
+    "arc": Task(arc, choice_scores, document=True),
+    "piqa": Task(piqa, choice_scores, document=True),
+    "lambada": Task(lambada, word_scores, document=True),
+    "gsm": Task(gsm, marked_by("exact", lambda a, references: (
+        metrics.gsm_answer(a) == metrics.gsm_answer(references[0]))), 320),
+    "pope": Task(pope, yes_no_scores, image=True),
+    "pope_generate": Task(pope, generated_yes_no_scores, 16, image=True),
+    "vqa": Task(vqa, marked_by("vqa", metrics.vqa_accuracy), 16, image=True),
+    "captions": Task(captions, caption_scores, 64, image=True),
+    "mmstar": Task(mmstar, choice_scores, image=True),
+    "scienceqa": Task(scienceqa, choice_scores),
+    "likelihood": Task(own, loss_scores),
+    "exact": Task(own, marked_by(
+        "exact", lambda a, references: a.strip() == references[0].strip()), 64),
+    "text": Task(text, text_scores, windows=True),
 }
 
 
 def rows_of(path):
-    """The rows of a JSON file, or the lines of a JSONL file; hf://OWNER/NAME/FILE fetches it once.
-    """
+    """The rows of a JSON file, or the lines of a JSONL file; hf://OWNER/NAME/FILE is downloaded."""
     try:
         path = fetched(path)[0] if path.startswith(hub.PREFIX) else path
         text = Path(path).read_bytes()

@@ -1,10 +1,10 @@
-"""Zero-shot classification: a CLIP tells apart the classes of a folder by their names alone.
+"""Zero-shot classification and caption retrieval by a CLIP.
 
-    folder/tabby_cat/*.jpg    a subfolder a class, called as in a caption, with _ for a space
+    folder/tabby_cat/*.jpg    one subfolder per class, named as in a caption, with _ for a space
     folder/golf_ball/*.jpg
 
-The caption of each class, "a photo of a golf ball.", is compared with each picture, and the nearest
-is the answer (Radford et al. 2021, section 3.1).
+The caption of each class, "a photo of a golf ball.", is compared with each image, and the most
+similar is the answer (Radford et al. 2021, section 3.1).
 """
 
 import os
@@ -20,73 +20,73 @@ from common.config import UserError
 from common.device import cores
 from common.images import ImageError, read_image, to_pixels
 
-NAMED = 10  # so many of the pictures that cannot be read are named, the others counted
+NAMED = 10  # unreadable images that are named; more are counted
 
 
 class Labelled:
-    """The classes of a folder as captions, and its pictures with the number of their class."""
+    """The classes of a folder as captions, and its images with the number of their class."""
 
     def __init__(self, folder, prompt):
         self.folder = Path(folder)
         if "{}" not in prompt:
-            raise UserError(f"--prompt={prompt!r} needs a {{}} where the name of the class belongs")
+            raise UserError(f"--prompt={prompt!r} needs {{}} in the place of the class name")
         if not self.folder.is_dir():
             raise UserError(f"there is no folder --zero_shot={folder}")
         classes = sorted(p for p in self.folder.iterdir() if p.is_dir() and p.name[0] != ".")
         self.captions = [prompt.replace("{}", path.name.replace("_", " ")) for path in classes]
-        self.pictures = [(path, label) for label, of_class in enumerate(classes)
-                         for path in sorted(of_class.rglob("*"))
-                         if path.is_file() and path.name[0] != "."]
-        if len(classes) < 2 or not self.pictures:
-            raise UserError(f"--zero_shot={folder} holds {len(classes)} classes with "
-                            f"{len(self.pictures)} pictures: it needs a subfolder of pictures for "
-                            "each class, and at least two")
+        self.images = [(path, label) for label, of_class in enumerate(classes)
+                       for path in sorted(of_class.rglob("*"))
+                       if path.is_file() and path.name[0] != "."]
+        if len(classes) < 2 or not self.images:
+            raise UserError(f"--zero_shot={folder} has {len(classes)} classes with "
+                            f"{len(self.images)} images: it needs a subfolder of images for each "
+                            "class, and at least two classes")
 
 
 def zero_shot(model, tokenizer, labelled, machine, batch=256):
-    """The share of a Labelled's pictures whose own class is the nearest to them."""
-    right, n = counted(model, tokenizer, labelled, machine, batch)
-    return right / n
+    """The share of a Labelled's images that are most similar to the caption of their class."""
+    correct, total = count_correct(model, tokenizer, labelled, machine, batch)
+    return correct / total
 
 
 @torch.no_grad()
-def counted(model, tokenizer, labelled, machine, batch=256):
-    """(how many of a Labelled's pictures have their own class nearest to them, of how many).
+def count_correct(model, tokenizer, labelled, machine, batch=256):
+    """(correctly classified images of a Labelled, all its images).
 
-    The processes divide the pictures. Those that cannot be read do not count, and are named.
+    The images are divided among the processes. Unreadable ones are reported and not counted.
     """
     ids = caption_ids(tokenizer, labelled.captions, model.config.context).to(machine.device)
     with machine.autocast():
         texts = torch.cat([model.text_features(part) for part in ids.split(batch)])  # (classes, E)
-    mine, lost = labelled.pictures[machine.rank :: machine.ranks], []
-    counts = torch.zeros(2, dtype=torch.long, device=machine.device)  # right, all
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share this machine's cores
-    with ThreadPoolExecutor(max(1, cores() // here)) as pool:
+    mine, errors = labelled.images[machine.rank :: machine.ranks], []
+    counts = torch.zeros(2, dtype=torch.long, device=machine.device)  # correct, all
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # that share the cores
+    with ThreadPoolExecutor(max(1, cores() // processes)) as pool:
         for start in range(0, len(mine), batch):
             part = mine[start : start + batch]
-            squares = list(pool.map(lambda item: square(item[0], model.config), part))
-            lost += [str(error) for error in squares if isinstance(error, ImageError)]
-            read = [i for i, pixels in enumerate(squares) if isinstance(pixels, torch.Tensor)]
-            if not read:
+            pixels = list(pool.map(lambda item: pixels_of(item[0], model.config), part))
+            errors += [str(error) for error in pixels if isinstance(error, ImageError)]
+            readable = [i for i, x in enumerate(pixels) if isinstance(x, torch.Tensor)]
+            if not readable:
                 continue
-            pixels = torch.cat([squares[i] for i in read]).to(machine.device)
-            labels = torch.tensor([part[i][1] for i in read], device=machine.device)
+            labels = torch.tensor([part[i][1] for i in readable], device=machine.device)
             with machine.autocast():
-                images = model.image_features(normalise(pixels))
-            right = ((images @ texts.T).argmax(-1) == labels).sum()
-            counts += torch.stack((right, labels.new_tensor(len(read))))
-    if lost:
-        more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
-        print(f"({labelled.folder}: {len(lost)} pictures left out: {'; '.join(lost[:NAMED])}"
+                images = model.image_features(normalise(
+                    torch.cat([pixels[i] for i in readable]).to(machine.device)))
+            correct = ((images @ texts.T).argmax(-1) == labels).sum()
+            counts += torch.stack((correct, labels.new_tensor(len(readable))))
+    if errors:
+        more = f" and {len(errors) - NAMED} more" if len(errors) > NAMED else ""
+        print(f"({labelled.folder}: {len(errors)} images left out: {'; '.join(errors[:NAMED])}"
               f"{more})", file=sys.stderr)
-    right, n = machine.sum(counts).tolist()
-    if n == 0:
-        raise UserError(f"not one picture of --zero_shot={labelled.folder} can be read")
-    return right, n
+    correct, total = machine.sum(counts).tolist()
+    if total == 0:
+        raise UserError(f"no image of --zero_shot={labelled.folder} is readable")
+    return correct, total
 
 
-def square(path, config):
-    """A picture as uint8 pixels (1, S, S, 3), or the ImageError that says why not."""
+def pixels_of(path, config):
+    """An image as uint8 pixels (1, S, S, 3), or the ImageError why it is unreadable."""
     size, how = config.image_size, config.fit
     try:
         return to_pixels([read_image(path, size=size, how=how)], size, how)
@@ -95,7 +95,7 @@ def square(path, config):
 
 
 def caption_ids(tokenizer, captions, context):
-    """Captions as CLIP was trained on, packing.Captions', as one tensor (captions, T)."""
+    """Captions in the form that CLIP was trained on, as one tensor (captions, T)."""
     rows = [[tokenizer.end_of_text, *tokenizer.encode(text)[: context - 2], tokenizer.end]
             for text in captions]
     longest = max(map(len, rows))
@@ -107,7 +107,7 @@ def caption_ids(tokenizer, captions, context):
 
 @torch.no_grad()
 def features_of(model, pairs, machine, n, batch=256):
-    """(pictures (n, E), captions (n, E), keys) of the first n of a packing.Captions, n at most."""
+    """(image features (n, E), text features (n, E), keys) of the first n pairs of a Captions."""
     images, texts, keys = [], [], []
     n = min(n, len(pairs))
     for start in range(0, n, batch):
@@ -120,15 +120,15 @@ def features_of(model, pairs, machine, n, batch=256):
 
 
 def caption_choice(model, pairs, machine, n=2048, choices=32, batch=256):
-    """(share of pictures whose own caption, of `choices` different ones, is the nearest; the
-    cross-entropy of that choice in nats), over the first n of a packing.Captions."""
+    """(accuracy, loss) of choose_captions over the first n pairs of a Captions."""
     marks, loss = choose_captions(model, *features_of(model, pairs, machine, n, batch), choices)
     return sum(marks) / len(marks), loss
 
 
 @torch.no_grad()
 def choose_captions(model, images, texts, keys, choices=32):
-    """(whether each picture chose its own caption, the cross-entropy) of what features_of found."""
+    """(marks whether each image is most similar to its caption among `choices` different ones,
+    the cross-entropy of that choice in nats), of what features_of returned."""
     marks, losses = [], []
     for group in groups_of_different(keys, choices):
         logits = model.scale() * images[group] @ texts[group].T
@@ -139,8 +139,8 @@ def choose_captions(model, images, texts, keys, choices=32):
 
 
 def groups_of_different(keys, size):
-    """Lists of `size` numbers into keys, no key twice in all of them; one list of fewer if there
-    are no more different ones."""
-    unlike = list({key: i for i, key in enumerate(keys)}.values())  # one row of each caption
-    size = min(size, len(unlike))
-    return [unlike[i : i + size] for i in range(0, len(unlike) - size + 1, size)]
+    """Lists of `size` indices into keys without equal keys; a single shorter list if there are
+    fewer different ones."""
+    unique = list({key: i for i, key in enumerate(keys)}.values())
+    size = min(size, len(unique))
+    return [unique[i : i + size] for i in range(0, len(unique) - size + 1, size)]

@@ -10,7 +10,7 @@ from string import Template
 from common.config import UserError, read_json
 from common.images import read_image
 from common.report import lineage_table, table
-from inference.conversation import BLIND, Conversation, ready_to_chat
+from inference.conversation import TEXT_ONLY, Conversation, ready_to_chat
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 STAGES = ("pretrain", "sft", "clip_pretrain", "vision_pretrain", "vision_sft")
@@ -117,7 +117,7 @@ def example(model, tokenizer, info, file):
     """(image file, the model's answer to QUESTION about it); by default a held-out image."""
     if info["kind"] != "vision":
         if file:
-            raise UserError(f"--image={file}: {BLIND}")
+            raise UserError(f"--image={file}: {TEXT_ONLY}")
         return "", ""
     file = file or next(iter(held_out_images(info)), "")
     if not file:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common.config import UserError
 from common.images import fit, read_image
-from inference.conversation import BLIND, answer_all, fits
+from inference.conversation import TEXT_ONLY, answer_all, fits
 from inference.generate import Sampler
 from prep.schema import images_of, messages_of
 from prep.sources import parsed
@@ -151,7 +151,7 @@ def question(model, tokenizer, stage, row, folder):
         raise ValueError("a row without a question")
     names = images_of(row, messages)
     if names and not isinstance(model, VisionLanguageModel):
-        raise ValueError(BLIND)
+        raise ValueError(TEXT_ONLY)
     # fitted at once: a batch of photographs as they are would fill the memory
     pictures = [fit(read_image(found(name, folder)), *model.image_spec[1:]) for name in names]
     if stage == "pretrain":

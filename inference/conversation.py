@@ -19,7 +19,7 @@ from inference.generate import generate as generate_one
 from inference.quantized_linear import fastest_precision, for_decoding
 from vision import VisionLanguageModel, open_model
 
-BLIND = ("this checkpoint cannot see: it is a text model; "
+TEXT_ONLY = ("this checkpoint is text-only; "
          "a vision_pretrain or vision_sft checkpoint takes pictures")
 ANSWER_ROOM = 4  # an answer may count on so much of the context: a quarter
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character decode to
@@ -122,7 +122,7 @@ class Conversation:
         first turn that stays. Raises UserError if the turn alone does not fit.
         """
         if images and not self.sees:
-            raise UserError(BLIND)
+            raise UserError(TEXT_ONLY)
         features = list(see(self.model, images)) if images else []
         turns = [*self.turns, Turn(text, self._asked(text, features), features)]
         room = self.decoding.slots

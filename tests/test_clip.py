@@ -336,7 +336,7 @@ def test_a_perfect_model_chooses_every_caption():
 
 def test_retrieval_of_equal_captions_and_of_an_untrained_model():
     """80 images, 10 per caption, with a perfect model; 256 with an untrained one."""
-    from evals.validation import lucky, retrieval
+    from evals.validation import recall_by_chance, retrieval
 
     knowing = retrieval(*features_of(Knowing(), Listed(80, repeats=10), MACHINE, 80))
     assert all(score.value == 1 for score in knowing.values()) and len(knowing) == 6
@@ -346,5 +346,6 @@ def test_retrieval_of_equal_captions_and_of_an_untrained_model():
         assert score.chance == pytest.approx(expected)
         deviation = (expected * (1 - expected) / 256) ** 0.5
         assert score.value == pytest.approx(expected, abs=3 * deviation)
-    assert lucky(4, 2, 1) == pytest.approx(1 / 2) and lucky(4, 2, 2) == pytest.approx(5 / 6)
-    assert lucky(4, 1, 9) == 1
+    assert recall_by_chance(4, 2, 1) == pytest.approx(1 / 2)
+    assert recall_by_chance(4, 2, 2) == pytest.approx(5 / 6)
+    assert recall_by_chance(4, 1, 9) == 1

@@ -314,11 +314,11 @@ def test_eval_scores_a_checkpoint_by_what_it_is(pipeline, stage):
                                              for way in ("image_to_text", "text_to_image"))},
         "pretrain": {"text_val_loss", "text_bits_per_byte"},
         "sft": {"chat_loss", "chat_exact"},
-        "vision_pretrain": {"caption_loss", "caption_loss_other_picture",
-                            "caption_loss_no_picture", "caption_loss_blank_picture", *gains},
+        "vision_pretrain": {"caption_loss", "caption_loss_mismatched_image",
+                            "caption_loss_text_only", "caption_loss_blank_image", *gains},
         "vision_sft": {"chat_loss", "chat_exact", "vqa_exact", "vqa_shuffled", "vqa_heldout_pairs",
-                       "vqa_blind", "answer_loss", "answer_loss_other_picture",
-                       "answer_loss_no_picture", "answer_loss_blank_picture", *gains},
+                       "vqa_text_only", "answer_loss", "answer_loss_mismatched_image",
+                       "answer_loss_text_only", "answer_loss_blank_image", *gains},
     }[stage]
     assert (f"text_val_loss/{stage}" in scores) == (stage in STAGES[2:])
     if stage == "pretrain":  # after six steps, slightly better than a uniform guess

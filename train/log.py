@@ -31,8 +31,8 @@ GREY = "#808080"  # of a plot's text and axes: readable on white and on black
 UNITS = {"tok": "tokens", "img": "image-caption pairs"}
 COSTS = ("seconds", "dollars", "tflop", "peak_gpu_gb", "peak_rss_gb")  # metrics that are not scores
 MEANING = {"loss": "training loss", "val_loss": "validation loss",
-           "val_other_picture": "validation loss, mismatched image",
-           "val_no_picture": "validation loss, no image",
+           "val_loss_mismatched_image": "validation loss, mismatched image",
+           "val_loss_text_only": "validation loss, no image",
            "val_text_loss": "validation loss, text-only chats",
            "choice32": "accuracy of choosing among 32 captions", "zero_shot": "zero-shot accuracy"}
 

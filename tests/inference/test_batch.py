@@ -182,7 +182,7 @@ def test_a_text_model_says_that_it_cannot_see(pipeline, tmp_path):
     image = f"{pipeline.data}/images/0.png"
     lines = answer_all(pipeline.folder / "sft", [
         {"prompt": QUESTION, "image": image}, {"prompt": QUESTION}], tmp_path / "out.jsonl")
-    assert "cannot see" in lines[0]["error"] and "answer" in lines[1]
+    assert "text-only" in lines[0]["error"] and "answer" in lines[1]
 
 
 # ------------------------------------------------------------------------ stopped and started again

@@ -16,7 +16,7 @@ from common import checkpoint
 from common.config import UserError
 from common.device import pick_dtype
 from inference.conversation import (
-    BLIND,
+    TEXT_ONLY,
     UNFINISHED,
     Conversation,
     pick_precision,
@@ -211,9 +211,9 @@ def test_a_text_model_chats_too_but_sees_nothing():
     chat = Conversation(with_weights(GPT(config(64))), TOKENIZER)
     assert say(chat, "hi") and same_next(chat, retold(chat))
     before = chat.ids()
-    with pytest.raises(UserError, match="cannot see") as refusal:
+    with pytest.raises(UserError, match="text-only") as refusal:
         chat.hear("What is this?", [RED])
-    assert str(refusal.value) == BLIND and chat.ids() == before
+    assert str(refusal.value) == TEXT_ONLY and chat.ids() == before
 
 
 # ------------------------------------------------------------------------------------ what it costs

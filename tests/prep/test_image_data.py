@@ -657,7 +657,7 @@ def test_training_goes_on_with_the_good_rows_and_reports_the_others(pipeline, tm
     for name in "clean", "mixed":
         pipeline.run_stage("vision_pretrain", tmp_path / f"run_{name}", "--batch_tokens=512",
                            f"--data={tmp_path}/{name}")
-    losses = [logged(tmp_path / f"run_{name}", "loss", "val_loss", "val_other_picture")
+    losses = [logged(tmp_path / f"run_{name}", "loss", "val_loss", "val_loss_mismatched_image")
               for name in ("clean", "mixed")]
     assert losses[0] == losses[1] and len(losses[0]) == 10
     report = (tmp_path / "run_mixed/report.md").read_text().replace("\\<", "<")  # escaped

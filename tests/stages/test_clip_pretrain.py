@@ -190,7 +190,7 @@ def test_images_are_fitted_as_in_training(labelled, tokenizer, colours, monkeypa
     ((), "a {}", "0 classes"),
     (("cat/1.png",), "a {}", "1 classes"),
     (("cat/1.png", "dog/1.png"), "a cat", "{}"),
-    (("thing/1.png", "red_circle/1.png"), "one {}", "not one"),
+    (("thing/1.png", "red_circle/1.png"), "one {}", "readable"),
 ])
 def test_folders_without_readable_classes_are_refused(tmp_path, tokenizer, colours, files, prompt,
                                                       message):
