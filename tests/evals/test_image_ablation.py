@@ -1,0 +1,296 @@
+"""evals/image_ablation.py, and training on chats with any number of images: on several processes,
+with workers that decode, and with images that are gone."""
+
+import io
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, log_rows, logged
+from PIL import Image
+from test_distributed import ADAMW, finish, start
+from test_stages import assert_close
+
+from common.config import UserError
+from common.device import Machine
+from data import Chats, ImageSpec
+from evals.image_ablation import (
+    AblatedChats,
+    ImageAblation,
+    ignored_images_warning,
+    nats_by_chat,
+    per_token,
+)
+from evals.validation import caption_choice
+from prep.writers import write_chats, write_manifest
+from tokenizer import load
+from train.loader import Loader, validation_loss
+from train.packing import Packed
+from vision import open_model
+
+PATCHES, SIZE = 4, 16
+SPEC = ImageSpec(PATCHES, SIZE)
+KINDS = ("mismatched", "text_only", "blank")
+
+
+def grey_image(shade):
+    file = io.BytesIO()
+    Image.new("RGB", (SIZE, SIZE), (shade, shade, shade)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write(folder, tokenizer, counts, split):
+    """A split of chats; chat i has counts[i] images, all of different greys."""
+    shades = iter(range(256))
+    return write_chats(folder / split, tokenizer, [
+        ([{"role": "user", "content": f"what is it, number {i}?"},
+          {"role": "assistant", "content": "grey " * (1 + i % 3)}],
+         [grey_image(next(shades)) for _ in range(n)]) for i, n in enumerate(counts)])
+
+
+@pytest.fixture
+def mixed(world_data, tmp_path):
+    """A data folder of chats with none, one, two and four images, and its tokenizer."""
+    tokenizer = load(world_data / "scenes")
+    counts = {split: write(tmp_path / "mixed", tokenizer, [0, 1, 0, 2, 0, 4] * n, split)
+              for split, n in (("train", 8), ("val", 2))}
+    write_manifest(tmp_path / "mixed", tokenizer, **counts)
+    return tmp_path / "mixed", tokenizer
+
+
+MACHINE = Machine(torch.device("cpu"), torch.float32)
+
+
+# ------------------------------------------------------------------------------------- the losses
+
+
+def test_each_kind_of_image(mixed):
+    chats, tokenizer = Chats(mixed[0], "train"), mixed[1]
+    images = {kind: [AblatedChats(chats, 48, tokenizer, kind).images(i, SPEC) for i in range(48)]
+              for kind in ("correct", *KINDS)}
+    counts = [chats.n_images(i) for i in range(48)]
+    assert not any(images["text_only"])
+    for kind in "correct", "mismatched", "blank":
+        assert list(map(len, images[kind])) == counts
+    for correct, mismatched, blank in zip(
+            images["correct"], images["mismatched"], images["blank"], strict=True):
+        if correct:
+            assert correct[0].tobytes() != mismatched[0].tobytes()
+            assert blank[0].size == (SIZE, SIZE) and len(blank[0].getcolors()) == 1
+
+
+def test_text_only_chats_have_the_same_targets(mixed):
+    folder, tokenizer = mixed
+    ablation = ImageAblation(Chats(folder, "val"), 12, 128, tokenizer, SPEC)
+    targets = {kind: sorted(packed.batch([*range(len(packed))]).targets.tolist())
+               for kind, packed in ablation.packed.items()}
+    assert targets["correct"] == targets["mismatched"] == targets["text_only"]
+    text_only = ablation.packed["text_only"]
+    assert text_only.batch([*range(len(text_only))]).pixels is None
+    assert text_only.chats["length"].sum() < ablation.packed["correct"].chats["length"].sum()
+
+
+@pytest.mark.parametrize("stage", ["vision_pretrain", "vision_sft"])
+def test_vision_stages_log_all_losses(pipeline, stage):
+    names = ["val_loss", "val_loss_mismatched_image", "val_loss_text_only"]
+    names += ["val_text_loss"] if stage == "vision_sft" else []
+    assert sorted(logged(pipeline.folder / stage, *names)) == sorted(
+        (step, name) for step in (2, 5) for name in names)
+
+
+def test_a_model_that_ignores_images_causes_a_warning(pipeline, tmp_path):
+    said = pipeline.run_stage("vision_pretrain", tmp_path / "still", "--lr=1e-9", "--muon_lr=1e-9")
+    assert "ignores images" in said
+    good = {"val_loss": 1.0, "val_loss_mismatched_image": 1.2, "val_loss_text_only": 1.1}
+    assert ignored_images_warning(good) == ""
+    assert "-0.100" in ignored_images_warning({**good, "val_loss_text_only": 0.9})
+
+
+# --------------------------------------------------------------------------------------- the gains
+
+
+@pytest.fixture
+def vision_model(pipeline):
+    """(model, tokenizer) of the last stage, after six steps almost untrained."""
+    return open_model(pipeline.folder / "vision_sft")[:2]
+
+
+def test_the_nats_of_the_chats_sum_up_to_the_loss(vision_model, mixed):
+    folder, tokenizer = mixed
+    model = vision_model[0]
+    ablation = ImageAblation(Chats(folder, "val"), 12, 128, tokenizer, model.image_spec,
+                             others=KINDS)
+    nats = ablation.nats(MACHINE, model, 3)
+    for kind, packed in ablation.packed.items():
+        assert len(nats[kind]) == len(packed.chats)
+        loss = validation_loss(MACHINE, packed, 3, model, len(packed))
+        assert per_token(list(nats[kind].values()))[0] == pytest.approx(loss, rel=1e-5)
+    for number, (_, tokens) in nats["correct"].items():
+        assert tokens == nats["text_only"][number][1] == nats["blank"][number][1]
+    alone = Packed([AblatedChats(Chats(folder, "val"), 12, tokenizer, lengths={3: None})], 128,
+                   tokenizer, model.image_spec)
+    assert nats_by_chat(MACHINE, model, alone, 1)[3] == pytest.approx(nats["correct"][3],
+                                                                          rel=1e-4)
+
+
+def test_gains_by_hand(mixed):
+    """Mismatched images cost one nat per token more; chats without images do not count."""
+    folder, tokenizer = mixed
+    ablation = ImageAblation(Chats(folder, "val"), 12, 128, tokenizer, SPEC)
+    correct = {number: (2.0 * tokens, tokens) for number, tokens in enumerate(range(1, 13))}
+    other = {number: (3.0 * tokens, tokens) for number, (_, tokens) in correct.items()}
+    text = {number: pair for number, pair in other.items() if number % 2 == 0}
+    gains = ablation.gains({"correct": correct, "mismatched": other, "blank": {**correct, **text}})
+    assert gains["mismatched"] == pytest.approx((1.0, 0.0), abs=1e-9)
+    assert gains["blank"] == (0.0, 0.0)  # chats 0, 2, 4 ... have no images
+    assert per_token([(1, 1), (0, 1)])[1] == pytest.approx(0.5 / 2**0.5, rel=0.1)
+    few = {number: correct[number] for number in (0, 2, 4)}
+    assert ablation.gains(dict.fromkeys(("correct", "mismatched", "blank"), few)) == {}
+
+
+def test_untrained_models_gain_nothing_and_choose_captions_by_chance(vision_model, world_data):
+    """What a blank image does to all captions depends on the random weights: zero in the mean."""
+    (model, tokenizer), chats = vision_model, Chats(world_data / "captions", "val")
+    ablation = ImageAblation(chats, 64, 256, tokenizer, model.image_spec, others=KINDS)
+    blank = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        for name, p in model.named_parameters():
+            torch.nn.init.normal_(p, float("norm" in name and "weight" in name), 0.1)
+        gains = ablation.gains(ablation.nats(MACHINE, model.eval(), 8))
+        gain, error = gains["mismatched"]
+        assert error > 0 and abs(gain) <= 3 * error
+        blank.append(gains["blank"][0])
+    assert abs(np.mean(blank)) <= 3 * np.std(blank, ddof=1) / len(blank) ** 0.5
+    found = caption_choice(model, tokenizer, chats, 64)
+    assert found.chance == 1 / 32
+    assert abs(found.value - 1 / 32) <= 3 * (1 / 32 / 64) ** 0.5
+
+
+# --------------------------------------------------------------------- any number of images
+
+
+def test_two_processes_train_on_rows_with_and_without_images(pipeline, mixed, tmp_path):
+    """Some micro-batches of one process have no images while those of the other have some."""
+    folder, _ = mixed
+    common = [*ADAMW, f"--data={folder}", "--context=128", "--batch_tokens=512", "--micro_rows=1",
+              "--val_chats=12", "--max_steps=2"]
+    settings = {"vision_pretrain": common, "vision_sft": [*common, "--text_data="]}
+    commands = [[f"{stage}.py", *pipeline.flags(stage), *flags, f"--out={tmp_path}/two_{stage}"]
+                for stage, flags in settings.items()]
+    for said, status in finish(start(2, ROOT / "tests" / "several.py", json.dumps(commands))):
+        assert status == 0, said
+    for stage, flags in settings.items():
+        pipeline.run_stage(stage, tmp_path / f"one_{stage}", *flags)
+        assert_close(tmp_path / f"two_{stage}", tmp_path / f"one_{stage}")
+
+
+def test_some_of_those_batches_have_no_images(mixed):
+    folder, tokenizer = mixed
+    packed = Packed([Chats(folder, "train")], 48, tokenizer, SPEC)
+    found = [packed.batch([row]).pixels for row in range(len(packed))]
+    assert any(pixels is None for pixels in found)
+    assert max(len(pixels) for pixels in found if pixels is not None) >= 4
+
+
+# ------------------------------------------------------------------------------------------ workers
+
+
+def batches_of(loader, steps):
+    return [batch for step in steps for batch in loader.step(step)]
+
+
+def assert_equal_batches(some, others):
+    for one, other in zip(some, others, strict=True):
+        for name in ("ids", "targets", "where", "positions", "segments", "pixels"):
+            a, b = getattr(one, name), getattr(other, name)
+            assert (a is None) == (b is None) and (a is None or a.equal(b)), name
+        assert one.n_targets == other.n_targets
+
+
+def test_workers_and_a_thread_make_the_same_batches_from_any_step_on(mixed):
+    folder, tokenizer = mixed
+    packed = Packed([Chats(folder, "train")], 64, tokenizer, SPEC)
+    expected = batches_of(Loader(packed, 4, 2, MACHINE, seed=5), range(5))
+    state = torch.get_rng_state()
+    assert_equal_batches(batches_of(Loader(packed, 4, 2, MACHINE, 5, workers=2), range(5)), expected)
+    later = Loader(packed, 4, 2, MACHINE, 5, workers=1)
+    assert_equal_batches(batches_of(later, [3]), expected[6:8])
+    assert_equal_batches(batches_of(later, [1]), expected[2:4])
+    assert torch.get_rng_state().equal(state)
+
+
+def test_a_run_with_workers_is_identical(pipeline, tmp_path):
+    pipeline.run_stage("vision_pretrain", tmp_path / "workers", "--workers=2")
+    assert log_rows(tmp_path / "workers")[-1]["val_loss"] == log_rows(
+        pipeline.folder / "vision_pretrain")[-1]["val_loss"]
+    assert not multiprocessing.active_children()
+
+
+# ------------------------------------------------------------------------------- missing images
+
+
+def test_a_damaged_image_excludes_its_chat_and_no_other(mixed):
+    folder, tokenizer = mixed
+    chats = Chats(folder, "train")
+    complete = Packed([chats], 64, tokenizer, SPEC)
+    expected = complete.batch([0])
+    victim = next(c for c in complete.rows[0] if chats.n_images(complete.chats["number"][c]))
+    at = int(chats.image_offsets[chats.first_image[complete.chats["number"][victim]]])
+    with open(folder / "train/images_000000.bin", "r+b") as file:
+        file.seek(at)
+        file.write(b"\0" * 20)
+    found = next(Loader(Only(complete, 0), 1, 1, MACHINE, seed=0).step(0))
+    assert len(found.lost) == 1 and "readable" in found.lost[0]
+    assert len(found.targets) == len(expected.targets) - complete.chats["n_targets"][victim]
+    assert found.ids.equal(expected.ids) and found.pixels.shape == expected.pixels.shape
+
+
+class Only:
+    """One row of a data set."""
+
+    name = "one row"
+
+    def __init__(self, dataset, row):
+        self.batch, self.n_targets = lambda rows: dataset.batch([row]), lambda rows: 1
+
+    def __len__(self):
+        return 1
+
+
+def test_truncated_image_files_are_refused(mixed):
+    folder, _ = mixed
+    path = folder / "train/images_000000.bin"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UserError, match="prepare"):
+        Chats(folder, "train")
+
+
+def test_padded_images_are_not_cropped(mixed):
+    folder, tokenizer = mixed
+    chats = Chats(folder, "train")
+    chats.manifest["stored_images"] = {"size": 16, "fit": "pad", "copied": True}
+    with pytest.raises(UserError, match="--fit=short"):
+        Packed([chats], 64, tokenizer, ImageSpec(PATCHES, SIZE, "crop"))
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_saves_the_run(pipeline, tmp_path):
+    """As torchrun, timeout and batch systems send it, workers included."""
+    out = tmp_path / "stopped"
+    job = subprocess.Popen([sys.executable, ROOT / "vision_pretrain.py",
+                            *pipeline.flags("vision_pretrain"), f"--out={out}", "--workers=2",
+                            "--max_steps=100000", "--eval_every=0", "--save_every=0"],
+                           stdout=subprocess.PIPE, text=True, start_new_session=True)
+    for line in job.stdout:
+        if line.startswith("step     3"):
+            break
+    os.killpg(job.pid, signal.SIGTERM)
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode == 75 and "saved" in said, said
