@@ -48,23 +48,23 @@ from train.log import duration, price
 @dataclass
 class Config:
     # --- data
-    data: str = "data/demo"  # folder with text/, chats/, captions/, scenes/, as far as needed
+    data: str = "data/demo"  # folder with text/, chats/, captions/, scenes/, whichever apply
     # the split to score; a report has both if there is a test split. Tune on val only: after
     # choices were made on it, a test set measures nothing
     split: Literal["val", "test"] = "val"
-    items: int = 1000  # most items a task scores
-    zero_shot: str = ""  # folder of pictures, a subfolder a class, for a CLIP; empty for none
-    prompt: str = "a photo of a {}."  # the caption of a class there
+    items: int = 1000  # maximum number of items per score
+    zero_shot: str = ""  # folder of images, one subfolder per class, for a CLIP; empty for none
+    prompt: str = "a photo of a {}."  # caption of a class for --zero_shot
 
     # --- benchmarks
-    tasks: str = ""  # NAME:FILE, NAME:FILE ... of benchmarks to score instead, see above
-    image_root: str = ""  # where their pictures are: a folder, zip or tar
-    overlap: bool = True  # whether to look for their questions in the training data
-    out: str = ""  # folder for the answers to every question; empty for none
+    tasks: str = ""  # benchmarks to score instead: NAME:FILE,NAME:FILE
+    image_root: str = ""  # folder, zip or tar with their images
+    overlap: bool = True  # whether to search the training data for their questions
+    out: str = ""  # folder for the answers to --tasks; empty for none
 
     # --- report
-    report: str = ""  # folder for report.md and report.json of the whole pipeline; empty for none
-    started: float = 0.0  # when the pipeline started (seconds since 1970), for its total time
+    report: str = ""  # folder for report.md and report.json of the pipeline; empty for none
+    started: float = 0.0  # Unix time when the pipeline started, for its total time
 
     # --- hardware
     device: str = "auto"  # auto, cpu, cuda, mps
