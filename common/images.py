@@ -1,9 +1,9 @@
-"""Picture files to pixels: whatever people have on their disks, upright, in RGB, in a square.
+"""Image files to pixels: decoded, upright, in RGB, fitted into a square.
 
-A square is made as CLIP and LLaVA make theirs: bicubic, the shorter sides padded with the grey that
-CLIP sees as zero ("pad"), or the longer ones cut off ("crop").
+A square is made as in CLIP and LLaVA: bicubic, with the shorter side padded in the grey that CLIP
+normalizes to zero ("pad"), or the longer side cropped ("crop").
 
-Letters for shapes: M images, S pixels.
+Shapes: M images, S pixels.
 """
 
 import functools
@@ -18,67 +18,73 @@ from PIL import Image, ImageOps, PngImagePlugin
 from common.config import UserError, one_line
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
-MAX_PIXELS = 50_000_000  # a larger picture is refused before it is decoded
 PADDING = tuple(int(255 * channel) for channel in MEAN)
-SHARPNESS = 1.4  # a JPEG is decoded no finer than this many times the size it is wanted in
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # bytes; pictures come with stories
-# What is decoded. Pillow knows more, among them PostScript, for which it starts another program.
+MAX_PIXELS = 50_000_000  # a larger image is refused before it is decoded
+MAX_SCANS = 100  # of a JPEG; usual files have about 10, and each costs decoding time
+SHARPNESS = 1.4  # a JPEG is decoded at no less than this many times the wanted size
+WIDEST = 8  # aspect ratio; what is beyond it is cropped
+# The decoders in use. Pillow has more, among them PostScript, which starts another program.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO", "TGA",
            "PCX", "SGI")
-MAX_SCANS = 100  # of a JPEG; cameras and web sites make 10, and each takes time of its own
-WIDEST = 8  # times as wide as high, or the other way round; what is beyond is cut off
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # bytes of text in a PNG
 
 
 class ImageError(UserError):
-    """A picture that cannot be used; `reason` says why in a few words, the message names it."""
+    """An image that cannot be used; `reason` says why in a few words, the message names it."""
 
     def __init__(self, reason, message):
-        super().__init__(one_line(message, 500))  # names may come from a stranger's archive
+        super().__init__(one_line(message, 500))  # the name may come from an untrusted archive
         self.reason = reason
 
 
 def read_image(source, name=None, size=0, how="pad", max_pixels=MAX_PIXELS):
     """A PIL image (RGB, upright) from a path or bytes; ImageError if it cannot be read.
 
-    With a size it will be fitted into, a large JPEG is decoded at a half, a quarter or an eighth.
+    With the size it will be fitted into, a large JPEG is decoded at a half, quarter or eighth.
     """
     name = name or source
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow only warns at a bomb; the check below refuses
+            warnings.simplefilter("ignore")  # Pillow only warns of large images; refused below
             file = io.BytesIO(source) if isinstance(source, bytes) else source
             with Image.open(file, formats=formats()) as image:
-                if image.format in ("JPEG", "MPO") and isinstance(source, bytes) and (
-                        source.count(b"\xff\xda") > MAX_SCANS):
-                    raise ImageError("an unreadable image", f"{name} is a JPEG of more than "
-                                       f"{MAX_SCANS} scans, which only an attacker makes")
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise ImageError("an image that is too large", f"{name}: {width} x {height} "
-                                       f"is more than {max_pixels / 10**6:g} megapixels")
-                share = SHARPNESS * size / (max if how == "pad" else min)(width, height)
-                if 0 < share < 1:
-                    image.draft(None, (int(width * share) or 1, int(height * share) or 1))
-                if image.mode.startswith("I"):  # 16 bits: convert() would clip them to white
-                    image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-                image = ImageOps.exif_transpose(image)
-                if image.mode in ("P", "LA", "PA", "RGBA"):  # transparent means white
-                    image = image.convert("RGBA")
-                    white = Image.new("RGBA", image.size, "white")
-                    image = Image.alpha_composite(white, image)
-                return image.convert("RGB")
+                check_cost(image, source, name, max_pixels)
+                scale = SHARPNESS * size / (max if how == "pad" else min)(image.size)
+                if 0 < scale < 1:
+                    image.draft(None, tuple(int(side * scale) or 1 for side in image.size))
+                return to_rgb(image)
     except FileNotFoundError:
-        raise ImageError("a missing image", f"there is no picture {name}") from None
+        raise ImageError("a missing image", f"there is no image {name}") from None
     except UserError:
         raise
     except Image.DecompressionBombError as error:
         raise ImageError("an image that is too large", f"{name}: {error}") from None
-    except Exception as error:  # Pillow's many decoders raise whatever they stumble over
+    except Exception as error:  # Pillow's decoders raise many types
         kind = "a truncated" if "truncated" in str(error).lower() else "an unreadable"
-        why = one_line(getattr(error, "strerror", None) or error)
-        why = re.sub(r" ?<_io.*?>", "", why)  # bytes in memory have no name
-        raise ImageError(f"{kind} image",
-                           f"{name} is not a readable picture: {why}") from None
+        why = re.sub(r" ?<_io.*?>", "", one_line(getattr(error, "strerror", None) or error))
+        raise ImageError(f"{kind} image", f"{name} is not a readable image: {why}") from None
+
+
+def check_cost(image, source, name, max_pixels):
+    """ImageError if an opened image would take too much memory or time to decode."""
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError("an image that is too large", f"{name}: {width} x {height} is more than "
+                         f"{max_pixels / 10**6:g} megapixels")
+    if image.format in ("JPEG", "MPO") and isinstance(source, bytes) and (
+            source.count(b"\xff\xda") > MAX_SCANS):
+        raise ImageError("an unreadable image", f"{name} is a JPEG of more than {MAX_SCANS} scans")
+
+
+def to_rgb(image):
+    """An opened PIL image upright and in RGB, transparency on white."""
+    if image.mode.startswith("I"):  # 16 bits, which convert() would clip to white
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("P", "LA", "PA", "RGBA"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 @functools.cache
@@ -89,12 +95,12 @@ def formats():
 
 
 def fit(image, size, how="pad"):
-    """The picture in a square of `size` pixels: padded ("pad") or its middle ("crop"); or all of
-    it with its shorter side that long ("short")."""
+    """The image in a square of `size` pixels, padded ("pad") or center-cropped ("crop"), or with
+    its shorter side resized to `size` ("short")."""
     width, height = image.size
     if how == "pad":
         side = max(width, height)
-        if side > 2 * WIDEST * size:  # a coarse, quick step first
+        if side > 2 * WIDEST * size:  # first a coarse, fast step
             image = image.reduce(side // (WIDEST * size))
             width, height = image.size
             side = max(width, height)
@@ -114,12 +120,12 @@ def fit(image, size, how="pad"):
 
 
 def blank(size):
-    """A picture of nothing, in the grey that CLIP sees as zero."""
+    """An empty image, in the grey that CLIP normalizes to zero."""
     return Image.new("RGB", (size, size), PADDING)
 
 
 def middle(image, width, height):
-    """The middle of a picture, of that many pixels."""
+    """The center crop of an image."""
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 

@@ -163,7 +163,7 @@ def question(model, tokenizer, stage, row, folder):
 def with_answer(row):
     """A row with an answer of our own behind its last question, so that it is a whole chat."""
     if not isinstance(row, dict):
-        raise ValueError("a row that is no object")
+        raise ValueError("row is not a JSON object")
     for name in ("conversations", "messages"):
         turns = row.get(name)
         if isinstance(turns, list) and turns:

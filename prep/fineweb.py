@@ -1,4 +1,4 @@
-"""Token shards that somebody else made, fetched from the Hugging Face hub, every file checked."""
+"""Public token shards, downloaded from the Hugging Face Hub, every file verified."""
 
 import contextlib
 import os
@@ -16,41 +16,33 @@ from prep.writers import new_data_set
 
 
 def fetch_shards(cfg):
-    """Fetch the first cfg.shards training shards of cfg.repository, and those for validation.
+    """Download the first cfg.shards training shards of cfg.repository and its validation shards.
 
-    Killed and started again it goes on, and a data set that is there already grows.
+    Interrupted, it resumes with what is missing; an existing data set is extended.
     """
     remotes = hub.listing(cfg.repository)
-    kinds = {kind: [remote for remote in remotes if kind in remote.name]
-             for kind in ("train", "val")}
-    if not all(kinds.values()) or cfg.shards > len(kinds["train"]):
-        raise UserError(f"{cfg.repository} has {len(kinds['train'])} training and "
-                        f"{len(kinds['val'])} validation shards; --shards={cfg.shards} needs more")
-    chosen = [*kinds["val"], *kinds["train"][: cfg.shards or None]]
-    folder = new_data_set(cfg.out, keep=True)
-    tokens = {"train": 0, "val": 0}
-    names = [Path(remote.name).name for remote in chosen]
+    train = [remote for remote in remotes if "train" in remote.name]
+    val = [remote for remote in remotes if "val" in remote.name]
+    if not (train and val) or cfg.shards > len(train):
+        raise UserError(f"{cfg.repository} has {len(train)} training and {len(val)} validation "
+                        f"shards; --shards={cfg.shards} needs more")
+    folder, counts, sums = new_data_set(cfg.out, keep=True), {"train": 0, "val": 0}, {}
     with folder as out:
-        for number, (remote, name) in enumerate(zip(chosen, names, strict=True), 1):
-            with contextlib.suppress(OSError):  # what an older data set has is not fetched again
+        for remote in [*val, *train[: cfg.shards or None]]:
+            name = Path(remote.name).name
+            with contextlib.suppress(OSError):  # files of an existing data set are not fetched
                 os.link(folder.path / name, out / name)
             n = len(read_array(hub.fetch(cfg.repository, remote, out), np.uint16))
-            tokens["val" if remote in kinds["val"] else "train"] += n
-            print(f"{number} of {len(chosen)}: {name}, {n:,} tokens", flush=True)
-        clear(out, names)
+            counts["val" if remote in val else "train"] += n
+            sums[name] = remote.sha256 or file_sum(out / name)
+            print(f"{name}: {n:,} tokens", flush=True)
+        for path in out.iterdir():  # left by an earlier start with other settings
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in sums:
+                path.unlink()
         write_json(out / "manifest.json", seal({
             "tokenizer_name": "gpt2", "tokenizer": tokenizers.gpt2().fingerprint,
-            "train_tokens": tokens["train"], "val_tokens": tokens["val"],
-            "repository": cfg.repository,
-            "sha256": {name: remote.sha256 or file_sum(out / name)
-                       for remote, name in zip(chosen, names, strict=True)}}))
-    print(f"{cfg.out}: {tokens['train']:,} tokens to train on, {tokens['val']:,} for validation")
-
-
-def clear(folder, names):
-    """Remove everything else from a folder: an earlier start was asked for more, or for others."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in names:
-            path.unlink()
+            "train_tokens": counts["train"], "val_tokens": counts["val"],
+            "repository": cfg.repository, "sha256": sums}))
+    print(f"{cfg.out}: {counts['train']:,} training tokens, {counts['val']:,} validation tokens")

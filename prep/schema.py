@@ -1,6 +1,6 @@
-"""What a row means: a text, a chat, a picture. A ValueError says why a row cannot be used."""
+"""What a row means: a text, a chat, images. A ValueError says why a row cannot be used."""
 
-from prep.sources import Piece, parsed
+from prep.sources import Piece
 from tokenizer import IMAGE_MARK
 
 QUALITIES = ("very poor", "poor", "average", "good", "excellent")
@@ -10,7 +10,7 @@ SHORT_WORDS = 3
 
 
 def text_of(row, field):
-    """The text of a row or a piece, or a ValueError."""
+    """The text of a row or a piece."""
     if isinstance(row, Piece):
         if not (row or row.goes_on):
             raise ValueError("an empty file")
@@ -21,46 +21,21 @@ def text_of(row, field):
     return text
 
 
-def texts_of(source, field, limit):
-    """The first `limit` characters or so of the texts of a source, to train a vocabulary on."""
-    for _, row, _ in source.rows():
-        try:
-            text = text_of(parsed(row), field)
-        except ValueError:
-            continue
-        yield text
-        limit -= len(text)
-        if limit < 0:
-            return
-
-
-# ------------------------------------------------------------------------------------------- chats
-
-
 def messages_of(row):
-    """The turns of a chat row as role and content, whatever its form, or a ValueError."""
+    """The turns of a chat row as [{"role", "content"}], from any of the supported forms."""
     if not isinstance(row, dict):
-        raise ValueError("a row that is no object")
-    turns = row.get("conversations") or row.get("messages")
-    if turns:
-        if not (isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)):
-            raise ValueError("turns of another form")
-        names = {"human": "user", "gpt": "assistant"}
-        roles = [turn.get("from") or turn.get("role") for turn in turns]
-        texts = [turn.get("value") or turn.get("content") for turn in turns]
-        if not all(isinstance(role, str) for role in roles):
-            raise ValueError("turns of another form")
-        messages = [{"role": names.get(role, role), "content": text}
-                    for role, text in zip(roles, texts, strict=True)]
-    else:
-        question = row.get("instruction") or row.get("prompt") or ""
-        if not isinstance(question, str):
-            raise ValueError("a question that is no text")
-        question += f"\n{row['input']}" if row.get("input") else ""
-        answer = row.get("response") or row.get("output") or row.get("caption")
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        raise ValueError("row is not a JSON object")
+    turns = row.get("conversations") or row.get("messages") or instruction_turns(row)
+    if not (isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)):
+        raise ValueError("turns of another form")
+    roles = [turn.get("from") or turn.get("role") for turn in turns]
+    if not all(isinstance(role, str) for role in roles):
+        raise ValueError("turns of another form")
+    names = {"human": "user", "gpt": "assistant"}
+    messages = [{"role": names.get(role, role), "content": turn.get("value") or turn.get("content")}
+                for role, turn in zip(roles, turns, strict=True)]
     if messages[-1]["role"] == "user" and len(messages) > 1:
-        messages.pop()  # a question nobody answered
+        messages.pop()  # a question without an answer
     body = messages[1:] if messages[0]["role"] == "system" else messages
     if [m["role"] for m in body] != ["user", "assistant"] * (len(body) // 2) or not body:
         raise ValueError("turns out of order")
@@ -71,34 +46,37 @@ def messages_of(row):
     return messages
 
 
-def check_quality(row, cfg):
-    """ValueError if one of Magpie's columns, where the row has it, says that a chat is too poor.
+def instruction_turns(row):
+    """The two turns of a row with columns like instruction and response, or image and caption."""
+    question = row.get("instruction") or row.get("prompt") or ""
+    if not isinstance(question, str):
+        raise ValueError("a question that is not text")
+    question += f"\n{row['input']}" if row.get("input") else ""
+    answer = row.get("response") or row.get("output") or row.get("caption")
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
-    The columns are explained in arXiv 2406.08464, section 3. min_similar_uuid names the one row of
-    a group of near-copies that stays.
-    """
+
+def check_quality(row, cfg):
+    """ValueError if a chat is too poor by Magpie's columns (arXiv 2406.08464, section 3), where the
+    row has them. min_similar_uuid names the one row of a group of near-duplicates that is kept."""
     quality, reward, language = map(row.get, ("input_quality", "instruct_reward", "language"))
     if quality in QUALITIES and QUALITIES.index(quality) < QUALITIES.index(cfg.min_quality):
         raise ValueError(f"input quality below {cfg.min_quality}")
     if isinstance(reward, int | float) and reward < cfg.min_reward:
         raise ValueError(f"instruct reward below {cfg.min_reward:g}")
-    copied, own = row.get("min_similar_uuid"), row.get("uuid")
-    if cfg.drop_duplicates and None not in (copied, own) and copied != own:
-        raise ValueError("a near-copy of another row")
+    similar, own = row.get("min_similar_uuid"), row.get("uuid")
+    if cfg.drop_duplicates and None not in (similar, own) and similar != own:
+        raise ValueError("a near-duplicate of another row")
     if cfg.language and isinstance(language, str) and language.upper() != cfg.language.upper():
         raise ValueError(f"a language other than {cfg.language}")
     if cfg.safe_only and row.get("llama_guard_2") not in (None, "safe"):
         raise ValueError("not marked as safe")
 
 
-# ---------------------------------------------------------------------------------------- pictures
-
-
 def images_of(row, messages):
-    """The pictures of a row, each its name or its bytes, or a ValueError.
+    """The images of a row, each its name or bytes, from the field image, images or image_path.
 
-    They stand in `image`, `images` or `image_path`: one or a list, as parquet has them or as names.
-    Where messages have <image> marks, there must be one for each.
+    Where the messages have <image> marks, there must be one for each image.
     """
     fields = map(row.get, ("image", "images", "image_path"))
     found = next((value for value in fields if value not in (None, "", [])), [])
@@ -112,7 +90,7 @@ def images_of(row, messages):
 
 
 def image_of(item):
-    """The name or the bytes of one picture; parquet files and the hub have {bytes, path}."""
+    """The name or bytes of one image; parquet files and the hub have {bytes, path}."""
     if isinstance(item, dict):
         item = item.get("path") if item.get("bytes") is None else item["bytes"]
     if not isinstance(item, str | bytes) or item == "":
@@ -121,7 +99,7 @@ def image_of(item):
 
 
 def ask_shortly(messages):
-    """The messages, the first question asking for a short answer if all answers are short."""
+    """The messages; if all answers are short, the first question asks for a short answer."""
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     if any(len(answer.split()) > SHORT_WORDS for answer in answers):
         return messages

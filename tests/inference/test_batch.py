@@ -135,14 +135,14 @@ def test_ids_are_kept(eyes):
 
 BROKEN = {
     "not a line of JSON": '{"prompt": "What',
-    "a row that is no object": '["What?"]',
+    "row is not a JSON object": '["What?"]',
     "a row without a question": {"text": QUESTION},
-    "a question that is no text": {"prompt": 5},
+    "a question that is not text": {"prompt": 5},
     "a chat without a question": {"messages": [{"role": "assistant", "content": "No."}]},
     "turns out of order": {"messages": [{"role": "user", "content": text} for text in "ab"]},
     "a turn without text": {"messages": [{"role": "user", "content": [QUESTION]}]},
-    "there is no picture no.png": {"prompt": QUESTION, "image": "no.png"},
-    "is not a readable picture": {"prompt": QUESTION, "image": "text.png"},
+    "there is no image no.png": {"prompt": QUESTION, "image": "no.png"},
+    "is not a readable image": {"prompt": QUESTION, "image": "text.png"},
     "File name too long": {"prompt": QUESTION, "image": "no" * 300},
     "an image that is neither a name nor bytes": {"prompt": QUESTION, "image": 5},
     "more than 4 images": {"prompt": QUESTION, "images": [f"p{i}.png" for i in range(5)]},

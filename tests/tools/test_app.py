@@ -622,7 +622,7 @@ def animated():
 
 NOISE = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
 SVG = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
-UNREADABLE = r"\(The file \S+ is not a readable picture: .+\.\)"
+UNREADABLE = r"\(The file \S+ is not a readable image: .+\.\)"
 PUZZLED = r"That could not be understood\. Reload the page and try again\."
 ANSWER = r"( [a-z]+){3}"
 LIMITS = r"Value \S+ is (greater than max|less than min)imum value \S+\."
