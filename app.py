@@ -1,18 +1,19 @@
-"""Talk to a checkpoint in the browser, about pictures if it sees.
+"""Chat with a checkpoint in the browser, about images if it is a vision model.
 
     python app.py out/demo/vision_sft                 # http://127.0.0.1:7860
     python app.py NAME/REPO --port=8080               # a checkpoint on the Hugging Face hub
 
-As a Hugging Face Space it runs as it is: put the repository there, and the checkpoint into a folder
-`checkpoint`, or its name into a variable CHECKPOINT. Every browser session has a conversation of
-its own; all that wait for an answer are decoded together. Nothing about users is logged, uploads
-are deleted when their page is closed and when the program ends.
+It runs unchanged as a Hugging Face Space: put the repository there, and the checkpoint into a
+folder `checkpoint`, or its name into a variable CHECKPOINT. Every question comes with the history
+of its page, from which the conversation is rebuilt; all that wait for an answer are decoded in one
+batch. Nothing about users is logged; uploads are deleted when their page is closed and at the end.
 """
 
 import asyncio
 import atexit
 import contextlib
 import ctypes
+import hashlib
 import html
 import json
 import os
@@ -22,12 +23,10 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections import OrderedDict, deque
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -47,54 +46,52 @@ from common.config import UserError, parse_checkpoint, run_main  # noqa: E402
 from common.device import pick_device  # noqa: E402
 from common.images import read_image  # noqa: E402
 from export.model_card import held_out_images  # noqa: E402
-from inference.conversation import Conversation, decoder_of, open_for_chat, pick_precision  # noqa: E402
+from inference.conversation import (  # noqa: E402
+    Conversation,
+    Detokenizer,
+    EncodedImage,
+    decoder_of,
+    encode_images,
+    open_for_chat,
+    pick_precision,
+)
 from inference.engine import Engine  # noqa: E402
 from inference.generate import Sampler, Sampling  # noqa: E402
 
-SESSIONS = 256  # conversations remembered; the one silent longest is forgotten first
-UPLOADS_KEPT = 3600  # seconds that a picture outlives a page that never said goodbye
+SESSIONS = 256  # pages remembered; the least recently used is forgotten first
+UPLOADS_KEPT = 3600  # seconds that an image outlives a page that was not closed properly
 QUESTIONS = "What do you see?", "Describe the picture.", "How many things are there?"
 REQUESTS = "Tell me a story.", "What is your name?"
+CSS = Path(__file__).parent / "inference" / "app.css"
 
 # Addresses of gradio's that fetch others, store what nobody asked for, or run programs
 CLOSED = re.compile(r"/gradio_api/(file[=/]\s*https?:|proxy=|deep_link|process_recording)")
-
-CSS = """
-footer, .built-with { opacity: 0.6 }
-footer .show-api-divider, button[title="Share"] { display: none !important }
-.about p { text-align: center; margin: 0; opacity: 0.75; font-size: 0.85rem }
-gradio-app .gradio-container { width: 100%; max-width: 860px !important; margin: 0 auto }
-@media (max-width: 600px) {
-  gradio-app .gradio-container main { padding: 6px !important }
-  h1 { font-size: 1.25rem !important; margin: 0.2rem 0 !important }
-}
-"""
 
 
 @dataclass
 class Config(Sampling):
     # --- page
     title: str = "nanoGPT-Vision"
-    examples: str = ""  # folder of pictures to try; empty: the demo's, where they are
-    host: str = ""  # address to listen at; empty: 127.0.0.1, or what GRADIO_SERVER_NAME says
+    examples: str = ""  # folder of images to try; empty: the demo's, if they are there
+    host: str = ""  # address to listen at; empty: 127.0.0.1, or GRADIO_SERVER_NAME
     port: int = 7860  # 0 for any free one
 
     # --- limits
-    streams: int = 8  # answers made at once, in one batch
-    queue: int = 32  # questions that may wait for their turn; more are refused
-    per_minute: int = 20  # questions a minute of one session
+    streams: int = 8  # answers decoded at once, in one batch
+    queue: int = 32  # questions that may wait; more are refused
+    per_minute: int = 20  # questions a minute from one page
     max_text: int = 4000  # characters of a question
-    max_images: int = 4  # pictures of a question
-    upload_mb: float = 5.0  # largest picture file, in megabytes
-    upload_megapixels: float = 25.0  # largest picture, checked before it is decoded
+    max_images: int = 4  # images of a question
+    upload_mb: float = 5.0  # largest image file, in megabytes
+    upload_megapixels: float = 25.0  # largest image, checked before it is decoded
 
     # --- sampling
-    temperature: float = 0.0  # what the page starts with; 0 takes the likeliest token
+    temperature: float = 0.0  # initial value on the page; 0 takes the most likely token
     max_tokens: int = 256  # longest answer
 
     # --- hardware
     device: str = "auto"  # auto, cpu, cuda, mps
-    # of weights and products; auto: the fastest here that costs a model under 0.01 nats
+    # of weights and products; auto: the fastest here that costs a model under 0.01 nats per token
     precision: Literal["auto", "bf16", "fp16", "fp32", "int8"] = "auto"
     compile: bool = False  # torch.compile: much slower to start, then faster on a GPU
 
@@ -106,102 +103,13 @@ class Config(Sampling):
                 raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
 
 
+@dataclass
 class Session:
-    """One browser page: its conversation, and which question of the page made which turn of it.
+    """What is kept of one page beside its history, which the page sends."""
 
-    A page may take questions back, ask them again or start over; then its history is shorter than
-    `asked`, and the conversation is taken back as far before the next question.
-    """
-
-    def __init__(self, held):
-        self.engine = held.engine
-        self.conversation = Conversation(held.model, held.tokenizer, held.engine.decoding,
-                                         held.engine.generate)
-        self.conversation.row = None
-        self.asked = []  # (words, turns in all behind it) of each question on the page
-        self.files, self.n_forgotten = set(), 0  # uploads shown; turns there was no more room for
-        self.times, self.lock = deque(), threading.Lock()
-
-    def answer(self, texts, text, files, cfg):
-        """Yield the answer so far, again and again, to a question; `texts` are those before it."""
-        with self.lock:
-            lost = self.rewind(texts)
-            try:
-                self.count(cfg)
-                with self.engine.seat(self.conversation):
-                    # Not before: the row may have become another's.
-                    self.engine.decoding.cut(len(self.conversation.ids()), self.conversation.row)
-                    notes = ["(What was said here before is lost; this is a new start.)"] * lost
-                    notes += self.hear(text, files, cfg)
-                    shown = "\n".join([*notes, ""])
-                    sampler = Sampler(cfg, self.engine.decoding.device)
-                    for piece in self.conversation.answer(cfg.max_tokens, sampler):
-                        shown += piece
-                        yield shown
-                    if shown == "":
-                        yield "(The model has nothing to say.)"
-            except UserError as error:
-                yield f"({explain(error)})"
-            finally:
-                n_turns = len(self.conversation.turns) + self.n_forgotten
-                self.asked.append((text.split(), n_turns))
-
-    def hear(self, text, files, cfg):
-        """Add the question to the conversation; returns what the user should know."""
-        if not text.strip() and not files:
-            raise UserError("Say something, or show a picture")
-        if len(text) > cfg.max_text:
-            raise UserError(f"{len(text):,} characters are too many; at most {cfg.max_text:,}")
-        if len(files) > cfg.max_images:
-            raise UserError(f"{len(files)} pictures are too many; at most {cfg.max_images}")
-        pictures = [self.read_upload(file, cfg) for file in files]
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        notes = []
-        if pictures and self.conversation.turns:  # models are trained on pictures at the start
-            self.n_forgotten += len(self.conversation.turns)
-            self.conversation.reset()
-            notes.append("(A new picture, a new conversation.)")
-        n = self.conversation.hear(text, pictures, cfg.max_tokens)
-        self.n_forgotten += n
-        if n:
-            which = f"{n} questions are" if n > 1 else "question is"
-            notes.append(f"(This is longer than I can remember; the oldest {which} forgotten.)")
-        return notes
-
-    def read_upload(self, file, cfg):
-        """The PIL image of an uploaded file; UserError if it is too large, or no picture."""
-        path = Path(file["path"] if isinstance(file, dict) else file).resolve()  # dict: Retry
-        if not path.is_relative_to(UPLOADS) or not path.is_file():
-            raise UserError("That file is not here (any more); choose it once more")
-        name, self.files = f"the file {path.name}", self.files | ({path} - set(EXAMPLES.glob("*")))
-        if path.stat().st_size > cfg.upload_mb * 1e6:
-            raise UserError(f"{name} is larger than {cfg.upload_mb:g} MB")
-        return read_image(path.read_bytes(), name, max_pixels=int(cfg.upload_megapixels * 1e6))
-
-    def count(self, cfg):
-        """Note the time of a question; UserError if there were too many within a minute."""
-        now = time.monotonic()
-        while self.times and self.times[0] < now - 60:
-            self.times.popleft()
-        if len(self.times) >= cfg.per_minute:
-            wait = int(self.times[0] + 60 - now) + 1
-            raise UserError(f"At most {cfg.per_minute} questions a minute; wait {wait} seconds")
-        self.times.append(now)
-
-    def rewind(self, texts):
-        """Take back what is not on the page any more; says whether all that is there is lost."""
-        kept = 0
-        for text in texts:  # some may never have come here: stopped while they waited, say
-            kept += self.asked[kept : kept + 1] != [] and self.asked[kept][0] == text.split()
-        del self.asked[kept:]
-        n_turns = self.asked[-1][1] if kept else 0
-        if n_turns > self.n_forgotten:
-            del self.conversation.turns[n_turns - self.n_forgotten :]
-            return False
-        self.engine.leave(self.conversation)
-        self.conversation.turns, self.conversation.row, self.n_forgotten = [], None, 0
-        self.asked = [(words, 0) for words, _ in self.asked]
-        return n_turns > 0 or len(texts) > kept == 0
+    files: set = field(default_factory=set)  # its uploads
+    images: dict = field(default_factory=dict)  # sha256 of a file -> EncodedImage
+    times: deque = field(default_factory=deque)  # of its questions in the last minute
 
 
 class App:
@@ -210,33 +118,100 @@ class App:
     def __init__(self, model, tokenizer, info, cfg):
         self.model, self.tokenizer, self.info, self.cfg = model, tokenizer, info, cfg
         self.engine = Engine(decoder_of(model), cfg.streams, cfg.compile)
-        self.sessions, self.lock = OrderedDict(), threading.Lock()
-        self.threads = ThreadPoolExecutor(2 * cfg.streams, "answer")
+        self.sessions = OrderedDict()
+
+    async def respond(self, message, history, temperature, top_p, penalty, max_tokens,
+                      request: gr.Request):
+        """Yield the answer to a question so far, again and again, as the page shows it."""
+        try:
+            cfg = replace(self.cfg, temperature=float(temperature), top_p=float(top_p),
+                          repetition_penalty=float(penalty), seed=secrets.randbits(48),
+                          max_tokens=max(1, min(int(max_tokens), self.cfg.max_tokens)))
+            answers = self.answer(request.session_hash, message, history, cfg)
+            async with contextlib.aclosing(answers):
+                async for answer in answers:
+                    yield html.escape(answer, quote=False)  # gradio renders what looks like HTML
+        except Exception as error:  # if it left this function, the text box would stay disabled
+            gr.Warning(html.escape(explain(error), quote=False), title="Not answered")
+
+    async def answer(self, session_name, message, history, cfg):
+        """Yield the answer so far, again and again; UserError if the question is refused."""
+        session = self.session(session_name)
+        count_question(session.times, cfg.per_minute)
+        conversation = await asyncio.to_thread(self.conversation, session, message, history, cfg)
+        if n := conversation.truncate(cfg.max_tokens):
+            gr.Info(f"The context is full: the {n} oldest questions are not remembered.")
+        sampler = Sampler(cfg, self.engine.decoding.device)
+        tokens = self.engine.generate(conversation, cfg.max_tokens, sampler)
+        detokenizer, answer = Detokenizer(self.tokenizer), ""
+        async with contextlib.aclosing(tokens):
+            async for token in tokens:
+                answer += detokenizer.add(token)
+                yield answer
+        if rest := detokenizer.flush():
+            yield answer + rest
+        elif not answer:
+            gr.Info("The model gave an empty answer.")
+
+    def conversation(self, session, message, history, cfg):
+        """The Conversation of a page: its answered questions since the last new image, and the
+        one in `message`. Images are encoded once."""
+        text, files = message.get("text") or "", message.get("files") or []
+        if not text.strip() and not files:
+            raise UserError("Type a question, or choose an image")
+        if len(text) > cfg.max_text:
+            raise UserError(f"{len(text):,} characters are too many; at most {cfg.max_text:,}")
+        if len(files) > cfg.max_images:
+            raise UserError(f"{len(files)} images are too many; at most {cfg.max_images}")
+        turns = answered(history)
+        if files and turns:  # models are trained on images at the start of a conversation
+            gr.Info("A new image starts a new conversation.")
+        turns = [*turns, (text, files, "")]
+        start = max((i for i, (_, shown, _) in enumerate(turns) if shown), default=0)
+        conversation, images = Conversation(self.model, self.tokenizer), {}
+        for text, files, answer in turns[start:]:
+            encoded = [self.encode_upload(session, file, images, cfg) for file in files]
+            ids = self.tokenizer.encode(decodable(answer))
+            conversation.turns.append(conversation.turn(decodable(text), encoded, ids))
+        session.images = images
+        return conversation
+
+    def encode_upload(self, session, file, images, cfg):
+        """The EncodedImage of an uploaded file, which `images` gets, too; UserError if it is too
+        large, or no image."""
+        path = Path(file["path"] if isinstance(file, dict) else file).resolve()
+        if not path.is_relative_to(UPLOADS) or not path.is_file():
+            raise UserError("That file is not here (any more); choose it once more")
+        name, data = f"the file {path.name}", path.read_bytes()
+        if path.parent != EXAMPLES:
+            session.files.add(path)
+        if len(data) > cfg.upload_mb * 1e6:
+            raise UserError(f"{name} is larger than {cfg.upload_mb:g} MB")
+        key = hashlib.sha256(data).digest()
+        images[key] = images.get(key) or session.images.get(key)
+        if not images[key]:
+            image = read_image(data, name, max_pixels=int(cfg.upload_megapixels * 1e6))
+            images[key] = EncodedImage(encode_images(self.model, [image])[0])
+        return images[key]
 
     def session(self, name):
         """The session of that name, new if it has none."""
-        with self.lock:
-            session = self.sessions.pop(name, None) or Session(self)
-            self.sessions[name] = session
-            oldest = next(iter(self.sessions)) if len(self.sessions) > SESSIONS else None
-        self.close(oldest)
+        self.sessions[name] = session = self.sessions.pop(name, None) or Session()
+        if len(self.sessions) > SESSIONS:
+            self.close(next(iter(self.sessions)))
         return session
 
     def close(self, name):
-        """Forget a session; its row is free, and uploads that no other session shows are gone."""
-        with self.lock:
-            session = self.sessions.pop(name, None)
-            shown = set().union(*(other.files for other in self.sessions.values()))
-        if session:
-            self.engine.leave(session.conversation)
-            for file in session.files - shown:
-                file.unlink(missing_ok=True)
+        """Forget a session, and delete its uploads but those that other sessions have, too."""
+        session = self.sessions.pop(name, Session())
+        for file in session.files.difference(*(s.files for s in self.sessions.values())):
+            file.unlink(missing_ok=True)
 
-    def left(self, request: gr.Request):
+    async def left(self, request: gr.Request):
         self.close(request.session_hash)
 
     async def gate(self, request, call_next):
-        """Refuse what the page has no use for, and say in a sentence where gradio would fail."""
+        """Refuse what the page does not use; answer in a sentence where gradio would fail."""
         if CLOSED.search(request.url.path):
             return PlainTextResponse("There is nothing here.", 404)
         size = request.headers.get("content-length", "inf" if request.method == "POST" else "0")
@@ -250,32 +225,21 @@ class App:
         response.status_code = 400 if response.status_code == 500 else response.status_code
         return response
 
-    async def respond(self, message, history, temperature, top_p, penalty, max_tokens,
-                      request: gr.Request):
-        """Answer a question in the browser, word by word."""
-        texts = [said(m["content"]) for m in history if m["role"] == "user"]
-        cfg = replace(self.cfg, temperature=float(temperature), top_p=float(top_p),
-                      repetition_penalty=float(penalty), seed=secrets.randbits(48),
-                      max_tokens=max(1, min(int(max_tokens), self.cfg.max_tokens)))
-        text, files = message.get("text") or "", message.get("files") or []
-        pieces = self.session(request.session_hash).answer(texts, text, files, cfg)
-        async for shown in iterate(pieces, self.threads):
-            yield html.escape(shown, quote=False)  # gradio takes what looks like HTML for HTML
-
     def page(self):
         """The gradio page."""
-        cfg, sees = self.cfg, self.info["kind"] == "vision"
+        cfg, vision = self.cfg, self.info["kind"] == "vision"
         box = gr.MultimodalTextbox(
-            placeholder="Ask about a picture, or just talk" if sees else "Say something",
-            file_types=["image"], file_count="multiple", sources=["upload"] if sees else [],
+            placeholder="Ask about an image, or just chat" if vision else "Ask something",
+            file_types=["image"], file_count="multiple", sources=["upload"] if vision else [],
             show_label=False, autofocus=True, stop_btn=True, max_plain_text_length=10**9)
-        chatbot = gr.Chatbot(show_label=False, render_markdown=False, scale=1, buttons=["copy"],
-                             placeholder="Show a picture and ask." if sees else "Say something.")
+        chatbot = gr.Chatbot(
+            show_label=False, render_markdown=False, scale=1, buttons=["copy"],
+            placeholder="Choose an image and ask." if vision else "Ask something.")
         settings = [
             gr.Slider(0, max(2, cfg.temperature), cfg.temperature, step=0.05, label="Temperature",
-                      info="0 gives the likeliest answer, higher a wilder one"),
+                      info="0 gives the most likely answer, higher is more random"),
             gr.Slider(min(0.05, cfg.top_p), 1, cfg.top_p, step=0.05, label="Top-p",
-                      info="draw from the likeliest tokens that make up this probability"),
+                      info="sample from the most likely tokens that make up this probability"),
             gr.Slider(min(1, cfg.repetition_penalty), max(2, cfg.repetition_penalty),
                       cfg.repetition_penalty, step=0.05, label="Repetition penalty"),
             gr.Slider(1, max(2, cfg.max_tokens), cfg.max_tokens, step=1,
@@ -284,8 +248,8 @@ class App:
                   delete_cache=(600, UPLOADS_KEPT)) as page:
             gr.ChatInterface(
                 self.respond, multimodal=True, chatbot=chatbot, textbox=box, title=cfg.title,
-                examples=self.examples(sees, len(settings)), run_examples_on_click=True,
-                cache_examples=False, additional_inputs=settings,
+                examples=[[example, *[None] * len(settings)] for example in self.examples(vision)],
+                run_examples_on_click=True, cache_examples=False, additional_inputs=settings,
                 additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
                 concurrency_limit=cfg.streams, flagging_mode="never", fill_height=True,
                 api_name="chat")
@@ -293,31 +257,30 @@ class App:
             page.unload(self.left)
         return page.queue(max_size=cfg.queue, default_concurrency_limit=cfg.streams)
 
-    def examples(self, sees, n_settings):
-        """Messages to try, as the chat interface wants them."""
-        if not sees:
-            return [[{"text": text, "files": []}, *[None] * n_settings] for text in REQUESTS]
+    def examples(self, vision):
+        """Messages to try."""
+        if not vision:
+            return [{"text": text, "files": []} for text in REQUESTS]
         folder = Path(self.cfg.examples or "examples")
         if self.cfg.examples and not folder.is_dir():
             raise UserError(f"there is no folder --examples={folder}")
         files = sorted(path for path in folder.glob("*")
                        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-        files = files or held_out_images(self.info)
         EXAMPLES.mkdir(exist_ok=True)
-        return [[{"text": text, "files": [shutil.copy(path, EXAMPLES)]}, *[None] * n_settings]
-                for path, text in zip(files, QUESTIONS, strict=False)]
+        return [{"text": text, "files": [shutil.copy(path, EXAMPLES)]} for path, text in
+                zip(files or held_out_images(self.info), QUESTIONS, strict=False)]
 
     def launch(self):
         """Serve the page, in a thread; returns what has to be closed."""
-        cfg = self.cfg
+        cfg, page = self.cfg, self.page()
         theme = gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"],
                                font_mono=["ui-monospace", "monospace"])
-        page = self.page()
         try:
             page.launch(server_name=cfg.host or None, server_port=cfg.port or None, share=False,
-                        quiet=True, theme=theme, css=CSS, ssr_mode=False, enable_monitoring=False,
-                        footer_links=["gradio", "settings"], prevent_thread_lock=True,
-                        max_file_size=int(cfg.upload_mb * 1e6), state_session_capacity=SESSIONS,
+                        quiet=True, theme=theme, css_paths=CSS, ssr_mode=False,
+                        enable_monitoring=False, footer_links=["gradio", "settings"],
+                        prevent_thread_lock=True, max_file_size=int(cfg.upload_mb * 1e6),
+                        state_session_capacity=SESSIONS,
                         app_kwargs={"middleware": [Middleware(BaseHTTPMiddleware, self.gate)]})
         except OSError as error:
             raise UserError(f"cannot listen at port {cfg.port}: {error}; try --port=0") from None
@@ -326,20 +289,21 @@ class App:
 
 
 class Page(gr.Blocks):
-    """gr.Blocks that fetches no address, and refuses in a sentence whatever it stumbles over."""
+    """gr.Blocks that fetches no address, and reports every error in a sentence."""
 
     async def process_api(self, block_fn, inputs, *args, **kwargs):
         try:
             if re.search(r'"path": "\s*\w+://', json.dumps(inputs)):
-                raise UserError("Only uploaded pictures are looked at, no addresses")
+                raise UserError("Only uploaded images are read, no addresses")
             return await super().process_api(block_fn, inputs, *args, **kwargs)
         except Exception as error:
-            raise gr.Error(explain(error), print_exception=False) from None
+            text = html.escape(explain(error), quote=False)
+            raise gr.Error(text, print_exception=False) from None
 
 
 def explain(error):
-    """An error as a sentence for the user. One that nobody foresaw is noted for the host, without a
-    word of what the user said."""
+    """An error as a sentence for the user. An unexpected one is noted for the host, without a word
+    of what the user said."""
     if not isinstance(error, gr.Error | UserError):
         at = traceback.extract_tb(error.__traceback__)[-1]
         print(f"{type(error).__name__} at {at.filename}:{at.lineno}", file=sys.stderr, flush=True)
@@ -348,42 +312,49 @@ def explain(error):
     return text[:1].upper() + text[1:] + "."
 
 
-async def iterate(pieces, threads):
-    """An ordinary generator, run in threads; closed there, too, however this one ends."""
-    step = threads.submit(next, pieces, None)
-    try:
-        while (piece := await asyncio.shield(asyncio.wrap_future(step))) is not None:
-            yield piece
-            step = threads.submit(next, pieces, None)
-    finally:
-        def close():
-            with contextlib.suppress(BaseException):
-                step.result()
-            pieces.close()
-
-        threading.Thread(target=close, daemon=True).start()
+def count_question(times, per_minute):
+    """Note the time of a question; UserError if there were too many within a minute."""
+    now = time.monotonic()
+    while times and times[0] < now - 60:
+        times.popleft()
+    if len(times) >= per_minute:
+        wait = int(times[0] + 60 - now) + 1
+        raise UserError(f"At most {per_minute} questions a minute; wait {wait} seconds")
+    times.append(now)
 
 
-def said(content):
-    """The text of a message of the page's history: a string, or a list with files among it."""
-    parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    return "\n".join(text for text in texts if isinstance(text, str))
+def answered(history):
+    """(question, its files, answer) of the questions in a page's history that have an answer."""
+    turns, question = [], ("", [])
+    for message in history:
+        parts = message["content"] if isinstance(message["content"], list) else [message["content"]]
+        texts = [part if isinstance(part, str) else part.get("text") for part in parts]
+        text = "\n".join(filter(None, texts))
+        if message["role"] == "assistant":
+            turns.append((*question, html.unescape(text)))
+        else:
+            files = [part.get("file", part) for part in parts if isinstance(part, dict)]
+            question = text, [file for file in files if file and "path" in file]
+    return turns
+
+
+def decodable(text):
+    """A text without the halves of surrogate pairs that JSON can have."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def describe(info):
-    """Which checkpoint this is, in a line of Markdown: stage, size, where it comes from."""
+    """A line of Markdown about the checkpoint: stage, size, parents."""
     parents = ", ".join(f"{p['stage']} ({p['step']:,} steps)" for p in info.get("lineage", []))
-    behind = f", behind it {parents}" if parents else ""
-    width = f"{info['decoder']['n_layer']} layers of width {info['decoder']['n_embd']}"
     return (f"**{info['stage']}** after {info['step']:,} steps: {info['parameters'] / 1e6:.1f} M "
-            f"parameters, {width}{behind}")
+            f"parameters, {info['decoder']['n_layer']} layers of width {info['decoder']['n_embd']}"
+            + (f", initialized from {parents}" if parents else ""))
 
 
 def return_large_memory():
-    """Have glibc give blocks of 8 MB and more back to the system as soon as they are free.
+    """Have glibc return blocks of 8 MB and more to the system as soon as they are freed.
 
-    By itself it keeps, thread by thread, blocks of up to 32 MB once it has seen such a one freed.
+    By default each thread keeps blocks of up to 32 MB once it has freed one of that size.
     """
     m_mmap_threshold = -3  # as malloc.h calls it
     if sys.platform == "linux":
@@ -398,7 +369,7 @@ def main():
     model, tokenizer, info = open_for_chat(name, device, pick_precision(device, cfg.precision))
     if info["stage"] == "pretrain":
         raise UserError(f"{name} is a pretrained checkpoint, which continues text and does not "
-                        "chat: python sample.py continues text; sft.py teaches it to chat")
+                        "chat: use sample.py, or train it to chat with sft.py")
     page = App(model, tokenizer, info, cfg).launch()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

@@ -141,5 +141,5 @@ def first_tokens(model, tokenizer, precision):
 
 
 def first_token(conversation, text, files):
-    conversation.hear(text, [read_image(file) for file in files], 1)
+    conversation.add_question(text, [read_image(file) for file in files], 1)
     next(iter(conversation.answer(1)), None)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from inference.conversation import decoder_of, embed, see, spread
+from inference.conversation import decoder_of, embed, encode_images, expand_images
 
 # Elements of the logits at a time: 16 MB in fp32 on a CPU, where the allocator returns larger
 # tensors to the system. Rows per batch: few fit a CPU's cache.
@@ -76,7 +76,7 @@ def likelihoods(model, tokenizer, items, batch=None):
 
 def rows_of(number, item, tokenizer, model):
     """The Rows of an item: one, unless its answers together are longer than the context."""
-    prompt, room = spread(model, tokenizer, item.prompt), model.config.max_positions
+    prompt, room = expand_images(model, tokenizer, item.prompt), model.config.max_positions
     if len(prompt) + max(map(len, item.answers)) > room:
         raise ValueError(f"a question of {len(prompt)} tokens and its answers do not fit the "
                          f"context of {room}")
@@ -91,7 +91,7 @@ def rows_of(number, item, tokenizer, model):
 def batch_likelihoods(model, tokenizer, rows):
     """[[Likelihood of each answer] of each Row] of one batch."""
     images = [image for row in rows for image in row.images]
-    features = see(model, images).flatten(0, 1) if images else None
+    features = encode_images(model, images).flatten(0, 1) if images else None
     x = embed(model, tokenizer, [row.ids for row in rows], features)  # (B, T, C)
     positions, mask, where = layout(rows, x.size(1))
     # The first tokens of all answers to a question are predicted by the same state.

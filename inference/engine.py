@@ -1,148 +1,131 @@
-"""Many conversations decoded at once, for the browser: one thread, one reading of the weights a
-step for all that wait for an answer.
+"""Continuous batching for the browser: one thread decodes all conversations that wait for an
+answer, in one pass over the weights per step.
 
-Each conversation has a row of one KV cache to itself while it lasts. When rows run out, the
-one that was silent longest loses its own; its next turn reads what it had said once more.
+A conversation takes whatever row of the KV cache is free, preferably the one that still holds the
+beginning of its prompt, of which only the rest is prefilled.
 """
 
+import asyncio
 import contextlib
 import itertools
 import queue
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from common.config import UserError
+from inference.conversation import Conversation
 from inference.generate import Decoding, Sampler, pick
 
 
 @dataclass
 class Request:
-    """An answer in the making. `tokens` gets its ids, then None or the exception that ended it."""
+    """An answer in progress."""
 
-    embeddings: torch.Tensor  # (1, T, C)
+    conversation: Conversation
     max_tokens: int
-    stop: int
     sampler: Sampler
-    row: int
-    token: torch.Tensor | None = None  # (1,), the last one, not yet read
-    n: int = 0
+    send: Callable  # gets each id, then None or the exception that ended the answer
+    ids: list  # the prompt, then also the answer
+    n_prompt: int
     cancelled: bool = False
-    tokens: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
-    gone: threading.Event = field(default_factory=threading.Event)  # the thread is done with it
 
 
 class Engine:
-    """The thread that decodes, and who sits in which row."""
+    """The thread that decodes, and its queue of requests."""
 
     def __init__(self, decoder, rows=8, compile=False):
         self.decoding = Decoding(decoder, rows, compile=compile)
-        self.requests = queue.SimpleQueue()
-        self.seats = [None] * rows  # the conversation in each row
-        self.busy, self.last_used = set(), [0] * rows
-        self.clock, self.lock = itertools.count(1), threading.Lock()
+        self.waiting, self.active = queue.SimpleQueue(), {}  # active: row -> Request
+        self.last_used, self.clock = [0] * rows, itertools.count(1)
         threading.Thread(target=self._run, name="decoding", daemon=True).start()
 
-    @contextlib.contextmanager
-    def seat(self, conversation):
-        """Keep a row for a Conversation while it is at work; UserError if all are at work."""
-        with self.lock:
-            row = self._row_for(conversation)
-            if self.seats[row] is not conversation:
-                self.seats[row], conversation.row = conversation, row
-                self.decoding.cut(0, row)
-            self.busy.add(row)
+    async def generate(self, conversation, max_tokens, sampler):
+        """Yield the ids that follow a Conversation's prompt, without <|end|>."""
+        loop, answer = asyncio.get_running_loop(), asyncio.Queue()
+
+        def send(item):
+            with contextlib.suppress(RuntimeError):  # the event loop has ended
+                loop.call_soon_threadsafe(answer.put_nowait, item)
+
+        ids = conversation.ids()
+        request = Request(conversation, max_tokens, sampler, send, ids, len(ids))
+        self.waiting.put(request)
         try:
-            yield
-        finally:
-            with self.lock:
-                self.busy.discard(row)
-                self.last_used[row] = next(self.clock)
-
-    def _row_for(self, conversation):
-        if conversation in self.seats:
-            return self.seats.index(conversation)
-        free = [row for row in range(len(self.seats)) if row not in self.busy]
-        if not free:
-            raise UserError("everybody talks at once here; ask again in a moment")
-        # An empty one, the lowest, or the one silent longest: a step computes from the first
-        # busy row to the last.
-        return min(free, key=lambda row: (self.seats[row] is not None, self.last_used[row], row))
-
-    def leave(self, conversation):
-        """Free the row of a conversation that is over."""
-        with self.lock:
-            if conversation in self.seats:
-                row = self.seats.index(conversation)
-                self.seats[row], self.last_used[row] = None, 0
-
-    def generate(self, decoding, embeddings, max_tokens, stop, sampler, row):
-        """As decode.generate, for a row whose conversation has a seat."""
-        request = Request(embeddings, max_tokens, stop, sampler, row)
-        self.requests.put(request)
-        try:
-            while (token := request.tokens.get()) is not None:
-                if isinstance(token, Exception):
-                    raise token
-                yield token
+            while (item := await answer.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
         finally:
             request.cancelled = True
-            request.gone.wait()
 
     # ------------------------------------------------------------------------------ in the thread
 
     def _run(self):
-        active = {}  # row -> Request
         while True:
             try:
-                self._admit(active)
-                self._drop_cancelled(active)
-                if active:
-                    self._step(active)
-            except Exception as error:  # nobody may wait for ever for a thread that died
-                for request in list(active.values()):
-                    self._finish(active, request, error)
+                self._admit()
+                for row in [row for row, request in self.active.items() if request.cancelled]:
+                    self._finish(row)
+                if self.active:
+                    self._step()
+            except Exception as error:  # nobody may wait for a thread that has died
+                for row in list(self.active):
+                    self._finish(row, error)
 
-    def _admit(self, active):
-        """Begin one answer that was asked for, if any; wait for one if there is nothing to do."""
+    def _admit(self):
+        """Start the next request, if there is one and a free row; wait for one if idle."""
+        if len(self.active) == len(self.last_used):
+            return
         try:
-            request = self.requests.get(block=not active)
+            request = self.waiting.get(block=not self.active)
         except queue.Empty:
             return
-        active[request.row] = request
-        if not request.cancelled:
-            logits = self.decoding.prefill(request.embeddings, request.row)
-            self._deliver(active, request, request.sampler(logits))
+        if request.cancelled:
+            return
+        row = self._pick_row(request.ids)
+        self.active[row] = request
+        request.sampler.begin(request.ids)
+        start = self.decoding.reuse_prefix(request.ids, row)
+        logits = self.decoding.prefill(request.conversation.embeddings(start), row)
+        self._deliver(row, request.sampler(logits).item())
 
-    def _drop_cancelled(self, active):
-        for request in [request for request in active.values() if request.cancelled]:
-            self._finish(active, request)
+    def _pick_row(self, ids):
+        """The free row with the longest common prefix with ids, if that is most of the one or the
+        other; else the one unused for longest."""
+        free = [row for row in range(len(self.last_used)) if row not in self.active]
+        shared = {row: self.decoding.common_prefix(ids, row) for row in free}
+        best = max(free, key=shared.get)
+        if shared[best] > min(len(ids), self.decoding.length(best)) / 2:
+            return best
+        # Of those never used the first: a step computes all rows from the first to the last active.
+        return min(free, key=self.last_used.__getitem__)
 
-    def _step(self, active):
-        """One more token for everybody."""
-        first, last = min(active), max(active) + 1
-        ids = torch.zeros(last - first, dtype=torch.long, device=self.decoding.device)
-        for row, request in active.items():
-            ids[row - first] = request.token[0]
-        waiting = set(range(first, last)) - active.keys()
-        logits = self.decoding.step(ids, first, waiting)
-        likeliest = pick(logits)
-        for row, request in list(active.items()):
+    def _step(self):
+        """One more token for every active row."""
+        first, end = min(self.active), max(self.active) + 1
+        last_ids = [self.active[row].ids[-1] if row in self.active else 0
+                    for row in range(first, end)]
+        waiting = set(range(first, end)) - self.active.keys()
+        logits = self.decoding.step(
+            torch.tensor(last_ids, device=self.decoding.device), first, waiting)
+        most_likely = pick(logits).tolist()
+        for row, request in list(self.active.items()):
             i, greedy = row - first, request.sampler.greedy
-            token = likeliest[i : i + 1] if greedy else request.sampler(logits[i : i + 1])
-            self._deliver(active, request, token)
+            token = most_likely[i] if greedy else request.sampler(logits[i : i + 1]).item()
+            self._deliver(row, token)
 
-    def _deliver(self, active, request, token):
-        number = token.item()
-        if number == request.stop:
-            return self._finish(active, request)
-        request.token, request.n = token, request.n + 1
-        request.tokens.put(number)
-        if request.n == request.max_tokens or not self.decoding.room(request.row):
-            self._finish(active, request)
+    def _deliver(self, row, token):
+        request = self.active[row]
+        if token == request.conversation.tokenizer.end:
+            return self._finish(row)
+        request.ids.append(token)
+        request.send(token)
+        n = len(request.ids) - request.n_prompt
+        if n == request.max_tokens or not self.decoding.room(row):
+            self._finish(row)
 
-    def _finish(self, active, request, error=None):
-        del active[request.row]
-        request.tokens.put(error)
-        request.gone.set()
+    def _finish(self, row, error=None):
+        self.active.pop(row).send(error)
+        self.last_used[row] = next(self.clock)

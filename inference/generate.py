@@ -1,8 +1,8 @@
-"""Decoding: the next token, one after the other, for one conversation or for many at once.
+"""Decoding: one token after another, for one sequence or for many at once.
 
-A token reads every weight of the decoder once, so the time goes into memory and into overhead:
-weights are laid out for it (for_decoding), the cache is allocated once, a GPU replays the whole
-step as a CUDA graph, and many rows share one reading of the weights.
+A token reads every weight of the decoder once, so memory bandwidth and overhead decide the speed:
+weights are laid out for it (quantized_linear.for_decoding), the KV cache is allocated once, a GPU
+replays the whole step as a CUDA graph, and many rows share one pass over the weights.
 
 Letters for shapes: B rows, T positions, C width, V vocabulary.
 """
@@ -15,7 +15,7 @@ from common.config import UserError
 from common.device import need_compiler
 from inference.kv_cache import KVCache
 
-BUCKET = 256  # slots a CUDA graph looks at, or twice, four times ... as many
+BUCKET = 256  # slots that a CUDA graph attends to; doubled as long as a row is longer
 
 
 @dataclass
@@ -23,75 +23,77 @@ class Sampling:
     """How the next token is chosen."""
 
     # --- sampling
-    temperature: float = 0.0  # 0 takes the likeliest token; above, the higher the wilder
-    top_k: int = 0  # draw from the k likeliest tokens only; 0 for all
-    top_p: float = 1.0  # draw from the likeliest tokens that make up this probability
-    repetition_penalty: float = 1.0  # above 1: what stands in the context already is less likely
+    temperature: float = 0.0  # 0 takes the most likely token; higher is more random
+    top_k: int = 0  # sample from the k most likely tokens only; 0 for all
+    top_p: float = 1.0  # sample from the most likely tokens that make up this probability
+    repetition_penalty: float = 1.0  # above 1, tokens already in the context are less likely
     seed: int = 1337  # the same seed gives the same text
 
     def __post_init__(self):
-        for name, fits, range_ in (
+        for name, valid, range_ in (
                 ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
                 ("top_k", self.top_k >= 0, "0 or more"),
                 ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
                 ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
                 ("seed", 0 <= self.seed < 2**63, "0 or more")):
-            if not fits:
+            if not valid:
                 raise UserError(f"{name} must be {range_}, not {getattr(self, name)}")
 
 
 class Sampler:
-    """Draws the ids of one conversation, with a generator and a memory of its own."""
+    """Chooses the ids of one sequence, with its own generator and set of seen ids."""
 
     def __init__(self, sampling, device="cpu"):
-        self.sampling, self.generator, self.read = sampling, None, None
+        self.sampling, self.generator, self.seen = sampling, None, None
         if sampling.temperature:
             self.generator = torch.Generator(device).manual_seed(sampling.seed)
 
     @property
     def greedy(self):
-        """Whether it takes the likeliest id, whatever was read."""
+        """Whether it takes the most likely id, whatever the context."""
         return self.generator is None and self.sampling.repetition_penalty == 1
 
     def begin(self, ids):
-        """Start an answer to a context of `ids` (list of int), which the penalty counts as read."""
-        self.read = ids if self.sampling.repetition_penalty != 1 else None
+        """Start an answer to a context of ids (list of int); negative ids, of images, are no text
+        that the penalty counts."""
+        penalized = self.sampling.repetition_penalty != 1
+        self.seen = [i for i in ids if i >= 0] if penalized else None
 
     def __call__(self, logits):
         """The next id, (1,), from logits (1, V)."""
         s, logits = self.sampling, logits.float()
-        if self.read is not None:
-            if isinstance(self.read, list):
-                ids, self.read = self.read, logits.new_zeros(logits.size(-1), dtype=torch.bool)
-                self.read[ids] = True
+        if self.seen is not None:
+            if isinstance(self.seen, list):
+                ids, self.seen = self.seen, logits.new_zeros(logits.size(-1), dtype=torch.bool)
+                self.seen[ids] = True
             weaker = torch.where(logits > 0, logits / s.repetition_penalty,
                                  logits * s.repetition_penalty)
-            logits = torch.where(self.read, weaker, logits)
+            logits = torch.where(self.seen, weaker, logits)
         token = pick(logits, s.temperature, s.top_k, s.top_p, self.generator)
-        if self.read is not None:
-            self.read[token] = True
+        if self.seen is not None:
+            self.seen[token] = True
         return token
 
 
 def pick(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
-    """The next ids (B,) from logits (B, V): the likeliest at temperature 0, else a draw."""
+    """The next ids (B,) from logits (B, V): the most likely at temperature 0, else sampled."""
     logits = logits.float()  # bf16 has ties, and its argmax takes 4 times as long on a CPU
-    if temperature < 1e-5:  # so small that no draw differs, and some logits would overflow
+    if temperature < 1e-5:  # no sample differs, and some logits would overflow
         return logits.argmax(-1)
     logits = logits / temperature
     if not top_k and top_p == 1:
         return draw(logits.softmax(-1), generator)
-    values, order = likeliest(logits, top_k, top_p)
+    values, order = most_likely(logits, top_k, top_p)
     p = values.softmax(-1) if top_k else (values - logits.logsumexp(-1, keepdim=True)).exp()
-    before = p.cumsum(-1) - p  # probability ahead of each
-    before[:, 0] = 0.0  # never drop the likeliest
+    before = p.cumsum(-1) - p  # probability of all that are more likely
+    before[:, 0] = 0.0  # never drop the most likely
     return order.gather(1, draw(p * (before < top_p), generator)[:, None])[:, 0]
 
 
-def likeliest(logits, top_k, top_p):
-    """(values, ids), both (B, n), falling: of top_k logits, or of as many as top_p needs.
+def most_likely(logits, top_k, top_p):
+    """(values, ids), both (B, n), descending: of top_k logits, or of as many as top_p needs.
 
-    Sorting a whole vocabulary takes longer than making its logits does.
+    Sorting a whole vocabulary would take longer than computing its logits.
     """
     V = logits.size(-1)
     n, total = min(top_k or 64, V), logits.logsumexp(-1, keepdim=True)
@@ -110,20 +112,21 @@ def draw(p, generator):
 
 
 class Decoding:
-    """Rows of a KV cache, and the decoder that goes on with them.
+    """A decoder and the rows of a KV cache, one for each sequence.
 
-    A row is one conversation. Every row has a slot more than it may use: a row that waits while
-    others decode computes too, and what it computes falls behind what the row holds.
+    Every row has one slot more than it may use: a row that waits while others decode is computed
+    too, and its result is written behind its last valid position.
     """
 
     def __init__(self, model, rows=1, slots=None, compile=False):
         self.model, self.slots = model, slots or model.config.max_positions
         self.cache = KVCache(model, rows, self.slots + 1)
         self.device = self.cache.keys.device
+        self.cached_ids = [[] for _ in range(rows)]  # see reuse_prefix
         self.graphs, self.run = {}, None
         if compile:
             if self.device.type != "cuda":
-                raise UserError("--compile=True makes GPUs faster; leave it away on this device")
+                raise UserError("--compile=True needs a GPU")
             need_compiler()
             self.run = torch.compile(call_block)
         if self.device.type == "cuda":
@@ -131,22 +134,39 @@ class Decoding:
             self.positions = torch.zeros_like(self.ids)
 
     def length(self, row=0):
-        """How many positions a row holds."""
+        """Number of positions that a row holds."""
         return self.cache.lengths[row]
 
     def cut(self, length, row=0):
-        """Forget what a row holds behind its first `length` positions."""
+        """Drop what a row holds after its first `length` positions."""
         self.cache.lengths[row] = min(self.cache.lengths[row], length)
 
     def room(self, row=0):
-        """How many more positions a row can take."""
+        """Number of positions that a row can still take."""
         return self.slots - self.cache.lengths[row]
+
+    def common_prefix(self, ids, row=0):
+        """Number of positions of a row that a prompt of ids can use. The last id does not count:
+        the logits of what follows it have to be computed."""
+        n, cached = 0, self.cached_ids[row]
+        limit = min(self.length(row), len(cached), len(ids) - 1)
+        while n < limit and cached[n] == ids[n]:
+            n += 1
+        return n
+
+    def reuse_prefix(self, ids, row=0):
+        """Cut a row to its common prefix with ids, and return the prefix's length. The caller
+        prefills the rest, and appends to the list `ids` every id that it decodes next."""
+        n = self.common_prefix(ids, row)
+        self.cut(n, row)
+        self.cached_ids[row] = ids
+        return n
 
     @torch.inference_mode()
     def prefill(self, embeddings, row=0, lengths=None):
-        """Read embeddings (B, T, C) behind what rows row, row + 1 ... hold; logits (B, V) of what
-        follows. lengths (list of B): how many of the T positions count, the rest is padding; it is
-        overwritten before any position may see it."""
+        """Append embeddings (B, T, C) to the rows row, row + 1 ...; logits (B, V) of what follows.
+        lengths (list of B): how many of the T positions count; the rest is padding, which later
+        positions overwrite before they attend to it."""
         B, T, _ = embeddings.shape
         lengths = lengths or [T] * B
         last = torch.tensor([i * T + length - 1 for i, length in enumerate(lengths)])
@@ -158,15 +178,15 @@ class Decoding:
 
     @torch.inference_mode()
     def step(self, ids, row=0, waiting=()):
-        """Read one id (B,) in each of the rows row, row + 1 ...; logits (B, V) of what follows.
-        waiting: rows among them that do not take part; their logits mean nothing."""
+        """Append one id (B,) to each of the rows row, row + 1 ...; logits (B, V) of what follows.
+        waiting: rows among them that do not take part; their logits are meaningless."""
         last = row + len(ids)
         if self.device.type == "cuda":
             logits = self._replay(ids, row)[row:last]
         else:
             logits = self._step(ids, self.cache.rows(row, last))
         for i in range(row, last):
-            if i not in waiting:  # those are not touched: who waits may be cut in another thread
+            if i not in waiting:
                 self.cache.lengths[i] += 1
         return logits
 
@@ -175,7 +195,7 @@ class Decoding:
         return self.model.head(x[:, 0])
 
     # A CUDA graph is a step's list of kernels, with fixed addresses and shapes. Ids and positions
-    # are copied to where it reads them; it looks at `end` slots, of which a mask hides the rest.
+    # are copied to where it reads them; it attends to `end` slots, of which a mask hides the rest.
 
     def _replay(self, ids, row):
         """The step of all rows, of which those from `row` on take ids."""
@@ -192,14 +212,14 @@ class Decoding:
         return logits
 
     def _capture(self, end):
-        """(graph, the logits (rows, V) that it writes) of a step that looks at `end` slots."""
+        """(graph, the logits (rows, V) that it writes) of a step that attends to `end` slots."""
         cache = FixedSlots(self.cache, self.positions, end)
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            for _ in range(3):  # compiles, allocates; the same step, so nothing is lost
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(3):  # compiles and allocates; repeating a step changes nothing
                 self._step(self.ids, cache)
-        here.wait_stream(aside)
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = self._step(self.ids, cache)
@@ -207,7 +227,7 @@ class Decoding:
 
 
 class FixedSlots:
-    """A KVCache whose next positions stand in a tensor on the device (rows,)."""
+    """A KVCache whose next positions are in a tensor (rows,) on the device."""
 
     def __init__(self, cache, positions, end):
         self.cache, self.positions, self.end = cache, positions, end
@@ -221,21 +241,21 @@ def call_block(block, *inputs):
 
 
 @torch.inference_mode()
-def generate(decoding, embeddings, max_tokens, stop, sampler, row=0):
-    """Yield the ids (int) that follow embeddings (1, T, C) in a row, `stop` not among them.
+def generate(decoding, embeddings, max_tokens, stop, sampler):
+    """Yield the ids (int) that follow embeddings (1, T, C) in the first row, without `stop`.
 
     All but the last id are in the cache afterwards. Ends early when the row is full.
     """
-    logits = decoding.prefill(embeddings, row)
+    logits = decoding.prefill(embeddings)
     for n in range(1, max_tokens + 1):
         token = sampler(logits)
         number = token.item()
         if number == stop:
             return
         yield number
-        if n == max_tokens or not decoding.room(row):
+        if n == max_tokens or not decoding.room():
             return
-        logits = decoding.step(token, row)
+        logits = decoding.step(token)
 
 
 @torch.inference_mode()
@@ -243,7 +263,7 @@ def generate_batch(decoding, embeddings, lengths, max_tokens, stop, samplers=Non
     """Continuations of B prompts of different lengths, each ending at `stop`: B lists of ids.
 
     embeddings: (B, T, C), padded on the right; lengths: list of B; samplers: B of them, or None for
-    the likeliest ids. The rows must be free (cut to length 0); they are not used afterwards.
+    greedy decoding. The rows must be empty, and are emptied afterwards.
     """
     B = len(lengths)
     logits = decoding.prefill(embeddings, lengths=lengths)

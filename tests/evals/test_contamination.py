@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 from PIL import Image
-from test_chat import TOKENIZER, new_model
+from test_conversation import TOKENIZER, new_model
 
 from common.checkpoint import write_json
 from common.config import seal

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from test_chat import BLUE, RED, SIGHT, TOKENIZER, config, new_model, with_weights
+from test_conversation import BLUE, RED, SIGHT, TOKENIZER, config, new_model, with_weights
 
 from evals import loglikelihood
 from evals.loglikelihood import Item, likelihoods
-from inference.conversation import see, spread
+from inference.conversation import encode_images, expand_images
 from model import GPT
 
 TEXTS = ["What do you see?", "A red ring and a blue star. What do you see? A star. A ring.", "Why?",
@@ -33,10 +33,10 @@ def uncached(model, item):
     """[(nats, greedy)] of an item's answers, each from the logits of its complete text."""
     decoder, found = getattr(model, "decoder", model), []
     for answer in item.answers:
-        ids = torch.tensor(spread(model, TOKENIZER, [*item.prompt, *answer]))
+        ids = torch.tensor(expand_images(model, TOKENIZER, [*item.prompt, *answer]))
         x = decoder.token_embedding(ids)
         if item.images:
-            x[ids == TOKENIZER.image] = see(model, item.images).flatten(0, 1)
+            x[ids == TOKENIZER.image] = encode_images(model, item.images).flatten(0, 1)
         logits = decoder.head(decoder.hidden(x[None]))[0, -len(answer) - 1 : -1]
         wanted = torch.tensor(answer)
         nats = logits.log_softmax(-1).gather(1, wanted[:, None]).sum().item()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import run
 from PIL import Image
-from test_chat import BLUE, RED, SIGHT, TOKENIZER, config, new_model, save, with_weights
+from test_conversation import BLUE, RED, SIGHT, TOKENIZER, config, new_model, save, with_weights
 
 from common.config import UserError
 from common.device import Machine

@@ -25,7 +25,7 @@ import tokenizer as tokenizers
 from clip import CLIPConfig, normalise
 from common.images import read_image, to_pixels
 from export.to_transformers import their_processor, their_tokenizer, write_folder
-from inference.conversation import decoder_of, embed, see
+from inference.conversation import decoder_of, embed, encode_images
 from inference.generate import Decoding, Sampler, Sampling, generate
 from model import GPTConfig
 from tokenizer import IMAGE_MARK, SPECIALS, render
@@ -147,7 +147,7 @@ class Ours:
         """The decoder's input for a chat, (1, T, C)."""
         images = [] if isinstance(chat, str) else images_in(chat)
         ids = our_ids(self.tokenizer, chat, self.patches)
-        features = see(self.model, images).flatten(0, 1) if images else None
+        features = encode_images(self.model, images).flatten(0, 1) if images else None
         return embed(self.model, self.tokenizer, [ids], features)
 
     @torch.inference_mode()

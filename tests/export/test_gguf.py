@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from test_decode import answer_of
+from test_generate import answer_of
 from test_model import new_model
 from test_tokenizer import HARD, TEXTS, say
 

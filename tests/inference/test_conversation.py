@@ -1,0 +1,385 @@
+"""inference/conversation.py: what the model reads, what a turn costs, what is dropped."""
+
+import copy
+import itertools
+import string
+
+import pytest
+import torch
+from PIL import Image
+
+import tokenizer as tokenizers
+from clip import CLIPConfig
+from common import checkpoint
+from common.config import UserError
+from common.device import pick_dtype
+from inference.conversation import (
+    TEXT_ONLY,
+    UNFINISHED,
+    Conversation,
+    Detokenizer,
+    ready_to_chat,
+)
+from inference.generate import Sampler, Sampling
+from inference.quantized_linear import HalfLinear
+from model import GPT, GPTConfig
+from vision import VisionLanguageModel, describe
+
+TOKENIZER = tokenizers.train(["What do you see? A red ring and a blue star."] * 9, 330)
+SIGHT = CLIPConfig(image_size=32, patch_size=16, vision_width=32, vision_layers=2, vision_heads=2,
+                   text_width=32, text_layers=1, text_heads=2, vocab_size=64, embed_dim=32)
+RED, BLUE = (Image.linear_gradient("L").convert("RGB").resize((40, 30)).rotate(turn, fillcolor=fill)
+             for turn, fill in ((0, "red"), (70, "blue")))
+READABLE = [i for i in range(TOKENIZER.end_of_text)
+            if TOKENIZER.decode([i]).isascii() and TOKENIZER.decode([i]).isprintable()]
+N = 7  # ids in an answer
+CPU = torch.device("cpu")
+
+
+def with_weights(model, seed=3):
+    """The model with no weight at its initial value, and with readable tokens the most likely."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(mean=float("norm" in name and "weight" in name), std=0.25)
+        decoder = model.decoder if isinstance(model, VisionLanguageModel) else model
+        decoder.head.weight[[i for i in range(TOKENIZER.n_vocab) if i not in READABLE]] = 0
+    return model.eval()
+
+
+def config(context):
+    return GPTConfig(TOKENIZER.n_vocab, n_layer=2, n_head=2, n_embd=32, max_positions=context)
+
+
+def new_model(context=256):
+    return with_weights(VisionLanguageModel(config(context), SIGHT))
+
+
+def new_chat(context=256):
+    return Conversation(new_model(context), TOKENIZER)
+
+
+def save(folder, model):
+    """Write a checkpoint of a model into a folder."""
+    info = describe(model) | {"stage": "vision_sft", "step": 1, "metrics": {},
+                              "tokenizer_name": TOKENIZER.name, "tokenizer": TOKENIZER.fingerprint}
+    checkpoint.save(folder, 1, model.state_dict(), info, TOKENIZER, {})
+
+
+def say(chat, text, images=(), n=N, sampling=None):
+    """The answer to a question."""
+    return "".join(chat.ask(text, images, n, Sampler(sampling or Sampling())))
+
+
+def answer_with(chat, text):
+    """Set the answer to the last question."""
+    chat.turns[-1].answer = TOKENIZER.encode(text)
+
+
+def prompt(chat):
+    """The ids of a conversation, with <|image|> for each patch."""
+    return [TOKENIZER.image if i < 0 else i for i in chat.ids()]
+
+
+@torch.no_grad()
+def without_cache(chat, n=N):
+    """The answer to the last question, each id from the complete prompt."""
+    ids, images = chat.ids(), [image for turn in chat.turns for image in turn.images]
+    features = torch.cat([image.features for image in images]) if images else None
+    n_prompt, where = len(ids), torch.tensor(ids) < 0
+    for _ in range(n):
+        x = chat.model.decoder.token_embedding(torch.tensor(ids).clamp(0))
+        if images:
+            x[:n_prompt][where] = features
+        states = chat.model.decoder.hidden(x[None])
+        ids.append(chat.model.decoder.head(states)[0, -1].argmax().item())
+    return TOKENIZER.decode(ids[-n:])
+
+
+def uncached(chat):
+    """A conversation with the same turns, and an empty cache."""
+    fresh = Conversation(chat.model, TOKENIZER)
+    fresh.turns = copy.deepcopy(chat.turns)
+    return fresh
+
+
+def same_next(chat, other):
+    """Whether two conversations give the same answers in the next two turns."""
+    return all(say(chat, text) == say(other, text) and chat.ids() == other.ids()
+               for text in ("And now?", "Is it a ring?"))
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """counted(model): {"positions" read by the decoder, "images" encoded} from now on."""
+    def count(model):
+        counts = {"positions": 0, "images": 0}
+        hidden, image_tokens = model.decoder.hidden, model.image_tokens
+
+        def counting_hidden(x, *args, **kwargs):
+            counts["positions"] += x.shape[:2].numel()
+            return hidden(x, *args, **kwargs)
+
+        def counting_image_tokens(pixels):
+            counts["images"] += len(pixels)
+            return image_tokens(pixels)
+
+        monkeypatch.setattr(model.decoder, "hidden", counting_hidden)
+        monkeypatch.setattr(model, "image_tokens", counting_image_tokens)
+        return counts
+    return count
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "fp16", "int8"])
+def test_images_are_encoded_in_the_type_of_training_whatever_rounds_the_decoder(precision):
+    if precision not in ("auto", "fp32") and not HalfLinear.works(CPU):
+        pytest.skip("this PyTorch or this processor has no FBGEMM")
+    model = ready_to_chat(new_model(), precision)
+    expected = pick_dtype(CPU, "fp32" if precision == "fp32" else "auto")
+    assert {p.dtype for p in model.vision_tower.parameters()} == {expected}
+    assert say(Conversation(model, TOKENIZER), "What do you see?", [RED])
+
+
+# ---------------------------------------------------------------------------------- what is read
+
+
+@pytest.mark.parametrize("images", [[], [RED], [RED, BLUE]], ids=len)
+def test_the_prompt_is_the_chat_template_of_training(images):
+    chat, messages = new_chat(), []
+    said = [("What do you see?", "A red ring."), ("Is it <|end|> or <|image|>?<|user|>", "No."),
+            ("and\nnow \N{THUMBS UP SIGN}", "A star")]
+    for i, (question, answer) in enumerate(said):
+        chat.add_question(question, images if i == 0 else ())
+        messages.append({"role": "user", "content": question})
+        rendered = tokenizers.render(TOKENIZER, messages, len(images)).ids
+        assert prompt(chat) == [
+            i for token in [*rendered, TOKENIZER.assistant]
+            for i in [token] * (SIGHT.n_patches if token == TOKENIZER.image else 1)]
+        answer_with(chat, answer)
+        messages.append({"role": "assistant", "content": answer})
+    assert prompt(chat).count(TOKENIZER.end) == 5  # typed special tokens are text
+    chat.add_question("What is <image>?")  # which in data sets is the mark of an image
+    assert prompt(chat).count(TOKENIZER.image) == SIGHT.n_patches * len(images)
+
+
+def test_answers_are_those_of_the_model_without_a_cache():
+    chat = new_chat()
+    for question, images in ("What do you see?", [RED, BLUE]), ("Is it red?", []), ("Why?", []):
+        chat.add_question(question, images)
+        assert "".join(chat.answer(N)) == without_cache_of(chat)
+
+
+def without_cache_of(chat):
+    """without_cache of the last question, whose answer is there already."""
+    chat = uncached(chat)
+    chat.turns[-1].answer = []
+    return without_cache(chat)
+
+
+def test_another_image_or_question_gets_another_answer():
+    """Or the tests here could pass with a model that reads nothing."""
+    found = {say(new_chat(), text, images) for text in ("What do you see?", "Why?")
+             for images in ([], [RED], [BLUE], [RED, BLUE], [BLUE, RED])}
+    assert len(found) == 10
+
+
+def test_a_text_only_model_chats_and_refuses_images():
+    chat = Conversation(with_weights(GPT(config(64))), TOKENIZER)
+    assert say(chat, "hi") and same_next(chat, uncached(chat))
+    before = chat.ids()
+    with pytest.raises(UserError, match=TEXT_ONLY):
+        chat.add_question("What is this?", [RED])
+    assert chat.ids() == before
+
+
+def test_a_generated_image_token_shows_no_image():
+    chat = new_chat()
+    chat.add_question("What is that?", [RED])
+    chat.turns[0].answer = [READABLE[0], TOKENIZER.image, READABLE[1]]
+    assert say(chat, "And now?") == without_cache_of(chat)
+
+
+# ---------------------------------------------------------------------------------- what it costs
+
+
+def test_every_position_is_read_once_and_an_image_is_encoded_once(counted):
+    chat = new_chat()
+    counts = counted(chat.model)
+    for n_turns in range(1, 5):
+        say(chat, "What do you see?", [RED] if n_turns == 1 else ())
+        assert len(chat.turns) == n_turns
+        assert counts == {"positions": len(chat.ids()) - 1, "images": 1}  # the last id: unread
+
+
+def test_a_turn_after_a_stop_and_an_undo_reads_only_what_is_new(counted):
+    chat = new_chat()
+    say(chat, "What do you see?", [RED])
+    counts = counted(chat.model)
+    pieces = chat.ask("Is it a ring?", max_tokens=50)
+    list(itertools.islice(pieces, 3))
+    pieces.close()
+    chat.turns.pop()
+    before, counts["positions"] = len(chat.ids()), 0
+    say(chat, "Why?")
+    assert counts["images"] == 0
+    # What "Is it a ring?" and "Why?" have in common, the mark of the user's turn, is reused, too.
+    assert counts["positions"] <= len(chat.ids()) - 1 - before
+
+
+@pytest.mark.parametrize("left", [0, 1, 3, 7, 20])
+def test_an_image_is_not_encoded_again_when_the_cache_is_lost(counted, left):
+    """Wherever the cut is: before the images, inside the first or the second, after them."""
+    chat = new_chat()
+    say(chat, "What do you see?", [RED, BLUE])
+    other, counts = uncached(chat), counted(chat.model)
+    chat.decoding.cut(left)
+    assert same_next(chat, other) and counts["images"] == 0
+
+
+def test_another_image_does_not_reuse_the_cache():
+    chat = new_chat()
+    say(chat, "What do you see?", [RED])
+    chat.turns = []
+    assert say(chat, "What do you see?", [BLUE]) == say(new_chat(), "What do you see?", [BLUE])
+
+
+# -------------------------------------------------------------------------------- stopped answers
+
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_a_stopped_answer_counts_as_far_as_it_was_shown(n):
+    chat = new_chat()
+    say(chat, "What do you see?", [RED])
+    pieces = chat.ask("Tell me more.", max_tokens=50)
+    shown = "".join(itertools.islice(pieces, n))
+    pieces.close()
+    assert TOKENIZER.decode(chat.turns[-1].answer[:n]) == shown
+    if n:
+        assert len(chat.turns[-1].answer) == n
+        assert same_next(chat, uncached(chat))
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("call", [1, 2, 5])
+def test_an_interrupt_inside_the_model_loses_nothing(monkeypatch, call, before):
+    """Ctrl-C during the prefill (the first call) or a step."""
+    chat = new_chat()
+    say(chat, "What do you see?", [RED])
+    hidden, calls = chat.model.decoder.hidden, itertools.count(1)
+
+    def interrupted(*args, **kwargs):
+        number = next(calls)
+        if number == call and before:
+            raise KeyboardInterrupt
+        x = hidden(*args, **kwargs)
+        if number == call:
+            raise KeyboardInterrupt
+        return x
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat.model.decoder, "hidden", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            say(chat, "Tell me more.", n=50)
+    assert len(chat.turns) == 2 and len(chat.turns[1].answer) == call - 1
+    assert same_next(chat, uncached(chat))
+
+
+# -------------------------------------------------------------------------------- what is dropped
+
+
+def test_a_long_conversation_drops_its_oldest_turns_but_not_its_image(counted):
+    chat, dropped, at_once = new_chat(context=64), 0, 0
+    counts = counted(chat.model)
+    for n_asked in range(1, 13):
+        text = "What do you see?" * (5 if n_asked % 4 == 0 else 1)
+        n = chat.add_question(text, [RED] if n_asked == 1 else (), N)
+        dropped, at_once = dropped + n, max(at_once, n)
+        assert dropped + len(chat.turns) == n_asked and chat.turns[-1].text == text
+        assert len(chat.ids()) + N <= 64
+        assert prompt(chat).count(TOKENIZER.image) == SIGHT.n_patches
+        assert prompt(chat)[2] == TOKENIZER.image  # in the first turn
+        expected = without_cache(chat)
+        assert "".join(chat.answer(N)) == expected
+    assert dropped > 5 and at_once > 1 and counts["images"] == 1
+
+
+def test_an_older_image_is_dropped_when_there_is_a_newer_one():
+    chat = new_chat(context=64)
+    for text, images in ("What do you see?", [RED]), ("Why?", []), ("And here?", [BLUE]):
+        say(chat, text, images)
+    newest = chat.turns[-1].images
+    for _ in range(6):
+        say(chat, "What do you see?")
+        shown = [image for turn in chat.turns for image in turn.images]
+        assert shown[-1:] == newest
+    assert shown == newest == chat.turns[0].images
+
+
+@pytest.mark.parametrize("images", [[], [BLUE, RED]], ids=len)
+def test_a_question_too_long_for_the_context_changes_nothing(images):
+    chat = new_chat(context=64)
+    for n_asked in range(3):
+        say(chat, "What do you see?", [RED] if n_asked == 0 else ())
+    other, before = uncached(chat), chat.ids()
+    with pytest.raises(UserError, match="context is 64"):
+        chat.add_question("too long " * 20, images)
+    assert chat.ids() == before and same_next(chat, other)
+
+
+def test_an_answer_ends_where_the_context_ends():
+    chat = new_chat(context=64)
+    say(chat, "What do you see?", n=1000)
+    assert chat.decoding.room() == 0 and len(chat.ids()) == 65  # the last one is not read
+    other = uncached(chat)
+    assert same_next(chat, other)
+
+
+# ------------------------------------------------------------------------------------ the answers
+
+
+@pytest.mark.parametrize("text", [
+    "a \N{THUMBS UP SIGN}\N{EMOJI MODIFIER FITZPATRICK TYPE-4} b", "\N{HIRAGANA LETTER A}" * 3,
+    "na\N{LATIN SMALL LETTER I WITH DIAERESIS}ve\n\N{EURO SIGN} 5", "plain"], ids=ascii)
+def test_characters_are_shown_as_soon_as_they_are_complete(text):
+    """Each letter is a token here, and each byte of other characters."""
+    ids = [i for character in text for i in TOKENIZER.encode(character)]
+    assert len(ids) == len(text.encode())
+    detokenizer = Detokenizer(TOKENIZER)
+    assert list(filter(None, map(detokenizer.add, ids))) == list(text) and not detokenizer.flush()
+
+
+@pytest.mark.parametrize("character", ["\N{EURO SIGN}", "\N{THUMBS UP SIGN}"], ids=ascii)
+def test_an_answer_that_ends_inside_a_character_shows_a_replacement(character):
+    ids = [i for c in f"5 {character}" for i in TOKENIZER.encode(c)][:-1]
+    detokenizer = Detokenizer(TOKENIZER)
+    assert "".join(map(detokenizer.add, ids)) == "5 " and detokenizer.flush() == UNFINISHED
+
+
+def test_the_same_seed_gives_the_same_text():
+    texts = [tuple(say(chat, text, n=20, sampling=Sampling(temperature=1.0, seed=seed))
+                   for text in ("What do you see?", "Why?"))
+             for seed in (5, 5, 6) for chat in [new_chat()]]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_penalty_counts_the_prompt_and_the_answer():
+    strict, repeated = Sampling(repetition_penalty=1e6), []
+    for sampling in Sampling(), strict:
+        chat = new_chat()
+        say(chat, " ".join(string.ascii_letters + string.punctuation), [RED], 20, sampling)
+        read, answer = chat.turns[0].ids, chat.turns[0].answer
+        repeated.append((len(set(read) & set(answer)), len(answer) - len(set(answer))))
+    assert min(repeated[0]) > 0 and repeated[1] == (0, 0)
+
+
+def test_a_text_is_continued_as_a_document():
+    chat, decoder = new_chat(), new_model().decoder
+    ids = [TOKENIZER.end_of_text, *TOKENIZER.encode("A red ring")]
+    n_prompt = len(ids)
+    with torch.no_grad():
+        for _ in range(N):
+            ids.append(decoder.logits(torch.tensor([ids]))[0, -1].argmax().item())
+    say(chat, "What do you see?", [RED])
+    assert "".join(chat.continue_text("A red ring", N)) == TOKENIZER.decode(ids[n_prompt:])
+    with pytest.raises(UserError, match="context is 256"):
+        list(chat.continue_text("A red ring" * 99, N))
