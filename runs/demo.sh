@@ -17,12 +17,12 @@ done
 echo && echo "== python eval.py out/demo/vision_sft --data=data/demo --report=out/demo"
 python eval.py out/demo/vision_sft --data=data/demo --report=out/demo --started="$started"
 
-picture=data/demo/images/0.png
-echo && echo "== python sample.py out/demo/vision_sft --image=$picture"
-python sample.py out/demo/vision_sft --image=$picture <<'QUESTIONS'
+image=data/demo/images/0.png
+echo && echo "== python sample.py out/demo/vision_sft --image=$image"
+python sample.py out/demo/vision_sft --image=$image <<'QUESTIONS'
 What do you see?
 How many things are there?
 Is there a red thing?
 QUESTIONS
 echo "Try it yourself (after source .venv/bin/activate):"
-echo "    python sample.py out/demo/vision_sft --image=$picture"
+echo "    python sample.py out/demo/vision_sft --image=$image"
