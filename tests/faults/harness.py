@@ -1,18 +1,17 @@
-"""Processes that a test can kill at any moment, started in a tenth of a second.
+"""Scripts as processes that a test can kill at any moment, started in a tenth of a second.
 
-A start of Python and PyTorch takes seconds. So one process, the server, imports what the scripts
-need and forks a child for every start. The child is a process like any other: it has its own
-session and runs the script as `python script.py ...` would.
-
-    python harness.py          # the server: answers lines of JSON on its standard input
+A start of Python and PyTorch takes seconds, so multiprocessing's forkserver imports once what the
+scripts need and forks a child for every start. The child is a process like any other: it has its
+own session and runs the script as `python script.py ...` would.
 """
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import importlib
 import itertools
-import json
+import multiprocessing
 import os
 import random
 import runpy
@@ -23,73 +22,60 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 
-HERE = Path(__file__).resolve()
-ROOT = HERE.parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPTS = ("clip_pretrain", "pretrain", "sft", "vision_pretrain", "vision_sft", "prepare")
 
 
-class Server:
-    """The process that forks. `start` gives a Job for each script.
+def start(*argv, folder=ROOT, below="", die_at=0, before=(), **environment):
+    """A Job: `python argv...` in `folder`, with these variables besides.
 
-    folder: for the children's output; prefix: the beginning of a command that starts the server.
+    below: a folder of which every change is recorded in Job.changes; at change number die_at the
+    process kills itself. before: functions of this file that the process calls first.
     """
-
-    def __init__(self, folder, prefix=()):
-        self.folder, self.count, self.began = Path(folder), 0, time.monotonic()
-        self.process = subprocess.Popen(
-            [*prefix, sys.executable, HERE], text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.ask()
-
-    def ask(self, **question):
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def start(self, *argv, folder=ROOT, below="", die_at=0, settings=(), **environment):
-        """A Job: `python argv...` in `folder`, with these variables besides.
-
-        below: a folder of which every change is recorded in Job.changes; at change number die_at
-        the process kills itself. settings: ("module.NAME", value) pairs to set beforehand.
-        """
-        self.count += 1
-        output = self.folder / f"output_{self.count:04d}.txt"
-        pid = self.ask(argv=[str(word) for word in argv], output=str(output), folder=str(folder),
-                       below=os.path.realpath(below) if below else "", die_at=die_at,
-                       settings=list(settings),
-                       environment={name: str(value) for name, value in environment.items()})
-        return Job(self, pid, output)
-
-    def start_together(self, ranks, *argv, **environment):
-        """`ranks` Jobs that are one training job, as torchrun would start them."""
-        if ranks == 1:
-            return [self.start(*argv, **environment)]
-        shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost",
-                  "MASTER_PORT": free_port(), **environment}
-        return [self.start(*argv, **shared, RANK=rank, LOCAL_RANK=rank) for rank in range(ranks)]
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(60)
-        self.process.stdout.close()
+    outputs, jobs = session()
+    output = outputs / f"output_{len(jobs):04d}.txt"
+    jobs.append(Job(output, [str(word) for word in argv], folder, below and os.path.realpath(below),
+                    die_at, before, {name: str(value) for name, value in environment.items()}))
+    return jobs[-1]
 
 
-@dataclass
+def start_together(ranks, *argv, **more):
+    """`ranks` Jobs that are one training job, as torchrun would start them."""
+    if ranks == 1:
+        return [start(*argv, **more)]
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost",
+              "MASTER_PORT": free_port(), **more}
+    return [start(*argv, **shared, RANK=rank, LOCAL_RANK=rank) for rank in range(ranks)]
+
+
+@functools.cache
+def session():
+    """(folder of the outputs, list of the Jobs) of this test session; starts the forkserver."""
+    multiprocessing.set_forkserver_preload([*SCRIPTS, "matplotlib.figure", "faults.harness"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT}/tests"  # Python 3.11 does not hand on sys.path
+    forkserver.ensure_running()
+    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    folder, jobs = Path(tempfile.mkdtemp()), []
+    atexit.register(lambda: ([job.kill(signal.SIGKILL) for job in jobs], shutil.rmtree(folder)))
+    return folder, jobs
+
+
 class Job:
     """A started script."""
 
-    server: Server
-    pid: int
-    output: Path
-    status: int | None = None  # as subprocess gives it: negative for the number of a signal
+    def __init__(self, output, *more):
+        self.output = output
+        self.process = multiprocessing.get_context("forkserver").Process(
+            target=run_script, args=(output, *more))
+        self.process.start()
 
     def poll(self):
-        """Its status, or None while it runs."""
-        if self.status is None:
-            self.status = self.server.ask(poll=self.pid)
-        return self.status
+        """Its status, negative for the number of a signal; None while it runs."""
+        return self.process.exitcode
 
     def wait(self, seconds=120):
         """Its status when it has ended."""
@@ -98,13 +84,13 @@ class Job:
         except AssertionError:
             self.kill(signal.SIGKILL)
             raise AssertionError(f"still running after {seconds} s: {self.said}") from None
-        return self.status
+        return self.poll()
 
     def kill(self, number):
         """Send a signal, if it still runs."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
+                os.kill(self.process.pid, number)
 
     def hold(self):
         """Stop it, and wait until each of its threads is stopped."""
@@ -113,7 +99,7 @@ class Job:
 
     def thread_states(self):
         found = set()
-        for path in Path(f"/proc/{self.pid}/task").glob("*/stat"):
+        for path in Path(f"/proc/{self.process.pid}/task").glob("*/stat"):
             with contextlib.suppress(OSError):  # that thread has ended
                 found.add(path.read_text().rpartition(")")[2].split()[0])
         return found
@@ -127,15 +113,6 @@ class Job:
     @property
     def said(self):
         return self.output.read_text(encoding="utf-8") if self.output.exists() else ""
-
-
-@functools.cache
-def server():
-    """The one Server of this test session."""
-    folder = tempfile.mkdtemp()
-    found = Server(folder)
-    atexit.register(lambda: (found.close(), shutil.rmtree(folder)))
-    return found
 
 
 def free_port():
@@ -193,65 +170,66 @@ def chance(*seed):
     return random.Random("-".join(map(str, seed)))
 
 
-# ---- the server ---------------------------------------------------------------------------------
+# ---- in the child ------------------------------------------------------------------------------
 
 
-def serve():
-    """Fork a child for every line that names a script, and tell how each ended."""
-    sys.path.insert(0, str(ROOT))
-    import_all()
-    running, ended = set(), {}
-    while line := sys.stdin.readline():
-        question, answer = json.loads(line), None
-        if "argv" in question:
-            answer = fork(**question)
-            running.add(answer)
-        elif question:
-            ended |= {pid: status for pid in running if (status := status_of(pid)) is not None}
-            running -= ended.keys()
-            answer = ended.get(question["poll"])
-        print(json.dumps(answer), flush=True)
-    for pid in running:  # the tests are over
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def import_all():
-    """Import what the scripts need; no other thread may be running afterwards."""
-    for name in ("clip_pretrain", "pretrain", "sft", "vision_pretrain", "vision_sft", "prepare",
-                 "matplotlib.figure"):
-        importlib.import_module(name)
-    import train.run
-
-    train.run.peak_flops = lambda machine: 1e12  # not measured, as in the other tests
-    with contextlib.suppress(FileNotFoundError):
-        assert len(os.listdir("/proc/self/task")) == 1  # or a forked process would be incomplete
-
-
-def status_of(pid):
-    """How a child ended, or None while it runs."""
-    done, status = os.waitpid(pid, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if done else None
-
-
-def fork(argv, output, folder, below, die_at, settings, environment):
-    """The id of a new process, in which this raises SystemExit when its script has ended."""
-    if pid := os.fork():
-        return pid
+def run_script(output, argv, folder, below, die_at, before, environment):
+    """Become the process that `python argv...` would be."""
     os.setsid()
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for number, handle in enumerate((os.open(os.devnull, os.O_RDONLY), file, file)):
-        os.dup2(handle, number)
+    for number in (1, 2):
+        os.dup2(file, number)
     os.environ.update(environment)
+    assign("train.run.peak_flops", one_tflops)
+    for prepare in before:
+        prepare()
     os.chdir(folder)
-    for name, value in settings:
-        module, _, name = name.rpartition(".")
-        setattr(importlib.import_module(module), name, value)
     if below:
-        record_changes(below, die_at, Path(output).with_suffix(".changes"))
+        record_changes(below, die_at, output.with_suffix(".changes"))
     sys.argv = [str(ROOT / argv[0]), *argv[1:]]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-    sys.exit(0)
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # which the watchdog replaces and multiprocessing ignores
+        sys.exit(1)
+
+
+def one_tflops(machine):
+    return 1e12
+
+
+def assign(name, value):
+    """Set "module.NAME" to a value."""
+    module, _, name = name.rpartition(".")
+    setattr(importlib.import_module(module), name, value)
+
+
+def join_namespace(pid):
+    """See the disks that process `pid` sees."""
+    handles = [os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY) for kind in ("user", "mnt")]
+    for handle in handles:
+        assert ctypes.CDLL(None).setns(handle, 0) == 0
+
+
+def stall(rank, step):
+    """Let the process of this rank sleep at a step, and all report stalls after 3 seconds."""
+    from train import watchdog
+    from train.run import Run
+
+    stalls, forward, least = os.environ["RANK"] == str(rank), Run.forward, watchdog.least
+    steps = itertools.count(1)
+
+    def stalling_forward(run, batch):
+        if stalls and next(steps) > step:
+            time.sleep(1000)
+        return forward(run, batch)
+
+    def late_least(found):
+        """The stalled process ends first, which breaks the connections of the others."""
+        time.sleep(0 if stalls else 1)
+        return least(found)
+
+    Run.forward, watchdog.least, watchdog.ANSWER_SECONDS = stalling_forward, late_least, 3.0
 
 
 # Python's audit events of changes, and which argument is the folder that the name is relative to
@@ -288,7 +266,3 @@ def place(event, args):
     folder = args[CHANGES[event]] if CHANGES[event] else -1
     start = os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else os.getcwd()
     return os.path.realpath(os.path.join(start, os.fsdecode(args[0])))
-
-
-if __name__ == "__main__":
-    serve()

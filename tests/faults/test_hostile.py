@@ -1,78 +1,41 @@
 """What comes from outside is data: it is never run, and never writes outside of its folder."""
 
-import ast
 import io
 import json
 import os
 import pickle
+import re
 import stat
 import tarfile
 import zipfile
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, run
 from PIL import Image
 
 import tokenizer as tokenizers
-from common import checkpoint, hub
+from common import hub
 from common.archives import open_images
-from common.config import UserError, seal
+from common.config import UserError
 from common.images import ImageError, read_image
 from data import read_array
-from export.from_original import import_original
 from prep import convert
 
 # ------------------------------------------------------------------------ nothing from outside runs
 
-RUNS_CODE = {"eval", "exec", "__import__", "compile"}  # as plain names: `model.eval()` is another
-UNPICKLES = {"pickle", "cPickle", "dill", "marshal", "shelve", "joblib", "torch.distributed"}
-FORBIDDEN = ("yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen",
-             "subprocess.getoutput", "shutil.unpack_archive", "pickle.load", "pickle.loads",
-             "pickle.Unpickler", "runpy.run_path", "torch.jit.load", "torch.hub.load")
-OUR_OWN_NAMES = {"train/log.py"}  # __import__ of libraries that it lists itself
+UNSAFE = re.compile(r"allow_pickle=(?!False)|weights_only=(?!True)|trust_remote_code=(?!False)|"
+                    r"torch\.(jit|hub)\.load|\b(dill|joblib|shelve|unpack_archive|popen)\b")
 
 
-def project_files():
-    folders = ("", "common/", "prep/", "runs/", "configs/")
-    return sorted({path for folder in folders for path in ROOT.glob(
-        f"{folder}**/*.py" if folder else "*.py")})
-
-
-def dangers(source, name=""):
-    """Yield (line, what) of every call in some source code that could run what it reads."""
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call):
-            continue
-        called, last = ast.unparse(node.func), ast.unparse(node.func).split(".")[-1]
-        given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-        bad = (called in FORBIDDEN or (called in RUNS_CODE and name not in OUR_OWN_NAMES)
-               or (called == "torch.load" and given.get("weights_only") != "True")
-               or (last in ("load", "loads") and called.split(".")[0] in UNPICKLES)
-               or last in ("extractall", "extract")
-               or given.get("allow_pickle", "False") != "False"
-               or given.get("shell", "False") != "False"
-               or given.get("trust_remote_code", "False") != "False")
-        if bad:
-            yield node.lineno, ast.unparse(node)[:80]
-
-
-def test_the_projects_code_runs_nothing_that_it_reads():
-    files = project_files()
+def test_no_code_of_the_project_runs_what_it_reads():
+    """Ruff's rules S forbid eval, pickle, shell and extractall; here is what they do not know."""
+    files = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py")]
+             if not path.is_relative_to(ROOT / "tests")]
     assert len(files) > 60 and ROOT / "common/config.py" in files
-    found = {f"{path.relative_to(ROOT)}:{line}": what for path in files for line, what in dangers(
-        path.read_text(encoding="utf-8"), str(path.relative_to(ROOT)))}
+    found = {(path.name, line) for path in files
+             for line in path.read_text(encoding="utf-8").splitlines() if UNSAFE.search(line)}
     assert not found
-
-
-@pytest.mark.parametrize("source", [
-    "pickle.load(f)", "torch.load(p)", "torch.load(p, weights_only=False)", "eval(text)",
-    "exec(open(p).read())", "yaml.load(f)", "np.load(p, allow_pickle=True)",
-    "archive.extractall(folder)", "subprocess.run(command, shell=True)", "dill.loads(b)",
-    "load_dataset(name, trust_remote_code=True)", "__import__(name)"])
-def test_the_search_finds_what_it_looks_for(source):
-    assert list(dangers(source))
 
 
 class Trap:
@@ -98,37 +61,10 @@ def test_a_pickle_in_the_place_of_an_array_is_not_run(tmp_path):
         bait.rmdir()
 
 
-@pytest.mark.parametrize("pickled", [
-    lambda trap, path: torch.save({"current_step": 1, "model_state_dict": trap}, path),
-    lambda trap, path: path.write_bytes(pickle.dumps(trap, protocol=2))])
-def test_a_pickle_in_the_place_of_a_checkpoint_to_import_is_not_run(pickled, tmp_path):
-    bait = tmp_path / "it_ran"
-    pickled(Trap(bait), tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"a\.pth wants to run code .*not run"):
-        import_original(tmp_path / "a.pth", tmp_path / "out")
-    assert not bait.exists()
-
-
-def test_a_pickle_in_the_place_of_weights_or_state_is_not_run(tmp_path):
-    """Though the sums are right: who makes a checkpoint makes its sums. (test_checkpoint.py tries
-    more ways.)"""
-    bait, folder = tmp_path / "it_ran", tmp_path / "step_00000001"
-    (folder / "state").mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"kind": "decoder", "stage": "sft"}))
-    torch.save(Trap(bait), folder / "state/training.pt")
-    torch.save(Trap(bait), folder / "model.safetensors")
-    checkpoint.write_json(folder / "manifest.json", seal({"sha256": checkpoint.sums(folder)}))
-    with pytest.raises(UserError, match=r"cannot read .*model\.safetensors"):
-        checkpoint.read(folder, with_state=True)
-    with pytest.raises(UserError, match=r"cannot read .*training\.pt"):
-        checkpoint.read_state(folder, ["state/training.pt"])
-    assert not bait.exists()
-
-
 # --------------------------------------------------------------------- archives stay where they are
 
 
-def picture():
+def png():
     file = io.BytesIO()
     Image.new("RGB", (16, 16), "red").save(file, "PNG")
     return file.getvalue()
@@ -141,41 +77,35 @@ OUTSIDE = ("../outside.png", "/tmp/../outside.png", "a/../../outside.png", "..\\
 def member(name, kind=tarfile.REGTYPE, target="", size=None):
     header = tarfile.TarInfo(name)
     header.type, header.linkname = kind, target
-    header.size = len(picture()) if size is None else size
+    header.size = len(png()) if size is None else size
     return header
 
 
 def tar_of(path, headers, mode="w"):
     with tarfile.open(path, mode) as archive:
         for header in headers:
-            archive.addfile(header, io.BytesIO(picture().ljust(header.size, b"\0")))
-    return path
-
-
-def zip_of(path, names):
-    with zipfile.ZipFile(path, "w") as archive:
-        for name in names:
-            header = zipfile.ZipInfo(name)
-            archive.writestr(header, picture())
-        link = zipfile.ZipInfo("link.png")
-        link.external_attr = (stat.S_IFLNK | 0o777) << 16
-        archive.writestr(link, "/etc/passwd")
+            archive.addfile(header, io.BytesIO(png().ljust(header.size, b"\0")))
     return path
 
 
 @pytest.mark.parametrize("form", ["zip", "tar", "tar.gz"])
 def test_an_archive_cannot_write_outside_its_folder(form, world_data, tmp_path):
-    """Names that lead out, and links: the pictures are used, and no file appears but the data."""
+    """Names that lead out, and links: the images are used, and no file appears but the data."""
     home = tmp_path / "one/two/three"
     home.mkdir(parents=True)
+    path = home / f"a.{form}"
     if form == "zip":
-        path = zip_of(home / "a.zip", OUTSIDE)
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in OUTSIDE:
+                archive.writestr(zipfile.ZipInfo(name), png())
+            link = zipfile.ZipInfo("link.png")
+            link.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(link, "/etc/passwd")
     else:
         kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE,
                  tarfile.FIFOTYPE, tarfile.DIRTYPE)
         odd = [member(f"odd{i}.png", kind, "/etc/passwd", 0) for i, kind in enumerate(kinds)]
-        path = tar_of(home / f"a.{form}", [*map(member, OUTSIDE), *odd],
-                      "w:gz" if form == "tar.gz" else "w")
+        tar_of(path, [*map(member, OUTSIDE), *odd], "w:gz" if form == "tar.gz" else "w")
     names = [*OUTSIDE, "link.png", *(f"odd{i}.png" for i in range(6))]
     rows = [{"image": name, "conversations": [
         {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": name}]}
@@ -194,35 +124,19 @@ def test_an_archive_cannot_write_outside_its_folder(form, world_data, tmp_path):
     assert sum(reason["rows"] for reason in refused) == 2 * (len(names) - len(OUTSIDE))
 
 
-def header(name=b"b.png", size=b"00000000005\0", kind=b"0"):
-    """A tar header of one's own, for sizes that no library writes."""
-    block = bytearray(512)
-    for at, value in ((0, name), (100, b"0000644\0"), (124, size), (136, b"00000000000\0"),
-                      (148, b" " * 8), (156, kind), (257, b"ustar\x0000")):
-        block[at : at + len(value)] = value
-    block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block)
-
-
-def sized(number):
-    """A size of twelve bytes as GNU writes those that are large or below zero."""
-    return (b"\xff" if number < 0 else b"\x80") + (number % 256**11).to_bytes(11, "big")
-
-
-def small_tar():
-    content = picture()
-    return header(b"a.png", b"%011o\0" % len(content)) + content + bytes(-len(content) % 512)
+def lying(size, kind=tarfile.REGTYPE):
+    """The header of a member b.png that is said to have this size."""
+    return member("b.png", kind, size=size).tobuf(tarfile.GNU_FORMAT)
 
 
 @pytest.mark.parametrize("behind", [
-    header(size=sized(-1024)) + bytes(1024), header(size=sized(-(10**15))) + bytes(1024),
-    header(size=sized(10**17)) + bytes(1024), header(size=sized(10**12), kind=b"L") + bytes(512),
-    header(size=sized(10**11), kind=b"x") + bytes(512), (header(kind=b"L") + bytes(512)) * 5000,
-    (header(size=b"00000000012\0", kind=b"x") + b"11 a=bbbb\n".ljust(512, b"\0")) * 5000,
-], ids=["back", "far back", "far", "long name", "long header", "names of names", "endless headers"])
+    lying(-1024), lying(-(10**15)), lying(10**17), lying(10**12, tarfile.GNUTYPE_LONGNAME),
+    lying(10**11, tarfile.XHDTYPE), (lying(0, tarfile.GNUTYPE_LONGNAME) + bytes(512)) * 5000,
+], ids=["back", "far back", "far", "long name", "long header", "names of names"])
 def test_sizes_that_lie_neither_hang_nor_break_a_tar(behind, tmp_path):
     path = tmp_path / "a.tar"
-    path.write_bytes(small_tar() + behind)
+    whole = tar_of(path, [member("a.png")]).read_bytes()[:2 * 512]  # without the end
+    path.write_bytes(whole + behind + bytes(1024))
     try:
         images = open_images(str(path))
     except UserError as error:
@@ -234,19 +148,19 @@ def test_sizes_that_lie_neither_hang_nor_break_a_tar(behind, tmp_path):
 
 
 def test_a_zip_bomb_is_refused_before_it_fills_the_memory(tmp_path):
-    """A picture said to be small that unpacks to 1 GB, and one that says so."""
+    """An image said to be small that unpacks to 1 GB, and one that says so."""
     bomb = zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED)
     with bomb, bomb.open("bomb.png", "w", force_zip64=True) as file:
         for _ in range(300):
             file.write(bytes(1 << 20))
-    pictures = open_images(str(tmp_path / "a.zip"))
+    images = open_images(str(tmp_path / "a.zip"))
     with pytest.raises(ImageError, match=r"bomb\.png is larger than 256 MiB"):
-        pictures("bomb.png")
-    archive, = pictures.sources
+        images("bomb.png")
+    archive, = images.sources
     offset, size, _, method, crc = archive.members["bomb.png"]
     archive.members["bomb.png"] = offset, size, 1000, method, crc
     with pytest.raises(ImageError, match=r"bomb\.png in .*a\.zip.*damaged"):
-        pictures("bomb.png")
+        images("bomb.png")
 
 
 def test_a_compressed_tar_that_would_fill_the_disk_is_given_up(tmp_path, monkeypatch):
@@ -260,13 +174,13 @@ def test_a_compressed_tar_that_would_fill_the_disk_is_given_up(tmp_path, monkeyp
 def test_a_pipe_or_device_in_the_place_of_a_picture_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "device.png").symlink_to("/dev/zero")
-    pictures = open_images(str(tmp_path))
+    images = open_images(str(tmp_path))
     for name in "pipe.png", "device.png":
         with pytest.raises(ImageError, match=f"{name}: not a regular file"):
-            pictures(name)
+            images(name)
 
 
-# -------------------------------------------------------------------------------- pictures and more
+# -------------------------------------------------------------------------------- images and more
 
 
 def test_no_other_program_is_started_for_a_picture(monkeypatch):
@@ -300,28 +214,17 @@ def test_a_vocabulary_cannot_give_text_the_ids_of_special_tokens(tmp_path):
         tokenizers.load(tmp_path)
 
 
-def test_a_vocabulary_cannot_pad_or_cut_text(tmp_path):
-    forged = json.loads(tokenizers.train(["the cat sat on the mat"] * 3, 300).source)
-    forged["padding"] = {"strategy": {"Fixed": 10**6}, "direction": "Right", "pad_id": 0,
-                         "pad_to_multiple_of": None, "pad_type_id": 0, "pad_token": "!"}
-    forged["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst",
-                            "stride": 0}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(forged))
-    tokenizer = tokenizers.load(tmp_path)
-    assert tokenizer.decode(tokenizer.encode("the cat sat")) == "the cat sat"
-
-
 @pytest.mark.parametrize("name", ["../../evil_train.npy", "/etc/evil_train.npy", "a/../../b.npy"])
 def test_a_hub_cannot_name_a_file_outside_the_folder(name):
     with pytest.raises(UserError, match="the hub lists a file outside of its data set"):
         hub.Remote(name, 10, "")
 
 
-def test_a_row_cannot_name_a_file_outside_the_pictures(tmp_path):
+def test_a_row_cannot_name_a_file_outside_the_images(tmp_path):
     (tmp_path / "inside").mkdir()
-    (tmp_path / "outside.png").write_bytes(picture())
-    pictures = open_images(str(tmp_path / "inside"))
+    (tmp_path / "outside.png").write_bytes(png())
+    images = open_images(str(tmp_path / "inside"))
     for name in ("../outside.png", str(tmp_path / "outside.png"), "x/../../outside.png",
                  "..\\outside.png", "\0", "\ud800", "a" * 5000):
         with pytest.raises(ImageError):
-            pictures(name)
+            images(name)

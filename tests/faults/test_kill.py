@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, in any stage: the same command resumes, and the run ends bit-identical."""
+"""SIGKILL at any moment: the same command resumes, and makes the same bytes as without it."""
 
 import itertools
 import re
@@ -6,14 +6,19 @@ import shutil
 import signal
 import time
 from collections import Counter
+from functools import partial
+from threading import Semaphore
 
+import fake_hub
 import pytest
 import torch
-from conftest import STAGES, log_rows, newest
+from conftest import COMMON, DEMO, STAGES, TINY, log_rows, newest
+from test_hub import NAMES, REPOSITORY, shards
+from test_resumable import many_images, many_rows
 
 from common import checkpoint
 from faults.conftest import FULL, scale
-from faults.harness import chance, server, until
+from faults.harness import assign, chance, session, start, start_together, until
 from train.log import COSTS
 
 LONG = ("--max_steps=24", "--save_every=3", "--eval_every=8")
@@ -77,14 +82,14 @@ class Tries:
         self.command = [f"{stage}.py", *pipeline.flags(stage), *LONG, *more]
         key = ranks, *self.command
         if key not in UNDISTURBED:
-            began, expected = time.monotonic(), server().folder / f"expected_{len(UNDISTURBED)}"
+            began, expected = time.monotonic(), session()[0] / f"expected_{len(UNDISTURBED)}"
             self.ended(self.start(expected))
             UNDISTURBED[key] = expected, time.monotonic() - began
         self.expected, self.seconds = UNDISTURBED[key]
         self.fresh()
 
     def start(self, out, **more):
-        return server().start_together(self.ranks, *self.command, f"--out={out}", **more)
+        return start_together(self.ranks, *self.command, f"--out={out}", **more)
 
     def ended(self, jobs):
         assert [job.wait() for job in jobs] == [0] * self.ranks, jobs[0].said + jobs[-1].said
@@ -192,3 +197,113 @@ def test_a_run_killed_at_any_change_of_its_folder_ends_bit_identical(pipeline, t
 
 def plain(change):
     return re.sub(r"\d+", "N", change)
+
+
+# ------------------------------------------------------------------------------------- prepare.py
+
+OFTEN = (partial(assign, "prep.resumable.COMMIT_SECONDS", 0),  # as in long work
+         partial(assign, "prep.resumable.BATCH_ROWS", 16))
+
+
+@pytest.fixture(params=scale(["chat"], ["demo", "text", "chat", "images"]))
+def making(request, world_data, tmp_path):
+    """A command of prepare.py, without --out."""
+    if request.param == "demo":
+        return ["prepare.py", "demo", *DEMO]
+    (tmp_path / "in").mkdir()
+    source = [many_rows(tmp_path / "in/rows.jsonl", 100)]
+    if request.param == "images":
+        source = [many_images(tmp_path / "in", 60), f"--image_root={tmp_path}/in/images",
+                  "--image_size=32"]
+    return ["prepare.py", request.param, f"--tokenizer={world_data}/text", f"--files={source[0]}",
+            *source[1:]]
+
+
+def made(*argv, **more):
+    """A Job of prepare.py that has ended well."""
+    job = start(*argv, before=OFTEN, **more)
+    assert job.wait() == 0, job.said
+    return job
+
+
+def test_prepare_killed_at_any_change_keeps_the_older_data_and_makes_the_same_bytes(
+        making, tmp_path):
+    """And at random times, which also hits SQLite, whose changes Python does not see."""
+    folder, out = tmp_path / "data", tmp_path / "data/out"
+    making = [*making, f"--out={out}"]
+    made(*making, "--seed=1")
+    shutil.copytree(folder, tmp_path / "older")
+    began = time.monotonic()
+    job = made(*making, below=folder)
+    seconds, count, luck, died = time.monotonic() - began, len(job.changes), chance(making[1]), []
+    new, older = checkpoint.sums(out), checkpoint.sums(tmp_path / "older/out")
+    assert count > 10 and older != new
+    last = [number for number, change in enumerate(job.changes, 1)  # the new one takes its place
+            if " /out" in change or change.startswith("os.rename")]
+    sample = luck.sample(range(1, count), min(scale(1, 30), count - 1))
+    for number in [*sorted({*sample, *last}), *[0] * scale(2, 20)]:
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "older", folder)
+        job = start(*making, before=OFTEN, below=folder, die_at=number)
+        if number == 0:
+            time.sleep(luck.random() * seconds)
+            job.kill(signal.SIGKILL)
+        assert job.wait() in (0, -signal.SIGKILL), job.said
+        died.append(plain(job.changes[-1]) if job.changes else "start")
+        assert not out.exists() or checkpoint.sums(out) in (older, new), died[-1]
+        made(*making)
+        assert checkpoint.sums(out) == new
+        assert [path.name for path in folder.iterdir()] == ["out"]
+    print(f"prepare.py {making[1]}: killed {len(died)} times: {dict(Counter(died))}")
+
+
+# -------------------------------------------------------------------------------------- downloads
+
+
+@pytest.fixture
+def slow_hub(monkeypatch):
+    """A fake hub that sends half of each file, and the rest only if a test allows it."""
+    with fake_hub.running(monkeypatch) as hub:
+        hub.repos["datasets", REPOSITORY] = shards()
+        hub.halves, hub.allowed = 0, Semaphore(0)
+
+        def halfway(_):
+            hub.halves += 1
+            hub.allowed.acquire(timeout=60)
+
+        hub.halfway = halfway
+        yield hub
+        hub.allowed.release(100)
+
+
+FETCHING = {
+    "prepare.py": ("fineweb", f"--repository={REPOSITORY}", "--shards=3", "--out=data"),
+    "pretrain.py": (f"--data=hf://{REPOSITORY}", *TINY["pretrain"], *COMMON, "--max_steps=16",
+                    "--out=run"),
+}
+
+
+@pytest.mark.parametrize("script", scale(["prepare.py"], FETCHING))
+def test_a_download_killed_in_the_middle_is_made_whole(slow_hub, script, tmp_path):
+    """By prepare.py fineweb, and by a run that fetches while it trains; once in every file."""
+    environment = slow_hub.environment()
+    for name in ("killed", "whole"):
+        (tmp_path / name).mkdir()
+    for number in range(scale(1, len(NAMES))):
+        slow_hub.halves, slow_hub.allowed = 0, Semaphore(number > 0)
+        job = start(script, *FETCHING[script], folder=tmp_path / "killed", **environment)
+        until(lambda number=number: slow_hub.halves > (number > 0))
+        job.kill(signal.SIGKILL)
+        assert job.wait() == -signal.SIGKILL, job.said
+        slow_hub.allowed.release(100)
+    slow_hub.allowed = Semaphore(100)
+    for name in ("killed", "whole"):
+        job = start(script, *FETCHING[script], folder=tmp_path / name, **environment)
+        assert job.wait() == 0, job.said
+    fetched = sorted((tmp_path / "killed").rglob("*.npy"))
+    assert [path.name for path in fetched] == sorted(NAMES)
+    for path in fetched:
+        assert path.read_bytes() == slow_hub.repos["datasets", REPOSITORY][path.name]
+    assert not list((tmp_path / "killed").rglob(".incoming*"))
+    if script == "pretrain.py":
+        assert_same_run(tmp_path / "killed/run", tmp_path / "whole/run")

@@ -1,17 +1,231 @@
-"""Checkpoints are written while training goes on, and none that is wanted goes away."""
+"""Checkpoints are written while training continues, and a disk that is full, read-only or gone
+loses nothing that was saved.
 
+The disk is one in memory, in a name space of its own, that only the tests' processes see.
+"""
+
+import contextlib
+import re
 import shutil
+import signal
+import subprocess
 import threading
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import newest
+from conftest import log_rows, newest
 from test_stages import assert_same_weights
 
 from common import checkpoint
-from common.config import UserError
+from faults.conftest import FULL, scale
+from faults.harness import chance, join_namespace, start_together, until
+from faults.test_kill import Tries, assert_intact, assert_same_run
 from train.async_save import Saver
+
+SIZE = 8  # MB
+MOUNT = f'mount -t tmpfs -o size={SIZE}m tmpfs "$0" && echo && exec sleep 1d'
+FULL_DISK = "No space left on device"
+
+
+class Disk:
+    """A small disk that processes see that have joined the name space of `holder`."""
+
+    def __init__(self, folder):
+        self.place = folder / "disk"  # for the processes
+        self.place.mkdir()
+        self.holder = subprocess.Popen(["unshare", "-rm", "bash", "-c", MOUNT, self.place],
+                                       stdout=subprocess.PIPE)
+        self.holder.stdout.readline()
+        self.here = Path(f"/proc/{self.holder.pid}/root{self.place}")  # for the tests
+
+    def clear(self):
+        for path in self.here.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def leave(self, kilobytes):
+        """Fill the disk up to so much."""
+        (self.here / "others").write_bytes(bytes(1000 * max(0, self.free() - kilobytes)))
+
+    def free(self):
+        return shutil.disk_usage(self.here).free // 1000
+
+    def remount(self, how):
+        subprocess.run(["nsenter", "-t", str(self.holder.pid), "-U", "-m",
+                        "--preserve-credentials", "mount", "-o", f"remount,{how}", self.place],
+                       check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def the_disk(tmp_path_factory):
+    may = subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False)
+    if may.returncode:
+        pytest.skip(f"no disk of its own: {may.stderr.decode()}")
+    disk = Disk(tmp_path_factory.mktemp("disks"))
+    yield disk
+    disk.holder.kill()
+    disk.holder.communicate()
+
+
+@pytest.fixture
+def disk(the_disk):
+    yield the_disk
+    the_disk.remount("rw")
+    the_disk.clear()
+
+
+class OnDisk(Tries):
+    """A stage whose run is on the disk."""
+
+    def __init__(self, pipeline, disk, ranks=1, stage="pretrain"):
+        self.disk = disk
+        super().__init__(pipeline, stage, ranks, disk.here, "--eval_every=0")
+
+    def begin(self, *more):
+        """Jobs of the run on the disk."""
+        return start_together(
+            self.ranks, *self.command, f"--out={self.disk.place}/run", *more,
+            before=[partial(join_namespace, self.disk.holder.pid)])
+
+    def fresh(self):
+        self.out = self.disk.here / "run"
+
+    def resumes_from(self, step):
+        """Start once more, on a disk that is in order: from this step, to the same bits."""
+        jobs = self.begin()
+        self.ended(jobs)
+        said = f"resuming from {self.disk.place}/run/step_{step:08d}"
+        assert (said in jobs[0].said) == (step > 0), jobs[0].said
+        self.compare()
+
+
+def refusal(job, words):
+    """The one sentence that a job ended with; no traceback."""
+    assert job.wait() == 1, job.said
+    lines = [line for line in job.said.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and job.said.splitlines()[-1] == lines[0], job.said
+    assert re.search(words, lines[0]) and "Traceback" not in job.said, job.said
+    return lines[0]
+
+
+def stopped_at(jobs, out, step):
+    """Hold the jobs as soon as the run has logged a step."""
+    log = out / "log.jsonl"
+    until(lambda: log.exists() and log.read_text().count("\n") > step)
+    for job in jobs:
+        job.hold()
+
+
+def read_only(disk, jobs):
+    """Make the disk read-only under stopped jobs, when they have no file open."""
+    for _ in range(100):
+        with contextlib.suppress(subprocess.CalledProcessError):
+            return disk.remount("ro")
+        continued(jobs)
+        time.sleep(0.005)
+        for job in jobs:
+            job.hold()
+    raise AssertionError("they write all the time")
+
+
+def continued(jobs):
+    for job in jobs:
+        job.kill(signal.SIGCONT)
+
+
+def test_on_a_disk_with_room_for_two_checkpoints_the_older_makes_room(pipeline, disk):
+    run = OnDisk(pipeline, disk)
+    disk.leave(1700)
+    jobs = run.begin()
+    run.ended(jobs)
+    assert "cannot write" not in jobs[0].said
+    run.compare()
+
+
+@pytest.mark.parametrize("ranks", scale([1], [1, 2]))
+def test_on_a_disk_with_room_for_one_checkpoint_that_one_stands(pipeline, disk, ranks):
+    run = OnDisk(pipeline, disk, ranks)
+    disk.leave(1000)
+    jobs = run.begin()
+    statuses = [job.wait() for job in jobs]
+    assert all(statuses), jobs[0].said
+    refusal(jobs[0], f"cannot write the checkpoint of step 24 .*{FULL_DISK}.*the one before is "
+                     "complete")
+    assert f"{FULL_DISK}; the one before is complete; training continues" in jobs[0].said
+    assert list(checkpoint.steps_in(run.out)) == [3] and not list(run.out.glob(".writing*"))
+    disk.leave(SIZE * 1000)
+    run.resumes_from(3)
+
+
+@pytest.mark.skipif(not FULL, reason="the processes may have to be waited for")
+def test_all_processes_know_that_a_save_failed(pipeline, disk):
+    """Asked to stop at the step of a save that fails."""
+    run = OnDisk(pipeline, disk, 2)
+    disk.leave(100)
+    jobs = run.begin("--save_every=1", "--time_limit=1e-9")
+    assert all(job.wait(60) for job in jobs)
+    refusal(jobs[0], f"cannot write the checkpoint of step 1 .*{FULL_DISK}")
+    disk.leave(SIZE * 1000)
+    run.resumes_from(0)
+
+
+@pytest.mark.parametrize("what", scale(["full"], ["full", "read-only", "gone"]))
+def test_a_disk_that_fails_in_the_middle_of_a_run_loses_nothing(pipeline, disk, what):
+    """Filled, made read-only, or the folder removed. Where older checkpoints can make room, or the
+    folder can be made anew, the run ends as if nothing had been."""
+    run = OnDisk(pipeline, disk)
+    jobs = run.begin()
+    stopped_at(jobs, run.out, chance(what).randrange(4, 12))
+    before = list(checkpoint.steps_in(run.out))[-1:]
+    if what == "gone":
+        shutil.rmtree(run.out)
+    else:
+        disk.leave(0) if what == "full" else read_only(disk, jobs)
+    continued(jobs)
+    if what != "read-only":
+        run.ended(jobs)
+        return run.compare()
+    refusal(jobs[0], "cannot write .*Read-only file system")
+    assert "log.jsonl: " in jobs[0].said and list(checkpoint.steps_in(run.out))[-1] >= before[0]
+    disk.remount("rw")
+    run.resumes_from(list(checkpoint.steps_in(run.out))[-1])
+
+
+def test_a_folder_that_cannot_be_written_is_refused(pipeline, disk):
+    run = OnDisk(pipeline, disk)
+    disk.remount("ro")
+    refusal(run.begin()[0], f"--out={disk.place}/run .*Read-only")
+    disk.remount("rw")
+    jobs = run.begin()
+    stopped_at(jobs, run.out, 6)
+    jobs[0].kill(signal.SIGKILL)
+    jobs[0].wait()
+    disk.remount("ro")
+    refusal(run.begin()[0], f"--out={disk.place}/run .*Read-only")
+    disk.remount("rw")
+    run.resumes_from(list(checkpoint.steps_in(run.out))[-1])
+
+
+def test_a_log_that_was_cut_in_the_middle_of_a_line_is_mended(pipeline, disk):
+    run = OnDisk(pipeline, disk)
+    jobs = run.begin()
+    stopped_at(jobs, run.out, 10)
+    jobs[0].kill(signal.SIGKILL)
+    jobs[0].wait()
+    step = int(assert_intact(run.out).name[-8:])
+    log = run.out / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    assert len(lines) > step
+    log.write_text("".join(lines[:step]) + lines[step][:9])
+    run.resumes_from(step)
+    assert [row["step"] for row in log_rows(run.out)][:24] == list(range(24))
+    assert_same_run(run.out, run.expected)
+    assert newest(run.out).name == "step_00000024"
+
+
+# ------------------------------------------------------------------------------- on a working disk
 
 
 def test_the_state_at_the_save_is_written_whatever_happens_later():
@@ -56,53 +270,6 @@ def test_training_continues_while_a_checkpoint_is_written(pipeline, tmp_path, mo
     assert len(spans) == 2 and spans[0][1] <= spans[1][0]  # one at a time
     assert "done: " in said
     assert_same_weights(tmp_path / "run", pipeline.folder / "pretrain")
-
-
-def test_a_failed_save_does_not_end_the_run(
-        pipeline, tmp_path, monkeypatch):
-    fill, tries = checkpoint.fill, []
-
-    def full_disk(folder, *content):
-        tries.append(folder.name)
-        if "00000002" in folder.name:
-            raise OSError(28, "No space left on device")
-        fill(folder, *content)
-
-    monkeypatch.setattr(checkpoint, "fill", full_disk)
-    said = pipeline.run_stage("pretrain", tmp_path / "run")
-    assert "cannot write the checkpoint of step 2" in said and "No space left on device" in said
-    assert sorted(checkpoint.steps_in(tmp_path / "run")) == [4, 6]
-    assert not list((tmp_path / "run").glob(".writing*"))
-
-
-def test_a_full_disk_removes_the_older_checkpoint(pipeline, tmp_path, monkeypatch):
-    run, fill = shutil.copytree(pipeline.folder / "pretrain", tmp_path / "run"), checkpoint.fill
-    info, weights, _ = checkpoint.read(run)
-    steps = list(checkpoint.steps_in(run))
-    assert len(steps) == 2
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    def nearly_full(*content):
-        (full if len(checkpoint.steps_in(run)) > 1 else fill)(*content)
-
-    class Nothing:
-        def save(self, folder):
-            pass
-
-    monkeypatch.setattr(checkpoint, "fill", nearly_full)
-    info["metrics"].pop("val_loss")
-    for folder in checkpoint.steps_in(run).values():
-        text = (folder / "config.json").read_text().replace('"val_loss"', '"other"')
-        (folder / "config.json").write_text(text)
-    checkpoint.save(run, 9, weights, info, Nothing(), {"step": 9})
-    assert list(checkpoint.steps_in(run)) == [steps[-1], 9]
-    with pytest.raises(UserError, match=r"cannot write the checkpoint of step 11 .*No space left "
-                                        r".*the one before is complete"):
-        monkeypatch.setattr(checkpoint, "fill", full)
-        checkpoint.save(run, 11, weights, info, Nothing(), {"step": 11})
-    assert newest(run).name == "step_00000009"
 
 
 def test_every_nth_checkpoint_is_kept(pipeline, tmp_path):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import logged, newest, run
-from faults.harness import server
+from faults.harness import start_together
 from PIL import Image
 from test_clip import MACHINE, TINY, new_clip, random_images
 from test_distributed import ADAMW
@@ -88,7 +88,7 @@ def runs(pipeline, labelled, tmp_path_factory):
              f"--zero_shot={labelled}"]
     pipeline.run_stage("clip_pretrain", folder / "one", *flags)
     pipeline.run_stage("clip_pretrain", folder / "one_in_four", *flags, "--micro_pairs=4")
-    jobs = server().start_together(2, "clip_pretrain.py", *flags, f"--out={folder}/two_in_two",
+    jobs = start_together(2, "clip_pretrain.py", *flags, f"--out={folder}/two_in_two",
                                    "--micro_pairs=4")
     assert [job.wait() for job in jobs] == [0, 0], jobs[0].said + jobs[1].said
     return folder

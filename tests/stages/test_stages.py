@@ -7,7 +7,7 @@ import signal
 
 import pytest
 from conftest import STAGES, STEPS, log_rows, logged, newest, run, run_stage
-from faults.harness import server, until
+from faults.harness import start, start_together, until
 from safetensors.torch import load_file
 
 
@@ -102,7 +102,7 @@ def test_resume_gives_identical_weights(pipeline, stage, tmp_path):
 
 def test_sigterm_saves_and_the_same_command_resumes(pipeline, tmp_path):
     flags = [*pipeline.flags("pretrain"), "--max_steps=30", "--save_every=0", "--eval_every=0"]
-    job = server().start("pretrain.py", *flags, f"--out={tmp_path}/stopped")
+    job = start("pretrain.py", *flags, f"--out={tmp_path}/stopped")
     until(lambda: "\nstep     1 " in job.said)
     job.kill(signal.SIGTERM)
     job.kill(signal.SIGTERM)  # as torchrun and a batch system both may
@@ -192,7 +192,7 @@ SPLIT = {"sft": ("--micro_rows=2",), "clip_pretrain": (),
 def test_two_processes_take_the_same_steps_as_one(pipeline, stage, tmp_path):
     """And, but for CLIP, in other micro-batches; test_distributed.py has pretrain."""
     flags = [*pipeline.flags(stage), *EQUAL, *SPLIT[stage]]
-    jobs = server().start_together(2, f"{stage}.py", *flags, f"--out={tmp_path}/two")
+    jobs = start_together(2, f"{stage}.py", *flags, f"--out={tmp_path}/two")
     one = () if stage == "clip_pretrain" else ("--micro_rows=8",)
     run_stage(stage, *flags, f"--out={tmp_path}/one", *one)
     assert [job.wait() for job in jobs] == [0, 0], jobs[0].said + jobs[1].said
