@@ -171,12 +171,16 @@ def test_a_compressed_tar_that_would_fill_the_disk_is_given_up(tmp_path, monkeyp
     assert not any((tmp_path / "unpacked").iterdir())
 
 
-def test_a_pipe_or_device_in_the_place_of_a_picture_does_not_hang(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "device.png").symlink_to("/dev/zero")
-    images = open_images(str(tmp_path))
-    for name in "pipe.png", "device.png":
-        with pytest.raises(ImageError, match=f"{name}: not a regular file"):
+def test_a_row_cannot_name_a_file_outside_the_images_a_pipe_or_a_device(tmp_path):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (tmp_path / "outside.png").write_bytes(png())
+    os.mkfifo(inside / "pipe.png")
+    (inside / "device.png").symlink_to("/dev/zero")
+    images = open_images(str(inside))
+    for name in ("../outside.png", str(tmp_path / "outside.png"), "x/../../outside.png",
+                 "..\\outside.png", "\0", "\ud800", "a" * 5000, "pipe.png", "device.png"):
+        with pytest.raises(ImageError):
             images(name)
 
 
@@ -218,13 +222,3 @@ def test_a_vocabulary_cannot_give_text_the_ids_of_special_tokens(tmp_path):
 def test_a_hub_cannot_name_a_file_outside_the_folder(name):
     with pytest.raises(UserError, match="the hub lists a file outside of its data set"):
         hub.Remote(name, 10, "")
-
-
-def test_a_row_cannot_name_a_file_outside_the_images(tmp_path):
-    (tmp_path / "inside").mkdir()
-    (tmp_path / "outside.png").write_bytes(png())
-    images = open_images(str(tmp_path / "inside"))
-    for name in ("../outside.png", str(tmp_path / "outside.png"), "x/../../outside.png",
-                 "..\\outside.png", "\0", "\ud800", "a" * 5000):
-        with pytest.raises(ImageError):
-            images(name)

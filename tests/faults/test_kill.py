@@ -36,10 +36,8 @@ def same(one, other):
     return one == other
 
 
-def figures(folder):
-    """The rows of log.jsonl without times."""
-    return [{key: value for key, value in row.items() if key not in TIMES}
-            for row in log_rows(folder)]
+def without(row, names):
+    return {name: value for name, value in row.items() if name not in names}
 
 
 def assert_same_run(folder, expected):
@@ -50,9 +48,9 @@ def assert_same_run(folder, expected):
     (one, _, state), (other, _, other_state) = (checkpoint.read(path, with_state=True)
                                                 for path in (one, other))
     assert same(state, other_state)
-    assert {name: value for name, value in one["metrics"].items() if name not in COSTS} == {
-        name: value for name, value in other["metrics"].items() if name not in COSTS}
-    assert figures(folder) == figures(expected)
+    assert without(one["metrics"], COSTS) == without(other["metrics"], COSTS)
+    assert [without(row, TIMES) for row in log_rows(folder)] == [
+        without(row, TIMES) for row in log_rows(expected)]
 
 
 def assert_intact(folder):
@@ -126,18 +124,14 @@ class Tries:
         assert_same_run(self.out, self.expected)
 
 
-def in_a_save(luck, out, hits):
+def hold_in_a_save(luck, out, hits, jobs):
     """Stop the job soon after it began to write a checkpoint, and note whether it still does."""
-
-    def when(jobs):
-        until(lambda: list(out.glob(".writing-*")) or all(job.poll() is not None for job in jobs),
-              every=0.0005)
-        time.sleep(luck.random() * 0.005)
-        for job in jobs:
-            job.hold()
-        hits.append(bool(list(out.glob(".writing-*"))))
-
-    return when
+    until(lambda: list(out.glob(".writing-*")) or all(job.poll() is not None for job in jobs),
+          every=0.0005)
+    time.sleep(luck.random() * 0.005)
+    for job in jobs:
+        job.hold()
+    hits.append(bool(list(out.glob(".writing-*"))))
 
 
 CASES = [(stage, ranks, "none") for stage in STAGES for ranks in (1, 2)
@@ -156,7 +150,7 @@ def test_a_stage_killed_repeatedly_ends_bit_identical(pipeline, stage, ranks, sh
             break
         assert number < 100, "it ends before it can be killed"
         if enough or killed % 2 == 0:
-            killed += tries.kill(in_a_save(luck, tries.out, hits))
+            killed += tries.kill(partial(hold_in_a_save, luck, tries.out, hits))
         else:
             killed += tries.kill(lambda jobs: time.sleep(luck.random() * tries.seconds))
     tries.finish()
@@ -265,13 +259,8 @@ def slow_hub(monkeypatch):
     """A fake hub that sends half of each file, and the rest only if a test allows it."""
     with fake_hub.running(monkeypatch) as hub:
         hub.repos["datasets", REPOSITORY] = shards()
-        hub.halves, hub.allowed = 0, Semaphore(0)
-
-        def halfway(_):
-            hub.halves += 1
-            hub.allowed.acquire(timeout=60)
-
-        hub.halfway = halfway
+        hub.halves, hub.allowed = [], Semaphore(0)
+        hub.halfway = lambda _: hub.halves.append(1) or hub.allowed.acquire(timeout=60)
         yield hub
         hub.allowed.release(100)
 
@@ -286,19 +275,20 @@ FETCHING = {
 @pytest.mark.parametrize("script", scale(["prepare.py"], FETCHING))
 def test_a_download_killed_in_the_middle_is_made_whole(slow_hub, script, tmp_path):
     """By prepare.py fineweb, and by a run that fetches while it trains; once in every file."""
-    environment = slow_hub.environment()
-    for name in ("killed", "whole"):
-        (tmp_path / name).mkdir()
+    def fetch(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        return start(script, *FETCHING[script], folder=tmp_path / name, **slow_hub.environment())
+
     for number in range(scale(1, len(NAMES))):
-        slow_hub.halves, slow_hub.allowed = 0, Semaphore(number > 0)
-        job = start(script, *FETCHING[script], folder=tmp_path / "killed", **environment)
-        until(lambda number=number: slow_hub.halves > (number > 0))
+        slow_hub.halves, slow_hub.allowed = [], Semaphore(number > 0)
+        job = fetch("killed")
+        until(lambda number=number: len(slow_hub.halves) > (number > 0))
         job.kill(signal.SIGKILL)
         assert job.wait() == -signal.SIGKILL, job.said
         slow_hub.allowed.release(100)
     slow_hub.allowed = Semaphore(100)
     for name in ("killed", "whole"):
-        job = start(script, *FETCHING[script], folder=tmp_path / name, **environment)
+        job = fetch(name)
         assert job.wait() == 0, job.said
     fetched = sorted((tmp_path / "killed").rglob("*.npy"))
     assert [path.name for path in fetched] == sorted(NAMES)

@@ -1,17 +1,12 @@
 """Steps with a non-finite or outlier loss or gradient norm are skipped; divergence ends a run."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
-from conftest import log_rows, logged, reseal, run
+from conftest import log_rows, logged, run
 
 from common.config import UserError
-from common.device import Machine
-from data import Text
 from train.anomaly import MAX_IN_A_ROW, MIN_STEPS, Guard
-from train.loader import Loader
 from train.run import Run
 
 STEPS, BAD_STEP = 120, 50
@@ -38,6 +33,7 @@ def usual(n):
 
 def test_outliers_are_skipped_and_named():
     guard = new_guard()
+    assert skipped(new_guard(), [1.0, 100.0] * (MIN_STEPS // 2)) == []  # it has no statistics yet
     assert skipped(guard, usual(200)) == []
     losses = [9.0, 3.0, 3.0, NAN, 3.0, float("inf"), 2.0]  # a loss that falls is accepted
     assert skipped(guard, losses, [1.0, 50.0, *[1.0] * 5]) == [0, 1, 3, 5]
@@ -51,11 +47,6 @@ def test_a_gradient_that_needs_no_clipping_is_accepted():
     norms[100], norms[200] = 0.9, 1.1  # both are outliers
     assert skipped(new_guard(1.0), losses, norms) == [200]
     assert skipped(new_guard(), losses, norms) == [100, 200]
-
-
-def test_the_first_steps_are_skipped_only_if_not_finite():
-    assert skipped(new_guard(), [1.0, 100.0] * (MIN_STEPS // 2)) == []
-    assert skipped(new_guard(), [NAN, 3.0]) == [0]
 
 
 def test_a_lasting_change_is_accepted_before_the_run_is_ended():
@@ -85,6 +76,27 @@ def final_loss(folder):
     return max(logged(folder, "val_loss").items())[1]
 
 
+def make_bad(monkeypatch, fault, steps):
+    """Noise in the tokens of some steps, or a loss of NaN."""
+    forward, backward, optimizer_step = Run.forward, Run.backward, Run.optimizer_step
+    now = [0]
+
+    def counted(run, step):
+        optimizer_step(run, step)
+        now[0] = step + 1
+
+    def noisy(run, batch):
+        if fault == "noise" and now[0] in steps:
+            shape, generator = batch.ids.shape, torch.Generator().manual_seed(0)
+            batch.ids, batch.targets = torch.randint(512, (2, *shape), generator=generator)
+        return forward(run, batch)
+
+    monkeypatch.setattr(Run, "optimizer_step", counted)
+    monkeypatch.setattr(Run, "forward", noisy)
+    monkeypatch.setattr(Run, "backward", lambda run, loss: backward(
+        run, loss * NAN if fault == "nan" and now[0] in steps else loss))
+
+
 @pytest.fixture(scope="module")
 def clean_losses(pipeline, tmp_path_factory):
     """The final losses of three seeds without a fault, the default seed first."""
@@ -95,51 +107,15 @@ def clean_losses(pipeline, tmp_path_factory):
     return [final_loss(folder / f"{seed}") for seed in (1337, 1, 2)]
 
 
-def with_noise(data, folder):
-    """A copy of token shards with noise in every row that BAD_STEP reads; returns those rows."""
-    shutil.copytree(data, folder)
-    text = Text(folder, "train", 64, 512)
-    loader = Loader(text, 4, 4, Machine(torch.device("cpu"), torch.float32), 1337)
-    rows = sorted(loader.rows_of(BAD_STEP).tolist())
-    others = {row for step in range(STEPS) if step != BAD_STEP for row in loader.rows_of(step)}
-    assert not others & set(rows)
-    tokens = np.load(text.paths[0])
-    for row in rows:
-        noise = np.random.default_rng(row).integers(512, size=64)
-        tokens[row * 64 : row * 64 + 64] = noise.astype(np.uint16)
-    np.save(text.paths[0], tokens)
-    reseal(folder)
-    return rows
-
-
-def set_nan(monkeypatch, steps):
-    """Make the loss of some steps NaN."""
-    backward, optimizer_step, now = Run.backward, Run.optimizer_step, [0]
-
-    def counted(run, step):
-        optimizer_step(run, step)
-        now[0] = step + 1
-
-    monkeypatch.setattr(Run, "optimizer_step", counted)
-    monkeypatch.setattr(Run, "backward", lambda run, loss: backward(
-        run, loss * NAN if now[0] in steps else loss))
-
-
 @pytest.mark.parametrize("fault", ["noise", "nan"])
 def test_a_bad_step_leaves_the_final_loss_within_the_spread_of_seeds(
         pipeline, clean_losses, fault, tmp_path, monkeypatch):
-    more = []
-    if fault == "noise":
-        rows = with_noise(pipeline.data / "text", tmp_path / "text")
-        more = [f"--data={tmp_path}/text"]
-    else:
-        set_nan(monkeypatch, [BAD_STEP])
-    said = pipeline.run_stage("pretrain", tmp_path / "run", *LONG, *more)
+    make_bad(monkeypatch, fault, [BAD_STEP])
+    said = pipeline.run_stage("pretrain", tmp_path / "run", *LONG)
     [line] = [line for line in said.splitlines() if "skipped: " in line]
-    assert line.startswith(f"step {BAD_STEP} skipped: loss ") and ("loss nan" in line) == (not more)
+    assert line.startswith(f"step {BAD_STEP} skipped: loss ")
+    assert ("loss nan" in line) == (fault == "nan") and f" of {pipeline.data}/text" in line
     assert line in (tmp_path / "run" / "report.md").read_text()
-    if more:
-        assert f"rows {', '.join(map(str, rows))} of {tmp_path}/text" in line
     spread = max(clean_losses) - min(clean_losses)
     assert abs(final_loss(tmp_path / "run") - clean_losses[0]) < spread
     assert all(np.isfinite(row["loss"]) for row in log_rows(tmp_path / "run") if "loss" in row)
@@ -147,7 +123,7 @@ def test_a_bad_step_leaves_the_final_loss_within_the_spread_of_seeds(
 
 def test_a_diverged_run_ends_and_its_checkpoint_is_intact(pipeline, tmp_path, monkeypatch):
     pipeline.run_stage("pretrain", tmp_path / "run", "--max_steps=2")
-    set_nan(monkeypatch, range(3, 100))
+    make_bad(monkeypatch, "nan", range(3, 100))
     flags = [*pipeline.flags("pretrain"), f"--out={tmp_path}/run", "--max_steps=100"]
     result = run("pretrain.py", *flags)
     assert "diverged" in result.refusal and "step 3 skipped: loss nan" in result.out

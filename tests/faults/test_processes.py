@@ -10,27 +10,16 @@ import re
 import signal
 import time
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, STAGES, log_rows, newest
 
 from common import checkpoint
+from faults import harness
 from faults.conftest import scale
-from faults.harness import (
-    chance,
-    ended,
-    free_port,
-    stall,
-    start,
-    start_together,
-    torchrun,
-    until,
-    worker,
-)
 from faults.test_kill import Tries
 from train.run import STOPPED_EARLY
-from train.watchdog import STALLED, Watch, verdict
+from train.watchdog import STALLED, verdict
 
 LINES = re.compile(r"^step +\d+ \| loss", re.MULTILINE)
 STOPPED = re.compile(r"^stopped after step (\d+) and saved", re.MULTILINE)
@@ -57,8 +46,8 @@ def test_a_signal_stops_all_processes_after_the_same_step(
     """rank: the only one that is signalled; None: all are."""
     tries = Tries(pipeline, stage, ranks, tmp_path, "--save_every=0")
     jobs = tries.start(tries.out)
-    wanted = chance(stage, number, rank).randrange(1, 12)
-    until(lambda: len(LINES.findall(jobs[0].said)) >= wanted or jobs[0].poll() is not None)
+    wanted = harness.chance(stage, number, rank).randrange(1, 12)
+    harness.until(lambda: len(LINES.findall(jobs[0].said)) >= wanted or jobs[0].poll() is not None)
     for signalled, job in enumerate(jobs):
         if rank in (None, signalled):
             job.kill(number)
@@ -70,10 +59,10 @@ def test_a_signal_stops_all_processes_after_the_same_step(
 def test_a_later_ctrl_c_exits_at_once_and_one_within_a_second_does_not(pipeline, tmp_path):
     """In a step of 100,000 rows, which takes minutes. Python handles a signal only when it returns
     from an operation of PyTorch."""
-    job = start("pretrain.py", *pipeline.flags("pretrain"), f"--out={tmp_path}/run",
+    job = harness.start("pretrain.py", *pipeline.flags("pretrain"), f"--out={tmp_path}/run",
                 "--batch_tokens=6400000")
     try:
-        until(lambda: "M parameters to train" in job.said)
+        harness.until(lambda: "M parameters to train" in job.said)
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             job.kill(number)
         time.sleep(1.2)
@@ -92,9 +81,9 @@ def test_the_time_limit_counts_from_the_start_of_torchrun(pipeline, tmp_path):
     """A process that torchrun restarts has no more time than the first. Here the forkserver starts
     the processes, and it is older than the limit."""
     limit = 2
-    assert start("prepare.py", "--help").wait() == 0
+    assert harness.start("prepare.py", "--help").wait() == 0
     time.sleep(limit)
-    job = start("pretrain.py", *pipeline.flags("pretrain"), f"--out={tmp_path}/run",
+    job = harness.start("pretrain.py", *pipeline.flags("pretrain"), f"--out={tmp_path}/run",
                 f"--time_limit={limit / 60}", "--max_steps=100000", "--save_every=0",
                 "--eval_every=0", TORCHELASTIC_RUN_ID="test")
     assert job.wait() == STOPPED_EARLY
@@ -105,16 +94,16 @@ def test_the_time_limit_counts_from_the_start_of_torchrun(pipeline, tmp_path):
 def test_torchrun_does_not_restart_what_was_asked_to_stop(pipeline, how, tmp_path):
     tries = Tries(pipeline, "pretrain", 2, tmp_path, "--save_every=0")
     limit = ["--time_limit=1e-9"] if how == "time" else []
-    job = torchrun(("--standalone", "--nproc_per_node=2", "--max-restarts=3"),
+    job = harness.torchrun(("--standalone", "--nproc_per_node=2", "--max-restarts=3"),
                    {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, *tries.command, *limit,
                    f"--out={tries.out}")
     log = tries.out / "log.jsonl"
-    until(lambda: log.exists() and log.read_text().count("\n") >= 1)
+    harness.until(lambda: log.exists() and log.read_text().count("\n") >= 1)
     if how.startswith("rank"):
-        os.kill(worker(job, how[-1]), signal.SIGTERM)
+        os.kill(harness.worker(job, how[-1]), signal.SIGTERM)
     elif how != "time":
         job.send_signal(signal.Signals[how])
-    said = ended(job)
+    said = harness.ended(job)
     assert job.returncode == 1, said
     assert "exitcode  : 75" in said or "got signal: 15" in said or "got signal: 2" in said, said
     assert said.count(" on 2 x ") == 1, said
@@ -152,14 +141,13 @@ def test_a_killed_process_is_restarted_and_the_run_ends_bit_identical(
         pipeline, launcher, killed, tmp_path):
     """killed: the ranks of the processes that are killed, one after the other."""
     tries = Tries(pipeline, "pretrain", 2, tmp_path)
-    flags = [flag.replace("29500", str(free_port())) for flag in LAUNCHERS[launcher]]
-    job = torchrun(flags, ENVIRONMENT, *tries.command, f"--out={tries.out}")
+    flags = [flag.replace("29500", str(harness.free_port())) for flag in LAUNCHERS[launcher]]
+    job = harness.torchrun(flags, ENVIRONMENT, *tries.command, f"--out={tries.out}")
     log = tries.out / "log.jsonl"
     for step, rank in zip((7, 13), killed, strict=False):
-        until(lambda step=step: log.exists() and any(
-            row["step"] >= step for row in log_rows(tries.out)))
-        os.kill(worker(job, rank), signal.SIGKILL)
-    said = ended(job)
+        harness.until(lambda step=step: log.exists() and log.read_text().count("\n") > step)
+        os.kill(harness.worker(job, rank), signal.SIGKILL)
+    said = harness.ended(job)
     assert job.returncode == 0, said
     assert said.count(" on 2 x ") == 1 + len(killed), said
     assert said.count(f"resuming from {tries.out}/step_") == len(killed), said
@@ -171,9 +159,9 @@ def test_a_killed_process_is_restarted_and_the_run_ends_bit_identical(
 
 def stalling(pipeline, tmp_path, stalls, step, *more):
     """Two processes of a run; process `stalls` sleeps from `step` on."""
-    return start_together(
+    return harness.start_together(
         2, "pretrain.py", *pipeline.flags("pretrain"), f"--out={tmp_path}/run",
-        "--step_timeout=0.05", *more, before=[partial(stall, stalls, step)])
+        "--step_timeout=0.05", *more, before=[partial(harness.stall, stalls, step)])
 
 
 @pytest.mark.parametrize("stalls", [0, 1])
@@ -194,7 +182,7 @@ def test_a_stopped_process_is_named(pipeline, tmp_path):
                  "--save_every=0")
     log = tmp_path / "run" / "log.jsonl"
     try:
-        until(lambda: log.exists() and log.read_text().count("\n") > 2, every=0.05)
+        harness.until(lambda: log.exists() and log.read_text().count("\n") > 2, every=0.05)
         jobs[1].kill(signal.SIGSTOP)
         assert jobs[0].wait() == STALLED, jobs[0].said
     finally:
@@ -212,9 +200,3 @@ def test_the_process_behind_the_others_is_named(counts, expected):
     found = {rank: {"count": count, "place": f"place {count}"}
              for rank, count in enumerate(counts) if count is not None}
     assert expected in verdict(found, len(counts), 9)
-
-
-def test_a_single_process_is_not_watched(tmp_path):
-    watch = Watch(tmp_path, SimpleNamespace(ranks=1), 0.001, 0.001)
-    watch.start()
-    assert watch.thread is None
