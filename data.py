@@ -192,7 +192,7 @@ def check_tokenizer(folder, tokenizer=None):
 
 
 class ChatSource(Protocol):
-    """What train.packing.Packed packs: Chats, Documents, Share, evals.image_ablation.Held."""
+    """What train.packing.Packed packs: Chats, Documents, Share, AblatedChats."""
 
     folder: Path  # names it in messages
     manifest: dict  # what prepare.py recorded of it; may be empty

@@ -38,7 +38,6 @@ from common.report import (
     write_report,
 )
 from evals import compare
-from evals.contamination import overlaps, sentence
 from evals.runner import TaskRunner
 from evals.validation import Score, score
 from inference.conversation import Conversation, open_for_chat
@@ -59,7 +58,6 @@ class Config:
     # --- benchmarks
     tasks: str = ""  # benchmarks to score instead: NAME:FILE,NAME:FILE
     image_root: str = ""  # folder, zip or tar with their images
-    overlap: bool = True  # whether to search the training data for their questions
     out: str = ""  # folder for the answers to --tasks; empty for none
 
     # --- report
@@ -85,9 +83,9 @@ def main():
     lineage = checkpoint.read(name)[0].get("lineage", [])
     names = [parent["folder"] for parent in lineage
              if parent["stage"] in ("pretrain", "clip_pretrain")]
-    scores = {split: score_split([*names, name], cfg, machine, split) for split in ("val", "test")
-              if split == "val" or (Path(cfg.data) / "chats" / "test").is_dir()}
-    report(name, cfg, scores)
+    splits = ["val", "test"] if (Path(cfg.data) / "chats" / "test").is_dir() else ["val"]
+    report(name, cfg, {split: score_split([*names, name], cfg, machine, split)
+                       for split in splits})
 
 
 def score_split(names, cfg, machine, split):
@@ -110,10 +108,9 @@ def benchmarks(name, cfg, machine):
         task, path, model, tokenizer, cfg.items, cfg.image_root, cfg.out, info["sha256"])
         for task, path in wanted}
     found = {}
-    seen = overlaps(list(runners.values()), info) if cfg.overlap else [None] * len(runners)
-    for (task, runner), overlap in zip(runners.items(), seen, strict=True):
+    for task, runner in runners.items():
         with tqdm(total=len(runner.questions), desc=task, disable=None) as bar:
-            found[task] = result = {**runner.run(bar.update), "overlap": overlap}
+            found[task] = result = runner.run(bar.update)
         for label, (value, error) in result["scores"].items():
             notes = [f"{result['n']} questions"]
             if result["chance"] is not None and label.startswith("acc"):
@@ -121,8 +118,6 @@ def benchmarks(name, cfg, machine):
             if "text_only" in result:
                 notes.append("text-only {:.3f} ± {:.3f}".format(*result["text_only"][label]))
             print(f"{task + '/' + label:24s} {value:.4f} ± {error:.4f}  ({', '.join(notes)})")
-        if overlap:
-            print(f"({sentence(overlap)})")
         if runner.left_out:
             print(f"({task}: {len(runner.left_out)} left out, such as {runner.left_out[0]})",
                   file=sys.stderr)
@@ -150,19 +145,18 @@ def report(name, cfg, by_split):
                         else costs["seconds"] + prepared.get("seconds", 0))
     costs["peak_rss_gb"] = max([prepared.get("peak_rss_gb", 0), peak_memory_gb()[1],
                                 *(stage["metrics"]["peak_rss_gb"] for stage in trained)])
-    costs = {label: Score(value) for label, value in costs.items()}
-    sections = {"Scores": [score_table(by_split["val"] | costs)]}
-    scores = by_split["val"] | costs
+    scores = by_split.get("test", by_split["val"]) | {
+        label: Score(value) for label, value in costs.items()}
+    sections = {"Scores": [score_table(scores)], "Lineage": [lineage_table(stages)]}
     if "test" in by_split:
         tuned = {f"val_{label}": found for label, found in by_split["val"].items()}
-        sections = {"Scores on test data": [score_table(by_split["test"] | costs)],
-                    "Scores on validation data": [score_table(tuned)]}
-        scores = tuned | by_split["test"] | costs
-    figures = {}
-    for label, found in scores.items():
-        figures |= {label: found.value} | (
-            {} if found.error is None else {f"{label}_error": found.error})
-    sections["Lineage"] = [lineage_table(stages)]
+        sections = {"Scores on test data": [score_table(scores)],
+                    "Scores on validation data": [score_table(tuned)],
+                    "Lineage": [lineage_table(stages)]}
+        scores = tuned | scores
+    figures = {label: found.value for label, found in scores.items()}
+    figures |= {f"{label}_error": found.error for label, found in scores.items()
+                if found.error is not None}
     if info["kind"] == "vision":
         samples = conversations(name, Path(cfg.data) / "images", cfg.device)
         sections["Conversations about new images"] = sample_blocks(samples)

@@ -26,31 +26,11 @@ class Config:
 
 @dataclass
 class FinishedRun:
-    name: str  # in the tables
-    info: dict  # config.json of the newest checkpoint
-    rows: list  # of log.jsonl
-    scores: dict
+    """A run's config.json, the rows of its log.jsonl, and a column {row: text} of each table."""
 
-    def facts(self):
-        """Its size and cost, as {name: text}."""
-        info, metrics = self.info, self.info["metrics"]
-        start = (info.get("origins") or [{}])[-1]
-        unit = "img" if "batch_pairs" in info["settings"] else "tok"
-        n = info["step"] * log.per_step(info["settings"])
-        return {
-            "stage": info["stage"], "steps": f"{info['step']:,}",
-            "read": f"{n:,} {'pairs' if unit == 'img' else 'tokens'}",
-            **dict(log.speeds(self.rows, unit)), "peak memory": log.memory(metrics),
-            "wall time": log.duration(metrics["seconds"]), "price": log.price(metrics["dollars"]),
-            **{name: start.get(name, MISSING) for name in ("commit", "hardware")}}
-
-    def losses(self):
-        return {log.MEANING.get(name, name): f"{value:.4f}"
-                for name, value in self.info["metrics"].items() if name not in log.COSTS}
-
-    def settings(self):
-        return {name: str(value) or "(empty)" for name, value in self.info["settings"].items()
-                if name not in ("out", "resume")}
+    info: dict
+    rows: list
+    columns: dict  # of "Losses", "Cost", "Scores", "Settings that differ"
 
 
 def compare(folders, out):
@@ -62,23 +42,16 @@ def compare(folders, out):
     names = [Path(folder).resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = list(map(str, folders))
-    runs = [read_run(Path(folder), name) for folder, name in zip(folders, names, strict=True)]
-
-    def side_by_side(what, columns):
-        rows = dict.fromkeys(name for column in columns for name in column)
-        return table([what, *names],
-                     [[name, *(column.get(name, MISSING) for column in columns)] for name in rows])
-
-    sections = {"Losses": [*plot(runs), side_by_side("loss", [run.losses() for run in runs])],
-                "Cost": [side_by_side("what", [run.facts() for run in runs])]}
-    if any(run.scores for run in runs):
-        sections["Scores"] = [side_by_side("score", [run.scores for run in runs])]
-    settings = [run.settings() for run in runs]
-    differ = {name for found in settings for name, value in found.items()
-              if any(other.get(name) != value for other in settings)}
-    settings = [{name: value for name, value in found.items() if name in differ}
-                for found in settings]
-    sections["Settings that differ"] = [side_by_side("setting", settings) if differ else "None."]
+    runs = [read_run(Path(folder)) for folder in folders]
+    sections = {}
+    for title in runs[0].columns:
+        columns = [run.columns[title] for run in runs]
+        labels = dict.fromkeys(label for column in columns for label in column)
+        rows = [[label, *(column.get(label, MISSING) for column in columns)] for label in labels]
+        if title == "Settings that differ":
+            rows = [row for row in rows if len(set(row[1:])) > 1]
+        sections[title] = [table([title.lower().split()[0], *names], rows) if rows else "None."]
+    sections["Losses"] = [*plot(names, runs), *sections["Losses"]]
     commands = [start["command"] for run in runs for start in run.info.get("origins", [])[-1:]]
     if commands:
         sections["Commands"] = [code(log.multiline(command)) for command in commands]
@@ -89,23 +62,39 @@ def compare(folders, out):
     print(f"{Path(out) / 'report.html'} and report.md compare {len(runs)} runs")
 
 
-def read_run(folder, name):
+def read_run(folder):
     """The FinishedRun in a folder; UserError if there is none."""
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder} to compare")
     steps = checkpoint.steps_in(folder)
     if not steps:
         raise UserError(f"{folder} is not a run: it has no step_* folder with a checkpoint")
-    newest = list(steps.values())[-1]
+    newest, rows = list(steps.values())[-1], log.read_rows(folder)
     info = read_json(newest / "config.json")
     if not {"settings", "metrics", "stage", "step"} <= info.keys() or not info["metrics"]:
         raise UserError(f"{newest} was not trained here, so there is nothing to compare")
+    losses = {log.MEANING.get(name, name): f"{value:.4f}"
+              for name, value in info["metrics"].items() if name not in log.COSTS}
+    settings = {name: str(value) or "(empty)" for name, value in info["settings"].items()
+                if name not in ("out", "resume")}
     digest = checkpoint.file_sum(newest / "manifest.json")
-    return FinishedRun(name, info, log.read_rows(folder), read_scores(folder, digest))
+    return FinishedRun(info, rows, {
+        "Losses": losses, "Cost": costs_of(info, rows), "Scores": scores_of(folder, digest),
+        "Settings that differ": settings})
 
 
-def read_scores(folder, digest):
-    """{score: value with its error, and a remark if the checkpoint was another} of a run."""
+def costs_of(info, rows):
+    metrics, start = info["metrics"], (info.get("origins") or [{}])[-1]
+    unit = "img" if "batch_pairs" in info["settings"] else "tok"
+    n = info["step"] * log.per_step(info["settings"])
+    return {
+        "stage": info["stage"], "steps": f"{info['step']:,}",
+        "read": f"{n:,} {'pairs' if unit == 'img' else 'tokens'}",
+        **dict(log.speeds(rows, unit)), "peak memory": log.memory(metrics),
+        "wall time": log.duration(metrics["seconds"]), "price": log.price(metrics["dollars"]),
+        **{name: start.get(name, MISSING) for name in ("commit", "hardware")}}
+
+
+def scores_of(folder, digest):
+    """Scores with their errors; those of a checkpoint with another digest say so."""
     scores = {}
     if (folder / "report.json").is_file():
         found = read_json(folder / "report.json")
@@ -119,20 +108,18 @@ def read_scores(folder, digest):
         for task, result in found.get("tasks", {}).items():
             for label, (value, error) in result["scores"].items():
                 scores[f"{task}/{label}"] = f"{value:.4f} ± {error:.4f}{other}"
-                if result.get("chance") is not None and label.startswith("acc"):
-                    scores[f"{task} by guessing"] = f"{result['chance']:.4f}"
     return scores
 
 
-def plot(runs):
+def plot(names, runs):
     """The losses by tokens or pairs of training."""
     lines, units = [], set()
-    for run, colour in zip(runs, COLOURS * len(runs), strict=False):
+    for name, run, colour in zip(names, runs, COLOURS * len(runs), strict=False):
         units.add("pairs" if "batch_pairs" in run.info["settings"] else "tokens")
-        for name, style in (("loss", {"alpha": 0.35}), ("val_loss", {"marker": "o"})):
-            points = [((row["step"] + 1) * log.per_step(run.info["settings"]), row[name])
-                      for row in run.rows if name in row]
-            label = f"_{run.name}" if name == "loss" else run.name  # the legend omits _
+        for loss, style in (("loss", {"alpha": 0.35}), ("val_loss", {"marker": "o"})):
+            points = [((row["step"] + 1) * log.per_step(run.info["settings"]), row[loss])
+                      for row in run.rows if loss in row]
+            label = f"_{name}" if loss == "loss" else name  # the legend omits _
             if points:
                 lines.append((label, points, {"color": colour, "markersize": 4, **style}))
     alt = "Dots: validation loss. Faint: training loss."

@@ -7,9 +7,7 @@ standard error.
 import math
 import re
 from collections import Counter
-from functools import reduce
 from itertools import chain
-from operator import or_
 
 import numpy as np
 
@@ -57,11 +55,6 @@ def f1(said, labels):
     from sklearn.metrics import f1_score
 
     return float(f1_score(labels, said, zero_division=0))
-
-
-def says_yes(answer):
-    """Whether POPE's evaluate.py reads a yes: no No, no or not in the first sentence."""
-    return not {"No", "no", "not"} & set(answer.split(".")[0].replace(",", "").split(" "))
 
 
 DIGITS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4",
@@ -147,32 +140,6 @@ def ngrams(caption):
     """The n-grams of a caption: one Counter each for n = 1 to 4."""
     words = caption_words(caption)
     return [Counter(zip(*(words[i:] for i in range(n)), strict=False)) for n in (1, 2, 3, 4)]
-
-
-def bleu_counts(candidates, references):
-    """What bleu4 takes, of N candidates (strings) with N lists of references: correct n-grams
-    (N, 4), all n-grams (N, 4), and the length of the closest reference (N,), the shorter of two."""
-    correct, total, closest = [], [], []
-    for candidate, texts in zip(map(ngrams, candidates), references, strict=True):
-        texts = list(map(ngrams, texts))
-        most = [reduce(or_, counters) for counters in zip(*texts, strict=True)]
-        correct.append([(candidate[n] & most[n]).total() for n in range(4)])
-        total.append([candidate[n].total() for n in range(4)])
-        size, sizes = candidate[0].total(), [text[0].total() for text in texts]
-        closest.append(min((abs(other - size), other) for other in sizes)[1])
-    return [np.array(column, float) for column in (correct, total, closest)]
-
-
-def bleu4(correct, total, closest):
-    """BLEU-4 (...), 0 to 1, from the counts of bleu_counts: (..., 4), (..., 4) and (...).
-
-    The score of a corpus is made of the summed counts of its items. Source: Papineni et al. (2002),
-    bleu_scorer.py of coco-caption ("closest"); words: see caption_words.
-    """
-    # The tiny terms are those of coco-caption: without a match a score is nearly 0, never 0 / 0.
-    precision = ((correct + 1e-15) / (total + 1e-9)).prod(-1) ** 0.25
-    ratio = (total[..., 0] + 1e-15) / (closest + 1e-9)
-    return precision * np.exp(np.minimum(0, 1 - 1 / ratio))
 
 
 def cider(candidates, references):

@@ -18,10 +18,16 @@ import torch
 from common.config import UserError, read_json
 from common.images import ImageError
 from data import Chats, Text, check_tokenizer
-from evals import zero_shot
 from evals.image_ablation import AblatedChats, ImageAblation, nats_by_chat, per_token
 from evals.loglikelihood import Item, likelihoods
 from evals.metrics import bootstrap, retrieval_ranks
+from evals.zero_shot import (
+    Labelled,
+    choose_captions,
+    features_of,
+    groups_of_different,
+    zero_shot,
+)
 from inference.conversation import answer_all, fits, ready_to_chat, turns_of
 from model import head_loss
 from train.packing import Captions, Packed
@@ -82,8 +88,8 @@ def groups_of_scores(name, cfg, machine, split):
         if (data / "captions").is_dir() or not cfg.zero_shot:
             yield caption_scores(model, tokenizer, opened("captions"), items, machine)
         if cfg.zero_shot:
-            labelled = zero_shot.Labelled(cfg.zero_shot, cfg.prompt)
-            correct, n = zero_shot.count_correct(model, tokenizer, labelled, machine)
+            labelled = Labelled(cfg.zero_shot, cfg.prompt)
+            correct, n = zero_shot(model, tokenizer, labelled, machine)
             yield {"clip_zero_shot": share(np.arange(n) < correct, 1 / len(labelled.captions))}
         return
     if cfg.zero_shot and not cfg.report:
@@ -141,13 +147,15 @@ def ablation_scores(model, tokenizer, chats, items, machine, label):
     """Loss of captions, or of answers about images, with each kind of image; the vision gains."""
     ablation = ImageAblation(chats, items, model.config.max_positions, tokenizer, model.image_spec,
                              others=("mismatched", "text_only", "blank"))
-    nats = ablation.nats(machine, model, 8)
-    names = {"correct": f"{label}_loss", "mismatched": f"{label}_loss_mismatched_image",
-             "text_only": f"{label}_loss_text_only", "blank": f"{label}_loss_blank_image"}
+    nats = {kind: nats_by_chat(machine, model, packed, 8)
+            for kind, packed in ablation.packed.items()}
+    names = {"correct": "loss", "mismatched": "loss_mismatched_image",
+             "text_only": "loss_text_only", "blank": "loss_blank_image"}
+    losses = {f"{label}_{names[kind]}": loss_score([*pairs.values()], tokenizer)
+              for kind, pairs in nats.items()}
     gains = {"mismatched": "vision_gain_shuffled", "blank": "vision_gain_blank"}
-    return {names[kind]: loss_score([*pairs.values()], tokenizer)
-            for kind, pairs in nats.items()} | {
-        gains[kind]: Score(*found, 0.0) for kind, found in ablation.gains(nats).items()}
+    return losses | {gains[kind]: Score(*found, 0.0)
+                     for kind, found in ablation.gains(nats).items()}
 
 
 # ------------------------------------------------------------------------------------------ answers
@@ -204,19 +212,17 @@ def answer_scores(model, tokenizer, data, stage, items, split):
              ("vqa_heldout_pairs", "scenes", f"{split}_pairs", "correct")]
     if not (data / "scenes" / f"{split}_pairs").is_dir():  # only the demo has held-out pairs
         table.pop()
-    chance = {}
+    shuffled = {}
     for label, kind, part, images in table[: {"sft": 1, "vision_sft": 5}.get(stage, 0)]:
         marks, groups = exact_answers(model, tokenizer, Chats(data / kind, part), items, images)
-        found = {"": share(marks)}
+        marks, groups, found = np.array(marks), np.array(groups), {label: share(marks)}
         for group in sorted(set(groups) - {""}):
-            found[f"/{group}"] = share([mark for mark, other in zip(marks, groups, strict=True)
-                                        if other == group])
-        for name, figure in found.items():
-            if label == "vqa_shuffled":
-                chance[name] = figure.value
-            elif label == "vqa_exact":
-                figure.chance = chance.get(name)
-        yield {label + name: figure for name, figure in found.items()}
+            found[f"{label}/{group}"] = share(marks[groups == group])
+        if label == "vqa_exact":
+            for name, figure in found.items():
+                figure.chance = shuffled[name.replace("exact", "shuffled")].value
+        shuffled = found if label == "vqa_shuffled" else shuffled
+        yield found
 
 
 def caption_choice(model, tokenizer, chats, items):
@@ -234,7 +240,7 @@ def caption_choice(model, tokenizer, chats, items):
     if not first:
         raise UserError(f"{chats.folder}: no chat with one image fits the model's context")
     asked = list(first.values())
-    groups = zero_shot.groups_of_different([tuple(answer) for _, answer, _ in asked], CHOICES)
+    groups = groups_of_different([tuple(answer) for _, answer, _ in asked], CHOICES)
     questions = [Item(asked[i][0], [asked[k][1] for k in group], asked[i][2])
                  for group in groups for i in group]
     marks, size = [], len(groups[0])
@@ -251,8 +257,8 @@ def caption_choice(model, tokenizer, chats, items):
 def caption_scores(model, tokenizer, chats, items, machine):
     """How often the correct caption of 32 is chosen, and retrieval."""
     pairs = Captions(chats, tokenizer, image_spec(model.config), model.config.context)
-    images, texts, keys = zero_shot.features_of(model, pairs, machine, max(items, 2048))
-    marks, _ = zero_shot.choose_captions(model, images[:2048], texts[:2048], keys[:2048], CHOICES)
+    images, texts, keys = features_of(model, pairs, machine, max(items, 2048))
+    marks, _ = choose_captions(model, images[:2048], texts[:2048], keys[:2048], CHOICES)
     choice = share(marks, 1 / min(CHOICES, len(set(keys[:2048]))))
     return {"clip_choice32": choice, **retrieval(images[:items], texts[:items], keys[:items])}
 
