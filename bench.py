@@ -1,11 +1,10 @@
-"""The speed of training steps, generation and checkpoints, and that of other projects beside ours.
+"""The speed of training steps and generation, and that of other projects beside ours.
 
     python bench.py configs/full/pretrain.py                     # a training step of any stage
     torchrun --standalone --nproc_per_node=8 bench.py configs/full/sft.py --micro_rows=16
     python bench.py configs/full/sft.py --profile=True           # the most expensive operations
     python bench.py plan configs/demo                            # minutes of every stage
     python bench.py decode configs/full/vision_sft.py            # generation
-    python bench.py save configs/full/pretrain.py                # the cost of a checkpoint
     python bench.py --peer=nanoGPT/model.py                      # beside nanoGPT's model.py
     python bench.py configs/full/vision_pretrain.py --peer=transformers
     python bench.py decode configs/small/pretrain.py --peer=transformers
@@ -25,9 +24,7 @@ from pathlib import Path
 
 from benchmarks.baselines import beside_nanogpt, beside_transformers
 from benchmarks.decoding import decode_speeds
-from benchmarks.plan import STAGES, plan
-from benchmarks.saving import save_costs
-from benchmarks.training import Training, profile, step_speed
+from benchmarks.training import STAGES, Training, plan, profile, step_speed
 from common.config import UserError, parse, run_main
 
 
@@ -42,24 +39,30 @@ class Config:
 
 def main():
     argv = sys.argv[1:]
-    command = argv.pop(0) if argv[:1] in (["plan"], ["decode"], ["save"]) else "step"
+    command = argv.pop(0) if argv[:1] in (["plan"], ["decode"]) else "step"
     own = ("--help", *(f"--{field.name}=" for field in dataclasses.fields(Config)))
     bench = parse(Config, [flag for flag in argv if flag.startswith(own)],
-                  "[plan | decode | save] CONFIG")
+                  "[plan | decode] CONFIG")
     argv = [flag for flag in argv if not flag.startswith(own)]
     if command == "plan":
         plan(argv[0] if argv else "configs/demo", bench.vocabulary)
     elif bench.peer not in ("", "transformers"):
         show(beside_nanogpt(bench.peer))
     else:
-        stages = {"decode": STAGES[1:], "step": STAGES[3:] if bench.peer else STAGES}
-        cfg, stage, folder = read_config(argv, stages.get(command, STAGES))
+        stages = STAGES[1:] if command == "decode" else STAGES[3:] if bench.peer else STAGES
+        cfg, stage, folder = read_config(argv, stages)
         if command == "decode":
-            show(decode_speeds(cfg, stage, folder, bench.peer))
-        else:
-            with tempfile.TemporaryDirectory() as out:
-                cfg = dataclasses.replace(cfg, out=out, resume=False, tracker="none")
-                measure(cfg, stage, folder, bench, command)
+            return show(decode_speeds(cfg, stage, folder, bench.peer))
+        with tempfile.TemporaryDirectory() as out:
+            cfg = dataclasses.replace(cfg, out=out, resume=False, tracker="none")
+            make = functools.partial(Training, cfg, stage, folder)
+            if bench.peer:
+                return show(beside_transformers(make))
+            training = make()
+            figures = (profile if bench.profile else step_speed)(training, bench.steps)
+            if training.run.machine.is_main:
+                show(figures)
+            training.run.machine.leave()
 
 
 def read_config(argv, stages):
@@ -71,26 +74,12 @@ def read_config(argv, stages):
     return parse(importlib.import_module(path.stem).Config, argv), path.stem, path.parent
 
 
-def measure(cfg, stage, folder, bench, command):
-    """Measure training steps of a stage, or saving its checkpoints."""
-    if bench.peer:
-        return show(beside_transformers(functools.partial(Training, cfg, stage, folder)))
-    training = Training(cfg, stage, folder)
-    if command == "save":
-        figures = save_costs(training)
-    else:
-        figures = (profile if bench.profile else step_speed)(training, bench.steps)
-    if training.run.machine.is_main:
-        show(figures)
-    training.run.machine.leave()
-
-
 def show(figures):
-    """Print one line to read, and one of JSON."""
+    """Print one figure per line, and all of them as one line of JSON."""
     rounded = {name: float(f"{value:.4g}") if isinstance(value, float) else value
                for name, value in figures.items()}
-    print(" | ".join(f"{name} {value:,}" if isinstance(value, (int, float)) else f"{name} {value}"
-                     for name, value in rounded.items()))
+    for name, value in rounded.items():
+        print(f"{name:28s} {value}")
     print(json.dumps(rounded))
 
 

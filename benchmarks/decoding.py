@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import REPEATS, elapsed, in_turn
 from benchmarks.baselines import load_transformers
-from benchmarks.random_data import build_model, jpeg, tokenizer_of
+from benchmarks.training import build_model, jpeg, tokenizer_of
 from common.device import setup
 from common.images import read_image
 from export.to_transformers import their_model
@@ -80,24 +80,20 @@ def their_generate(decoder, precision):
 
 
 def single_speeds(kinds, device, n_vocab):
-    """Tokens per second of one conversation by each kind, and their ratios."""
+    """Tokens per second of one conversation by each kind."""
     ids = torch.randint(n_vocab, (1, PROMPT), device=device)
     texts = {name: run(ids) for name, run in kinds.items()}  # also warms up
     prepares = {name: lambda i, run=run: functools.partial(run, ids) for name, run in kinds.items()}
     rates = {name: TOKENS / statistics.median(seconds)
              for name, seconds in in_turn(prepares, REPEATS, warm=0).items()}
     figures = {f"{name}_tok_per_s": rate for name, rate in rates.items()}
-    for precision in DTYPES:
-        if peer := rates.get(f"transformers_{precision}"):
-            figures |= {f"{name}_times_transformers_{precision}": rates[name] / peer
-                        for name in (precision, "int8") if name in rates}
     if "transformers_fp32" in texts:
         figures["same_text"] = texts["fp32"] == texts["transformers_fp32"]
     return figures
 
 
 def batch_speeds(decoder):
-    """Tokens per second of batches, without the prompt, and their ratio to one row."""
+    """Tokens per second of batches, without the prompt."""
     device, rates, tokens = decoder.token_embedding.weight.device, {}, TOKENS // 4
     for B in BATCHES:
         decoding = Decoding(decoder, B, PROMPT + tokens)
@@ -112,34 +108,27 @@ def batch_speeds(decoder):
                 token.tolist()  # as generate_batch does
 
         seconds = [elapsed(run) for _ in range(REPEATS + 1)][1:]  # the first one warms up
-        rates[B] = B * tokens / statistics.median(seconds)
-    figures = {f"batch_{B}_tok_per_s": rate for B, rate in rates.items()}
-    return figures | {f"batch_{B}_times_one": rates[B] / rates[1] for B in BATCHES[1:]}
+        rates[f"batch_{B}_tok_per_s"] = B * tokens / statistics.median(seconds)
+    return rates
 
 
 def first_tokens(model, tokenizer, precision):
     """Milliseconds to the first token: of a question, of one about an image (a JPEG of 640 x 480),
     and of the second question about it, which reuses the cache."""
     conversation = Conversation(ready_to_chat(copy.deepcopy(model), precision), tokenizer)
-    photo = jpeg(640, 480)
-    found = {"first_token_ms": [], "first_token_image_ms": [], "second_turn_ms": []}
+    photo, found = jpeg(640, 480), {}
 
-    def measure(name, text, files):
-        seconds = elapsed(first_token, conversation, text, files)
-        found[name].append(seconds * 1e3)
+    def first_token(question, files):
+        next(conversation.ask(question, [read_image(file) for file in files], 1), None)
+
+    def measure(name, question, files=()):
+        found.setdefault(name, []).append(elapsed(first_token, question, files) * 1e3)
 
     for _ in range(8 * REPEATS):  # they take milliseconds, the first ones longer
         conversation.reset()
-        measure("first_token_ms", QUESTIONS[0], [])
+        measure("first_token_ms", QUESTIONS[0])
         if hasattr(model, "vision_tower"):
             conversation.reset()
             measure("first_token_image_ms", QUESTIONS[0], [photo])
-        measure("second_turn_ms", QUESTIONS[1], [])
-    figures = {name: statistics.median(times) for name, times in found.items() if times}
-    first = figures.get("first_token_image_ms", figures["first_token_ms"])
-    return figures | {"second_of_first_turn": figures["second_turn_ms"] / first}
-
-
-def first_token(conversation, text, files):
-    conversation.add_question(text, [read_image(file) for file in files], 1)
-    next(iter(conversation.answer(1)), None)
+        measure("second_turn_ms", QUESTIONS[1])
+    return {name: statistics.median(times) for name, times in found.items()}

@@ -1,18 +1,40 @@
-"""The speed of a training step of any stage, on random data."""
+"""The speed of a training step of any stage, and a plan of all stages.
 
+Models have initial weights. The data are random, but go through the same code as real ones: packed
+into rows, images decoded. The sizes of a stage's other parts come from the configs beside its own.
+"""
+
+import contextlib
+import dataclasses
 import importlib
+import io
 import itertools
 import signal
 import statistics
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
+import tokenizer as tokenizers
 from benchmarks import REPEATS, WARM, elapsed
-from benchmarks.random_data import build_model, random_data, tokenizer_of
-from clip import feature_pulls
+from clip import CLIP, feature_pulls
 from common import device as system
+from common.config import UserError, parse
+from common.images import read_image
+from data import Batch, check_tokenizer
+from model import GPT
+from tokenizer import SPECIALS, Tokenizer
+from train.log import duration
 from train.optim import make_optimizer
+from train.packing import Captions, Packed
 from train.run import Run
+from vision import VisionLanguageModel, image_spec
+
+STAGES = ("clip_pretrain", "pretrain", "sft", "vision_pretrain", "vision_sft")  # in working order
+SLOW = 45 * 60  # seconds: about twice what the slowest processor in docs/processors.md needs
 
 
 class Training:
@@ -28,18 +50,18 @@ class Training:
         self.dataset = random_data(cfg, stage, self.model, tokenizer)
         if stage == "clip_pretrain":
             self.unit, self.per_step = "img", cfg.batch_pairs
-            self.rows, micro_rows = cfg.batch_pairs, cfg.micro_pairs or cfg.batch_pairs // run.ranks
+            rows, micro_rows = cfg.batch_pairs, cfg.micro_pairs or cfg.batch_pairs // run.ranks
             self.flops = self.model.flops_per_pair()
         else:
             decoder = getattr(self.model, "decoder", self.model)
             self.unit, self.per_step = "tok", cfg.batch_tokens
-            self.rows, micro_rows = run.rows(decoder.config.max_positions), cfg.micro_rows
+            rows, micro_rows = run.rows(decoder.config.max_positions), cfg.micro_rows
             self.flops = decoder.flops_per_token(cfg.context)
             self.flops *= 2 / 3 if stage == "vision_pretrain" else 1  # no weight gradients
-        self.loader = run.loader(self.dataset, self.rows, micro_rows)
+        self.loader = run.loader(self.dataset, rows, micro_rows)
         self.net = run.start(self.model, make_optimizer(self.model, cfg), tokenizer, {}, self.unit,
                              self.per_step, self.flops)
-        self.images = 0  # how many were trained on, in this process
+        self.images = 0  # how many this process trained on
 
     def take(self, steps):
         """Train for these steps, and wait for the device."""
@@ -55,6 +77,7 @@ class Training:
                 self.images += 0 if batch.pixels is None else len(batch.pixels)
             self.run.optimizer_step(step)
         return self.run.loss.item()
+
 
 def step_speed(training, n_steps):
     """{name: figure} of a training step: the median of five times n_steps."""
@@ -72,7 +95,7 @@ def step_speed(training, n_steps):
             "precision": str(run.machine.dtype)[6:],
             "parameters_M": sum(p.numel() for p in training.model.parameters()) / 1e6,
             f"{unit}_per_step": per_step, "ms": median * 1e3, "slowest_ms": max(seconds) * 1e3,
-            f"{unit}_per_s": per_step / median, "rows_per_s": training.rows / median,
+            f"{unit}_per_s": per_step / median,
             "mfu": per_step * training.flops / median / run.peak,
             "filled": getattr(training.dataset, "filled", 1.0), **image_figures,
             "gpu_gb": gpu_gb, "host_gb": host_gb}
@@ -86,3 +109,134 @@ def profile(training, n_steps):
     key = "self_device_time_total" if training.run.device.type == "cuda" else "self_cpu_time_total"
     print(found.key_averages().table(sort_by=key, row_limit=10))
     return {"stage": training.run.stage, "steps": n_steps}
+
+
+def plan(folder, vocabulary):
+    """Print the minutes of each stage of `folder` on this machine, from one step of each.
+
+    vocabulary: number of the tokenizer's ids, as the data may not be prepared yet.
+    """
+    stages = [stage for stage in STAGES if (Path(folder) / f"{stage}.py").is_file()]
+    if not stages:
+        raise UserError(f"{folder} has no config of a stage, like {folder}/pretrain.py")
+    first = vocabulary - len(SPECIALS) + 1
+    tokenizer, total = Tokenizer("random", None, None, first, first - 1, ""), 0.0
+    for stage in stages:
+        with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+            cfg = dataclasses.replace(settings_of(folder, stage), out=out, resume=False,
+                                      tracker="none")
+            training = Training(cfg, stage, folder, tokenizer)
+            training.take([0])
+            step = elapsed(training.take, [1])
+            training.loader.close()
+        seconds = step * cfg.max_steps
+        print(f"{stage:16s} {cfg.max_steps:6,} steps of {step * 1e3:5,.0f} ms: "
+              f"{duration(seconds)}", flush=True)
+        total += seconds
+    print(f"{'all stages':16s} about {duration(total)} on {training.run.machine.name} in "
+          f"{str(training.run.machine.dtype)[6:]}; evaluations add about a tenth", flush=True)
+    if total > SLOW:
+        print("This machine is slower than any in docs/processors.md. A shorter run trains the "
+              "same stages to lower scores: STEPS=0.2 make demo takes about "
+              f"{duration(0.2 * total)}. A free GPU in the cloud trains configs/t4 in an evening.")
+
+
+# ---- models and random data ----------------------------------------------------------------------
+
+
+def settings_of(folder, stage):
+    """The settings of a stage by its config in `folder`, or its defaults."""
+    path = Path(folder) / f"{stage}.py"
+    return parse(importlib.import_module(stage).Config, [str(path)] if path.is_file() else [])
+
+
+def tokenizer_of(cfg):
+    """The tokenizer of the config's data if they are prepared, else GPT-2's."""
+    prepared = (Path(cfg.data) / "manifest.json").is_file()
+    return check_tokenizer(cfg.data) if prepared else tokenizers.load("gpt2")
+
+
+def build_model(cfg, stage, folder, tokenizer):
+    """The model of a stage; the sizes of other stages' parts come from the configs in `folder`."""
+    if stage == "clip_pretrain":
+        return CLIP(cfg.clip(tokenizer))
+    decoder = (cfg if stage == "pretrain" else settings_of(folder, "pretrain")).decoder(tokenizer)
+    if not stage.startswith("vision"):
+        return GPT(decoder)
+    model = VisionLanguageModel(decoder, settings_of(folder, "clip_pretrain").clip(tokenizer))
+    model.decoder.requires_grad_(stage == "vision_sft")
+    return model
+
+
+def random_data(cfg, stage, model, tokenizer):
+    """A data set for a stage's loader."""
+    if stage == "pretrain":
+        return RandomText(tokenizer.n_vocab, cfg.context)
+    if stage == "clip_pretrain":
+        spec = image_spec(model.config)
+        chats = RandomChats(tokenizer, cfg.batch_pairs, 30, spec.size)
+        return Captions(chats, tokenizer, spec, cfg.context)
+    spec = getattr(model, "image_spec", None)
+    length = {"sft": cfg.context // 5, "vision_pretrain": 40, "vision_sft": 200}[stage]
+    n = max(4096, 4 * cfg.batch_tokens // cfg.context)  # so many that rows fill up
+    chats = RandomChats(tokenizer, n, length, spec.size if spec else 0)
+    return Packed([chats], cfg.context, tokenizer, spec)
+
+
+class RandomText:
+    """Windows of random ids, like data.Text."""
+
+    name = "random text"
+
+    def __init__(self, n_vocab, T):
+        self.ids, self.T = np.random.default_rng(0).integers(0, n_vocab, 10**6), T
+
+    def __len__(self):
+        return len(self.ids) - self.T
+
+    def n_targets(self, rows):
+        return len(rows) * self.T
+
+    def batch(self, rows):
+        tokens = torch.from_numpy(np.stack([self.ids[i : i + self.T + 1] for i in rows]))
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+
+class RandomChats:
+    """Chats of random ids, half of them an answer; each has an image unless image_size is 0."""
+
+    folder, has_images, manifest = "random chats", True, {}
+
+    def __init__(self, tokenizer, n, length, image_size=0):
+        self.tokenizer, self.n, self.length, self.image_size = tokenizer, n, length, image_size
+        self.jpeg = jpeg(image_size or 8, image_size or 8)
+
+    def __len__(self):
+        return self.n
+
+    def n_images(self, i):
+        return 1 if self.image_size else 0
+
+    def images(self, i, spec=None):
+        return [read_image(self.jpeg)] if self.image_size else []
+
+    def chat(self, i):
+        rng, t = np.random.default_rng(i), self.tokenizer
+        half = int(self.length * rng.uniform(0.4, 1.6)) // 2
+        ids = rng.integers(0, t.end_of_text, 2 * half + 4)
+        ids[[0, 1, half, half + 1, -1]] = t.end_of_text, t.user, t.end, t.assistant, t.end
+        if self.image_size:
+            ids[2] = t.image
+        return ids, np.arange(len(ids)) > half + 1
+
+
+def jpeg(width, height):
+    """A JPEG file of quality 90 with about as much coarse and fine detail as a photo."""
+    rng, photo = np.random.default_rng(0), np.zeros((height, width, 3), np.float32)
+    for scale in (64, 16, 4, 1):
+        shape = (-(-height // scale), -(-width // scale), 3)
+        grain = Image.fromarray(rng.integers(0, 256, shape).astype(np.uint8))
+        photo += np.asarray(grain.resize((width, height), Image.BICUBIC)) * scale**0.5
+    file = io.BytesIO()
+    Image.fromarray((photo / 15).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()

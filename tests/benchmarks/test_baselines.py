@@ -6,7 +6,7 @@ import torch
 import tokenizer as tokenizers
 from benchmarks import REPEATS, WARM
 from benchmarks.baselines import beside_nanogpt, freeze, llava_of, measure, unpack
-from benchmarks.random_data import RandomChats
+from benchmarks.training import RandomChats
 from clip import CLIPConfig, normalise
 from common.device import Processor
 from export.to_transformers import their_model

@@ -1,11 +1,11 @@
-"""bench.py times the steps of every stage, generation and saving, and plans a whole pipeline."""
+"""bench.py times the steps of every stage, generation, and plans a whole pipeline."""
 
 import json
 
 import pytest
 from conftest import ROOT, STAGES, TINY, run
 
-from benchmarks import plan
+from benchmarks import training
 
 SMALL = ("--steps=1", "--device=cpu", "--precision=fp32")
 SIZES = {"pretrain": "n_layer = 2\nn_head = 2\nn_embd = 32\nmax_positions = 256\n",
@@ -27,8 +27,8 @@ def configs(tmp_path_factory):
 def brief(monkeypatch):
     """Fewer tokens and repetitions than for a measurement."""
     for name, value in {"decoding.PROMPT": 16, "decoding.TOKENS": 8, "decoding.BATCHES": (1, 3),
-                        "decoding.REPEATS": 1, "saving.REPEATS": 1, "training.REPEATS": 2,
-                        "baselines.REPEATS": 1, "baselines.WARM": 1}.items():
+                        "decoding.REPEATS": 1, "training.REPEATS": 2, "baselines.REPEATS": 1,
+                        "baselines.WARM": 1}.items():
         monkeypatch.setattr(f"benchmarks.{name}", value)
 
 
@@ -57,12 +57,6 @@ def test_the_most_expensive_operations_are_listed(configs):
     assert "aten::mm" in printed
 
 
-def test_the_cost_of_a_checkpoint_is_measured(configs):
-    figures, _ = figures_of("save", configs / "pretrain.py", *SMALL, "--context=64",
-                            "--batch_tokens=512")
-    assert figures["written_s"] > figures["pause_s"] > 0 and figures["resume_s"] > 0
-
-
 def test_a_vision_step_is_timed_beside_transformers(configs):
     figures, _ = figures_of(configs / "vision_pretrain.py", *SMALL, *TINY["vision_pretrain"],
                             "--peer=transformers")
@@ -75,16 +69,13 @@ def test_a_vision_step_is_timed_beside_transformers(configs):
 def test_generation_is_timed_beside_transformers_and_gives_the_same_text(configs):
     figures, _ = figures_of("decode", configs / "pretrain.py", *SMALL[1:], "--peer=transformers")
     assert figures["same_text"] and "first_token_image_ms" not in figures
-    ratio = figures["fp32_tok_per_s"] / figures["transformers_fp32_tok_per_s"]
-    assert figures["fp32_times_transformers_fp32"] == pytest.approx(ratio, rel=1e-2)
-    ratio = figures["batch_3_tok_per_s"] / figures["batch_1_tok_per_s"]
-    assert figures["batch_3_times_one"] == pytest.approx(ratio, rel=1e-2)
+    for name in "fp32", "transformers_fp32", "batch_1", "batch_3":
+        assert figures[f"{name}_tok_per_s"] > 0
 
 
 def test_the_first_token_about_an_image_is_timed(configs):
     figures, _ = figures_of("decode", configs / "vision_sft.py", "--device=cpu")
-    ratio = figures["second_turn_ms"] / figures["first_token_image_ms"]
-    assert figures["second_of_first_turn"] == pytest.approx(ratio, rel=1e-2)
+    assert min(figures[f"{name}_ms"] for name in ("second_turn", "first_token_image")) > 0
 
 
 @pytest.mark.parametrize("slow", [False, True])
@@ -92,7 +83,7 @@ def test_a_plan_lists_every_stage_and_the_sum(tmp_path, monkeypatch, slow):
     for stage in "pretrain", "sft":
         (tmp_path / f"{stage}.py").write_text(
             SIZES.get(stage, "") + "context = 32\nbatch_tokens = 64\nmax_steps = 50\n")
-    monkeypatch.setattr(plan, "SLOW", 0.0 if slow else 1e9)
+    monkeypatch.setattr(training, "SLOW", 0.0 if slow else 1e9)
     result = run("bench.py", "plan", tmp_path, "--vocabulary=512")
     assert result.status == 0, result.err
     lines = result.out.splitlines()
@@ -102,7 +93,7 @@ def test_a_plan_lists_every_stage_and_the_sum(tmp_path, monkeypatch, slow):
 
 
 def test_the_demo_plans_all_its_stages():
-    assert {path.stem for path in (ROOT / "configs/demo").glob("*.py")} == set(plan.STAGES)
+    assert {path.stem for path in (ROOT / "configs/demo").glob("*.py")} == set(training.STAGES)
 
 
 @pytest.mark.parametrize(("argv", "named"), [

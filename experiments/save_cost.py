@@ -1,15 +1,33 @@
 """The cost of a checkpoint: the pause of training, the time of writing and of resuming.
 
-    python bench.py save configs/full/pretrain.py --optimizer=adamw --context=256 --batch_tokens=256
+    python experiments/save_cost.py configs/full/pretrain.py --optimizer=adamw --context=256 \\
+        --batch_tokens=256
 """
 
+import dataclasses
 import itertools
+import json
 import statistics
+import sys
+import tempfile
 import time
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import read_config
 from benchmarks import REPEATS, WARM, elapsed
+from benchmarks.training import STAGES, Training
 from common import checkpoint
+from common.config import run_main
 from common.device import peak_memory_gb
+
+
+def main():
+    cfg, stage, folder = read_config(sys.argv[1:], STAGES)
+    with tempfile.TemporaryDirectory() as out:
+        cfg = dataclasses.replace(cfg, out=out, resume=False, tracker="none")
+        print(json.dumps(save_costs(Training(cfg, stage, folder))))
 
 
 def save_costs(training):
@@ -43,3 +61,7 @@ def resume(run, folder):
     _, weights, state = checkpoint.read(folder, with_state=True)
     checkpoint.load_weights(run.model, weights, folder)
     run.optimizer.load_state_dict(state["optimizer"])
+
+
+if __name__ == "__main__":
+    run_main(main)
