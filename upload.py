@@ -12,7 +12,6 @@
 again. --to and --repo need `transformers`: pip install transformers
 """
 
-import hashlib
 import importlib.metadata
 import shutil
 import sys
@@ -25,7 +24,6 @@ import torch
 
 from common import checkpoint
 from common.atomic import NewFolder
-from common.checkpoint import file_sum
 from common.config import UserError, one_line, parse_checkpoint, run_main
 from export.model_card import card, example, held_out_images
 from export.to_transformers import CHAT_TEMPLATE, write_folder
@@ -34,7 +32,7 @@ from vision import open_model
 HERE = Path(__file__).resolve().parent
 APP = ("app.py", "clip.py", "data.py", "model.py", "tokenizer.py", "vision.py", "requirements.txt",
        "common", "export", "inference")  # files and folders that app.py needs
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+RESUME_ONLY = shutil.ignore_patterns("state")  # part of a checkpoint
 REFUSALS = {401: "the token is not accepted: check HF_TOKEN",
             402: "it wants payment, as for gradio Spaces of free accounts",
             403: "the token may not write there: give it write access"}
@@ -124,15 +122,14 @@ def fill(name, folder, cfg):
     kinds = None if cfg.native else ("decoder", "vision")
     model, tokenizer, info = open_model(name, kinds=kinds)
     if cfg.native:
-        copy_checkpoint(info["folder"], folder)
+        shutil.copytree(info["folder"], folder, dirs_exist_ok=True, ignore=RESUME_ONLY)
     else:
         try:
             from transformers.utils.logging import disable_progress_bar
         except ImportError:
             raise UserError("--to and --repo need a package that is not installed: "
                             "pip install transformers") from None
-        if not sys.stderr.isatty():
-            disable_progress_bar()
+        disable_progress_bar()
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
         write_folder(model, tokenizer, info["stage"], folder, dtype)
     for path in folder.iterdir():
@@ -148,26 +145,20 @@ def fill(name, folder, cfg):
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def copy_checkpoint(source, folder):
-    """Copy a checkpoint without what only resuming needs."""
-    shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("state"))
-
-
 def fill_space(name, folder, cfg):
     """Fill `folder` with app.py, the code it needs, the checkpoint, and example images."""
     info = checkpoint.read(name, ("decoder", "vision"))[0]
     if info["stage"] == "pretrain":
         raise UserError(f"{name} is a pretrained checkpoint, which continues text and does not "
                         "chat; a Space takes one of sft.py or of a vision stage")
-    copy_checkpoint(info["folder"], folder / "checkpoint")
+    shutil.copytree(info["folder"], folder / "checkpoint", ignore=RESUME_ONLY)
     for path in (HERE / part for part in APP):
         if path.is_dir():
             shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(path, folder)
-    images = held_out_images(info)[:3] if info["kind"] == "vision" else []
-    for image in images:
-        (folder / "examples").mkdir(exist_ok=True)
+    (folder / "examples").mkdir()
+    for image in held_out_images(info)[:3] if info["kind"] == "vision" else ():
         shutil.copy(image, folder / "examples")
     text = SPACE_CARD.format(title=cfg.space.split("/")[-1], license=cfg.license,
                              gradio=importlib.metadata.version("gradio"))
@@ -204,30 +195,18 @@ def push(folder, repo, kind, cfg):
     try:
         api.create_repo(repo, repo_type=kind, private=cfg.private, exist_ok=True,
                         space_sdk="gradio" if kind == "space" else None)
-        others = [entry.path for entry in api.list_repo_tree(repo, recursive=True, repo_type=kind)
-                  if hasattr(entry, "blob_id") and not same(entry, folder / entry.path)
-                  and entry.path not in (".gitattributes", "README.md")]  # a new one has these
-        if others and not cfg.overwrite:
-            raise UserError(f"{repo} exists with other content ({', '.join(sorted(others)[:3])}); "
+        others = set(api.list_repo_files(repo, repo_type=kind)) - {".gitattributes", "README.md"}
+        if others and not cfg.overwrite:  # those two are in a new one
+            raise UserError(f"{repo} exists with content ({', '.join(sorted(others)[:3])}); "
                             "choose another name, or --overwrite=True to write into it")
         found = api.upload_folder(repo_id=repo, repo_type=kind, folder_path=folder,
-                                  delete_patterns=list(WEIGHTS) if cfg.overwrite else None,
+                                  delete_patterns="*.safetensors*" if cfg.overwrite else None,
                                   commit_message="nanoGPT-Vision")
     except UserError:
         raise
     except Exception as error:  # the exception types depend on the library's HTTP client
         raise UserError(explain(error, repo)) from None
     print(f"pushed: {found.commit_url}")
-
-
-def same(entry, path):
-    """Whether a file of the hub (RepoFile) has the content of the file `path`."""
-    if not path.is_file() or entry.size != path.stat().st_size:
-        return False
-    if entry.lfs:
-        return entry.lfs.sha256 == file_sum(path)
-    content = path.read_bytes()  # small, and summed as git does
-    return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def explain(error, repo):

@@ -15,7 +15,6 @@ import functools
 import hashlib
 import inspect
 import json
-import math
 import os
 import re
 import signal
@@ -89,14 +88,17 @@ def parse(config_class, argv=None, usage="[CONFIG]"):
     broken config file.
     """
     flags = list(sys.argv[1:] if argv is None else argv)
-    if has_positional(flags):
+    if flags and not flags[0].startswith("-"):
         flags = [*read_config_file(flags[0], config_class), *flags[1:]]
     for flag in flags:
         if flag.startswith("--") and flag != "--help":
             check_name(flag[2:].split("=")[0], config_class, "on the command line")
+    about = sys.modules[config_class.__module__].__doc__ or ""
+    if not config_class.__doc__.startswith(f"{config_class.__name__}("):  # dataclass's own
+        about += f"\n{inspect.getdoc(config_class)}"
     parser = Parser(
         usage=f"python {Path(sys.argv[0]).name} {usage} [--name=value ...]",
-        description=description_of(config_class), allow_abbrev=False,
+        description=about, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for title, comments in described_settings(config_class).items():
@@ -114,23 +116,12 @@ def parse_checkpoint(config_class, argv=None, default=None):
     default: the name where the command line has none; without a default that is a UserError.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    name = argv.pop(0) if has_positional(argv) else default
+    name = default if not argv or argv[0].startswith("-") else argv.pop(0)
     settings = parse(config_class, argv, "CHECKPOINT [CONFIG]")
     if name is None:
         script = Path(sys.argv[0]).name
         raise UserError(f"which checkpoint? For example: python {script} out/demo/vision_sft")
     return name, settings
-
-
-def description_of(config_class):
-    """The docstrings of the script, which has examples, and of the class, if it has its own."""
-    own = inspect.cleandoc(config_class.__doc__)
-    texts = [sys.modules[config_class.__module__].__doc__ or ""]
-    return "\n".join(texts if own.startswith(f"{config_class.__name__}(") else [*texts, own])
-
-
-def has_positional(argv):
-    return bool(argv) and not argv[0].startswith("-")
 
 
 class Parser(argparse.ArgumentParser):
@@ -145,40 +136,23 @@ def options_of(field, comment):
     shown = f"{comment} (default: {default})" if default not in ("", ()) else comment
     options = {"default": default, "help": shown.strip().replace("%", "%%")}
     if kind == tuple[str, ...]:
-        return options | {"type": string, "metavar": "STR", "action": "append", "default": []}
-    if kind in READERS:
-        return options | {"type": READERS[kind], "metavar": kind.__name__.upper()}
-    return options | {"choices": get_args(kind)}
+        kind, options = str, options | {"action": "append", "default": []}
+    if kind not in (bool, int, float, str):
+        return options | {"choices": get_args(kind)}
+    return options | {"type": functools.partial(value_of, kind), "metavar": kind.__name__.upper()}
 
 
-def boolean(text):
-    if text not in ("True", "False"):
-        raise ValueError
-    return text == "True"
-
-
-def integer(text):
-    value = int(text)
-    if abs(value) >= 2**63:  # beyond what arrays can count
-        raise ValueError
+def value_of(kind, text):
+    """The value of type `kind` that `text` spells."""
+    try:
+        text.encode()  # fails for half a surrogate pair
+        value = ("False", "True").index(text) == 1 if kind is bool else kind(text)
+        # Beyond 2**63 nothing can be counted in arrays; NaN is not below it either.
+        if "\0" in text or (kind is not str and not abs(value) < 2**63):
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid {kind.__name__}") from None
     return value
-
-
-def number(text):
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
-
-
-def string(text):
-    text.encode()  # a UnicodeEncodeError is a ValueError
-    if "\0" in text:
-        raise ValueError
-    return text
-
-
-READERS = {bool: boolean, int: integer, float: number, str: string}
 
 
 @functools.cache

@@ -54,7 +54,7 @@ def compare(folders, out):
     sections["Losses"] = [*plot(names, runs), *sections["Losses"]]
     commands = [start["command"] for run in runs for start in run.info.get("origins", [])[-1:]]
     if commands:
-        sections["Commands"] = [code(log.multiline(command)) for command in commands]
+        sections["Commands"] = [code(command) for command in commands]
     try:
         write_report(out, "Comparison of runs", ", ".join(map(str, folders)), sections)
     except OSError as error:
@@ -71,8 +71,7 @@ def read_run(folder):
     info = read_json(newest / "config.json")
     if not {"settings", "metrics", "stage", "step"} <= info.keys() or not info["metrics"]:
         raise UserError(f"{newest} was not trained here, so there is nothing to compare")
-    losses = {log.MEANING.get(name, name): f"{value:.4f}"
-              for name, value in info["metrics"].items() if name not in log.COSTS}
+    losses = log.losses(info["metrics"])
     settings = {name: str(value) or "(empty)" for name, value in info["settings"].items()
                 if name not in ("out", "resume")}
     digest = checkpoint.file_sum(newest / "manifest.json")

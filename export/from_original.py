@@ -117,15 +117,16 @@ def translated(theirs, config, path):
     with torch.device("meta"):  # shapes without memory
         own = GPT(dataclasses.replace(config, vocab_size=50257)).state_dict()
     sources = {name: their_names(name) for name in own}
-    shapes = {n: (own[name].size(0) // len(names), *own[name].shape[1:])
-              for name, names in sources.items() for n in names}
-    bad = [f"{n}, which is {tuple(theirs[n].shape)} and not {shape}" for n, shape in shapes.items()
-           if n in theirs and theirs[n].shape != shape]
-    for problem, names in (("lacks", [n for n in shapes if n not in theirs]),
-                           ("has unknown", [n for n in theirs if n not in shapes]), ("has", bad)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(f"{path} {problem} {', '.join(names[:3])}{more}")
+    expected = {n: (own[name].size(0) // len(names), *own[name].shape[1:])
+                for name, names in sources.items() for n in names}
+    found = {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            raise UserError(f"{path} lacks {name}")
+        if name not in expected:
+            raise UserError(f"{path} has unknown {name}")
+        if found[name] != expected[name]:
+            raise UserError(f"{path} has {name}, which is {found[name]} and not {expected[name]}")
     weights = {}
     for name, names in sources.items():
         parts = [theirs[n] for n in names]

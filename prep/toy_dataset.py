@@ -11,7 +11,6 @@ import itertools
 import json
 import random
 import re
-import time
 from concurrent.futures import ProcessPoolExecutor
 
 from common.checkpoint import write_json
@@ -21,16 +20,11 @@ from prep.writers import write_chats, write_manifest, write_text
 from tokenizer import train
 
 CHUNK = 250  # samples that one job draws
-PROGRESS_SECONDS = 3.0  # between two lines of progress
 SPLITS = ("train", "val", "test")
 
 
 class Workers(ProcessPoolExecutor):
-    """Draws samples on all cores and prints the progress. total: about how many there will be."""
-
-    def __init__(self, total):
-        super().__init__(cores())
-        self.total, self.done, self.printed = total, 0, time.monotonic()
+    """Draws samples on all cores."""
 
     def __exit__(self, kind, *_):
         self.shutdown(cancel_futures=kind is not None)
@@ -43,7 +37,7 @@ class Workers(ProcessPoolExecutor):
         sizes = [min(CHUNK, n - start) for start in range(0, n, CHUNK)]
         seeds = [f"{seed} {first + number}" for number in range(len(sizes))]
         chunks = self.map(draw_chunk, seeds, sizes, *map(itertools.repeat, (job, *args)))
-        return itertools.chain.from_iterable(map(self.count, chunks))
+        return itertools.chain.from_iterable(chunks)
 
     def distinct(self, job, seed, n, taken):
         """n different results of job(rng), none of them in `taken`."""
@@ -54,14 +48,6 @@ class Workers(ProcessPoolExecutor):
             found |= dict.fromkeys(sample for sample in samples if sample not in taken)
             first += missing // CHUNK
         return list(itertools.islice(found, n))
-
-    def count(self, chunk):
-        """Note that a chunk is done; prints a line every few seconds."""
-        self.done += len(chunk)
-        if time.monotonic() - self.printed >= PROGRESS_SECONDS:
-            self.printed = time.monotonic()
-            print(f"drawing the demo's data: {min(1, self.done / self.total):.0%}", flush=True)
-        return chunk
 
 
 def draw_chunk(seed, n, job, *args):
@@ -110,14 +96,13 @@ def png(scene, size):
 def image_jobs(cfg):
     """{folder: (job, number of samples, arguments of the job)}"""
     n, size = cfg.held_out, cfg.image_size
-    return {"captions/train": (captioned, cfg.captions, "train", size),
-            "captions/val": (captioned, n, "train", size),
-            "captions/test": (captioned, n, "train", size),
-            "scenes/train": (questioned, cfg.conversations, "train", size, cfg.questions),
-            "scenes/val": (asked, n, "train", size),
-            "scenes/val_pairs": (asked, n, "held_out", size),
-            "scenes/test": (asked, n, "train", size),
-            "scenes/test_pairs": (asked, n, "held_out", size)}
+    jobs = {"captions/train": (captioned, cfg.captions, "train", size),
+            "scenes/train": (questioned, cfg.conversations, "train", size, cfg.questions)}
+    for split in "val", "test":
+        jobs |= {f"captions/{split}": (captioned, n, "train", size),
+                 f"scenes/{split}": (asked, n, "train", size),
+                 f"scenes/{split}_pairs": (asked, n, "held_out", size)}
+    return jobs
 
 
 def seed_of(cfg, folder):
@@ -128,8 +113,8 @@ def seed_of(cfg, folder):
 
 def write_demo(out, cfg):
     """Draw all of the demo's data into the folder `out`; returns the number of training tokens."""
-    total = cfg.stories + cfg.chats + cfg.captions + cfg.conversations + 10 * cfg.held_out
-    with Workers(total) as workers:
+    print("drawing stories and chats", flush=True)
+    with Workers(cores()) as workers:
         stories = distinct_texts(workers, cfg, toy_stories.story, "stories", cfg.stories)
         chats = distinct_texts(workers, cfg, text_chat, "chats", cfg.chats)
         chats = {split: list(map(json.loads, texts)) for split, texts in chats.items()}
@@ -151,7 +136,11 @@ def write_demo(out, cfg):
     write_manifest(out / "text", tokenizer, **tokens)
     for kind in "captions", "scenes", "chats":
         write_manifest(out / kind, tokenizer)
-    write_examples(out / "images", cfg)
+    (out / "images").mkdir()  # eight images with held-out pairs, to ask a model about
+    rng = random.Random(f"{cfg.seed} images")
+    for i in range(8):
+        scene = toy_images.draw_scene(rng, "held_out")
+        toy_images.paint(scene, 256).save(out / "images" / f"{i}.png")
     return tokens["train_tokens"]
 
 
@@ -174,6 +163,7 @@ def cache_words(tokenizer):
 
 def write_images(folder, tokenizer, samples):
     """A split folder from the results of a job; groups.json has the kind of each question."""
+    print(f"drawing {folder}", flush=True)
     kinds = []
 
     def without_kind():
@@ -184,12 +174,3 @@ def write_images(folder, tokenizer, samples):
     write_chats(folder, tokenizer, without_kind())
     if kinds:
         write_json(folder / "groups.json", kinds)
-
-
-def write_examples(folder, cfg):
-    """Eight image files with held-out pairs of colour and shape, to ask a model about."""
-    folder.mkdir()
-    rng = random.Random(f"{cfg.seed} images")
-    for i in range(8):
-        scene = toy_images.draw_scene(rng, "held_out")
-        toy_images.paint(scene, 256).save(folder / f"{i}.png")

@@ -64,7 +64,7 @@ class Scene:
 
 
 def shifted(rng, rgb, by):
-    """The colour (three values of 0 to 255), each channel changed by at most `by`."""
+    """An RGB colour (0 to 255), each channel changed by at most `by`."""
     return tuple(min(255, max(0, c + rng.randint(-by, by))) for c in rgb)
 
 
@@ -162,8 +162,7 @@ def grammar(text):
 
 def listed(parts):
     """["a", "b", "c"] -> 'a, b and c'."""
-    *first, last = parts
-    return f"{', '.join(first)} and {last}" if first else last
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
 def plural(noun):
@@ -178,11 +177,13 @@ def phrase(thing, size=True, place=True, colour=True):
 
 
 def relations(thing, other):
-    """Yield the relations of thing to other, like 'above' and 'to the left of'."""
+    """The relations of thing to other, like ["to the left of", "above"]."""
+    found = []
     if thing.column != other.column:
-        yield "to the left of" if thing.column < other.column else "to the right of"
+        found.append("to the left of" if thing.column < other.column else "to the right of")
     if thing.row != other.row:
-        yield "above" if thing.row < other.row else "below"
+        found.append("above" if thing.row < other.row else "below")
+    return found
 
 
 def caption(rng, scene) -> str:
@@ -201,7 +202,7 @@ def caption(rng, scene) -> str:
         size, place = rng.random() < 0.4, rng.random() < 0.5
         parts = [phrase(t, size, place, colour=False) for t in things]
     elif style >= 0.5 and len(things) > 1:
-        how = rng.choice(list(relations(things[1], things[0])))
+        how = rng.choice(relations(things[1], things[0]))
         parts[1] = f"{phrase(things[1], place=False)} {how} it"
     return grammar(rng.choice(WORDS["caption_openings"]) + listed(parts) + ".")
 
@@ -213,8 +214,6 @@ QUESTION_KINDS = tuple(WORDS["questions"])
 # validation and test all kinds are equally frequent.
 FREQUENCIES = {"colour": 1, "shape": 1, "size": 1, "count": 2, "where": 1.5, "yes_no": 4,
                "describe": 1}
-OPPOSITE = {"to the left of": "to the right of", "to the right of": "to the left of",
-            "above": "below", "below": "above"}
 
 
 def names(scene, thing, hide):
@@ -223,24 +222,16 @@ def names(scene, thing, hide):
     hide: the kind of question they are for; no phrase contains its answer. At least one exists:
     the place alone is unique, and so is the pair of colour and shape.
     """
-    others = [other for other in scene.things if other is not thing]
-    found = [] if hide == "where" else [f"the thing {thing.place}"]
-    if hide != "shape" and thing.shape not in [other.shape for other in others]:
-        found.append(f"the {thing.shape}")
-    if hide != "colour" and thing.colour not in [other.colour for other in others]:
-        found.append(f"the {thing.colour} thing")
-    if hide not in ("colour", "shape"):
-        found.append(f"the {thing.colour} {thing.shape}")
-    if hide not in ("size", "shape") and (thing.size, thing.shape) not in [
-            (other.size, other.shape) for other in others]:
-        found.append(f"the {thing.size} {thing.shape}")
-    return found
+    def phrases(t):
+        """All phrases that fit a thing, each with the kinds whose answers it contains."""
+        return {f"the thing {t.place}": ("where",), f"the {t.shape}": ("shape",),
+                f"the {t.colour} thing": ("colour",),
+                f"the {t.colour} {t.shape}": ("colour", "shape"),
+                f"the {t.size} {t.shape}": ("size", "shape")}
 
-
-def decoy(rng, options, tempting):
-    """One of the wrong options; half of the time one that the image suggests."""
-    tempting = [option for option in options if option in tempting]
-    return rng.choice(tempting if tempting and rng.random() < 0.5 else options)
+    others = [phrases(other) for other in scene.things if other is not thing]
+    return [text for text, answers in phrases(thing).items()
+            if hide not in answers and not any(text in other for other in others)]
 
 
 def statement(rng, scene, truth):
@@ -268,10 +259,14 @@ def statement(rng, scene, truth):
          [f"a {c} {s}" for c, s in near if c in colours and s in shapes])]
     if others:
         other = rng.choice(names(scene, others[0], "where"))
-        how = rng.choice(list(relations(thing, others[0])))
-        cases.append((name["where"], f"{how} {other}", [f"{OPPOSITE[how]} {other}"], ()))
-    subject, right, wrong, tempting = rng.choice(cases)
-    return subject, right if truth else decoy(rng, wrong, tempting)
+        k = rng.choice(range(len(relations(thing, others[0]))))
+        true, false = relations(thing, others[0])[k], relations(others[0], thing)[k]
+        cases.append((name["where"], f"{true} {other}", [f"{false} {other}"], ()))
+    subject, right, wrong, suggested = rng.choice(cases)
+    if truth:
+        return subject, right
+    suggested = [rest for rest in wrong if rest in suggested]
+    return subject, rng.choice(suggested if suggested and rng.random() < 0.5 else wrong)
 
 
 def ask(rng, scene, kind):

@@ -27,7 +27,6 @@ from common.report import (
     write_report,
 )
 
-GREY = "#808080"  # of a plot's text and axes: readable on white and on black
 UNITS = {"tok": "tokens", "img": "image-caption pairs"}
 COSTS = ("seconds", "dollars", "tflop", "peak_gpu_gb", "peak_rss_gb")  # metrics that are not scores
 MEANING = {"loss": "training loss", "val_loss": "validation loss",
@@ -171,7 +170,8 @@ def run_report(run, samples, data):
     lead += f" for {price(m['dollars'])}." if m["dollars"] else "."
     lead += f" Validation loss {m['val_loss']:.4f}." if "val_loss" in m else ""
     rate = f"at {price(hourly)} per device and hour" if hourly else "--dollars_per_hour"
-    sections = {"Losses": [loss_curves(rows), losses(rows)]} if rows else {}
+    sections = {"Losses": [loss_curves(rows)] if rows else []}
+    sections["Losses"].append(table(["loss or score", "last"], losses(m).items()))
     if samples:
         sections["Samples"] = sample_blocks(samples)
     sections["Cost"] = [table(["cost", "value"], [
@@ -188,7 +188,7 @@ def run_report(run, samples, data):
         sections["Lineage"] = [lineage_table([*run.info["lineage"], own])]
     sections["Data"] = [*(data_table(folder) for folder in data if folder), bullets(run.notes)]
     sections["Provenance"] = [block for part in run.origins for block in (
-        code(multiline(part["command"])),
+        code(part["command"]),
         table(["from step", f"{part['step']:,}"],
               [[name, part[name]] for name in ("commit", "hardware", "software")]))]
     sections["Settings"] = [settings_table(run.settings, type(run.cfg))]
@@ -214,33 +214,22 @@ def loss_curves(rows):
 
 def curves(name, lines, xlabel, alt):
     """A ReportImage of some lines, each (label, [(x, y)], style of matplotlib)."""
-    import matplotlib
     from matplotlib.figure import Figure  # needs no display
-    from matplotlib.ticker import EngFormatter
 
-    colors = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    style = dict.fromkeys(colors, GREY) | {"font.size": 11, "legend.frameon": False}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-        axes = figure.add_subplot(xlabel=xlabel, ylabel="loss (nats)")
-        for label, points, style in lines:
-            axes.plot(*zip(*points, strict=True), label=label, **{"linewidth": 1.4, **style})
-        axes.grid(alpha=0.3)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        figure.legend(loc="outside upper left", ncols=2, fontsize=10)
-        file = io.BytesIO()
-        figure.savefig(file, dpi=120, transparent=True)
+    figure, file = Figure(figsize=(6.4, 4.2), layout="constrained"), io.BytesIO()
+    axes = figure.add_subplot(xlabel=xlabel, ylabel="loss (nats)")
+    for label, points, style in lines:
+        axes.plot(*zip(*points, strict=True), label=label, **{"linewidth": 1.4, **style})
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside upper left", ncols=2)
+    figure.savefig(file, dpi=120)
     return ReportImage(name, file.getvalue(), alt)
 
 
-def losses(rows):
-    """The first and the last value of each loss and score."""
-    lines = []
-    for name in dict.fromkeys(name for row in rows for name in row if name in MEANING):
-        points = [(row["step"] + 1, row[name]) for row in rows if name in row]
-        (step, first), (_, last) = points[0], points[-1]
-        lines.append([MEANING[name], f"{first:.4f}", f"{step:,}", f"{last:.4f}"])
-    return table(["loss or score", "first", "at step", "last"], lines)
+def losses(metrics):
+    """{name: text} of the losses and scores among the metrics of a checkpoint."""
+    return {MEANING.get(name, name): f"{value:.4f}" for name, value in metrics.items()
+            if name not in COSTS}
 
 
 def speeds(rows, unit):
@@ -274,35 +263,21 @@ def data_table(folder):
     path = next((path for name in names if (path := Path(folder) / name).is_file()), None)
     if path is None:
         return table(["data", folder], [["fingerprint", "none: it has no manifest.json"]])
-    content = read_json(path)
-    if path.name == "shards.json":
-        content = {"sha256": content["files"] if isinstance(content, dict) else content}
-    rows = [[f"sha256 of {path.name}", file_sum(path)],
-            ["files", f"{len(content.pop('sha256', ())):,}"]]
-    if left_out := content.pop("left_out", {}):
-        rows.append(["left out", ", ".join(f"{found['rows']} {reason}"
-                                           for reason, found in left_out.items())])
+    rows, content = [[f"sha256 of {path.name}", file_sum(path)]], read_json(path)
+    content = content if path.name == "manifest.json" else {}
+    left_out = content.pop("left_out", {})
+    content["left out"] = {reason: found["rows"] for reason, found in left_out.items()}
     for name, value in content.items():
         if isinstance(value, dict):
             value = ", ".join(f"{key} {count}" for key, count in value.items())
-        if name not in ("tokenizer", "seal"):
+        if value and name not in ("tokenizer", "seal", "sha256"):
             rows.append([name, f"{value:,}" if isinstance(value, int) else value])
     return table(["data", folder], rows)
 
 
-def multiline(command):
-    """A shell command with one flag per line."""
-    words = map(shlex.quote, shlex.split(command))
-    return " ".join(f"\\\n  {word}" if word.startswith("--") else word for word in words)
-
-
 def settings_table(settings, config_class):
-    """All settings, those that differ from their defaults first."""
+    """The settings that differ from their defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
-    rows = []
-    for name, value in settings.items():
-        default = defaults.get(name, "")
-        shown = "" if value == default else str(default) or "(empty)"
-        rows.append([name, str(value) or "(empty)", shown])
-    return table(["setting", "value", "default, if different"],
-                 sorted(rows, key=lambda row: not row[2]))
+    return table(["setting", "value", "default"],
+                 [[name, value, defaults.get(name, "")] for name, value in settings.items()
+                  if value != defaults.get(name)])

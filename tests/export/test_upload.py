@@ -109,13 +109,13 @@ def test_a_dry_run_sends_nothing(hub, pipeline, monkeypatch):
 
 
 def test_a_failed_push_is_resumed_without_sending_files_again(hub, pipeline):
-    """Nor does a third push of the same send or commit anything."""
+    """A third push has to be asked for by --overwrite, and sends nothing."""
     command = (pipeline.folder / "sft", "--repo=someone/chat", "--native=True", "--private=True")
     hub.closed.append("/commit/")
     assert "the push failed (RemoteProtocolError: " in upload(*command).refusal
     assert set(hub.repos["models", "someone/chat"]) == {".gitattributes"}
-    for _ in range(2):
-        result = upload(*command)
+    for flag in "--overwrite=False", "--overwrite=True":
+        result = upload(*command, flag)
         assert result.status == 0 and "pushed: http://127.0.0.1" in result.out, result.err
         assert listed(result.out) == sizes(hub.repos["models", "someone/chat"])
     assert hub.times("PUT", "/stored/") == 1 and hub.times("/commit/") == 2
