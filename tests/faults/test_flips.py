@@ -163,21 +163,13 @@ def test_large_files_are_hashed_once_and_small_ones_every_time(large):
             check_tokenizer(folder)
 
 
-def test_invalid_notes_are_ignored(large):
+def test_notes_that_cannot_be_read_or_written_are_ignored(large):
     folder, hashed = large
+    noted = folder / checksums.NOTED
     for notes in "{", "[]", '{"a_train_0.npy": 5}', '{"a_train_0.npy": ["x"]}':
-        (folder / checksums.NOTED).write_text(notes)
+        noted.write_text(notes)
         check_tokenizer(folder)
-    assert hashed.count("a_train_0.npy") == 4
-
-
-def test_a_read_only_folder_is_hashed_every_time(large, monkeypatch):
-    folder, hashed = large
-
-    def refuse(path, value):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(checksums, "write_json", refuse)
+    noted.unlink()
+    noted.mkdir()  # as in a folder without write permission
     check_tokenizer(folder)
-    check_tokenizer(folder)
-    assert hashed.count("a_train_0.npy") == 2 and not (folder / checksums.NOTED).exists()
+    assert hashed.count("a_train_0.npy") == 5

@@ -1,41 +1,32 @@
 """Files that were changed at random never crash a reader and never hang it; what is refused is
 refused by name. The seeds are fixed, so each mutant is the same every time."""
 
-import contextlib
 import io
 import json
 import random
 import signal
 import tarfile
-import time
 import zipfile
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT
 from PIL import Image
 
-import pretrain
 import tokenizer as tokenizers
-import vision_sft
 from common.archives import open_images
-from common.config import UserError, parse
+from common.config import UserError
 from common.images import read_image, to_pixels
 from data import read_array
 from faults.conftest import scale
 from prep.schema import images_of, messages_of
 from prep.sources import Files, parsed
 
-SECONDS = 10  # of computing for one mutant
+SECONDS = 30  # for one mutant
 VALUES = (None, True, -1, 0, 2**70, 1e308, float("nan"), "", " ", "\0", "\ud800", "<image>" * 6,
           "<|end|>", "../../x.png", "/dev/zero", "a" * 9999, "é\u202e\n\x1b[31m", [], {}, [[[]]],
           [None], {"bytes": None}, {"path": 3}, [{}], {"from": "gpt"})
-LITERALS = ("[]", "None", r'"\ud800"', r'"\0"', "1e999", "-1", "10**9", "(" * 500, "{}", "b'x'",
-            "__import__('os').mkdir('it_ran')", "0x" + "F" * 5000, "9" * 5000, "lambda: 1",
-            "[" * 3000 + "]" * 3000, "f'{1}'", '"nan"', "1j", "...", str(2**70), "'''", "\\",
-            "x := 5", "*a", "\N{DIGIT ONE}")
 SHAPES = (b"(5**9,)", b"(-5,)", b"(True,)", b"()", b"[[]]", b"(10**99,)", b"None", b"((((",
           b"(9" + b"9" * 20 + b",)")
 
@@ -76,14 +67,6 @@ def mutated_json(content, generator):
     return json.dumps(mutated_value(json.loads(content), generator)).encode()
 
 
-def mutated_setting(content, generator):
-    """A config file with another value of a setting."""
-    lines = content.decode().splitlines()
-    i = generator.choice([i for i, line in enumerate(lines) if " = " in line])
-    lines[i] = lines[i].split(" = ")[0] + " = " + generator.choice(LITERALS)
-    return "\n".join(lines).encode()
-
-
 def mutated_header(content, generator):
     """A .npy file with another shape or type."""
     old = generator.choice((b"(500,)", b"'<u2'", b"False"))
@@ -94,20 +77,8 @@ class Hang(BaseException):
     """Nobody who catches errors catches this."""
 
 
-@contextlib.contextmanager
-def limited(what):
-    """A mutant has SECONDS of computing, and a minute in all where it waits for something."""
-    def stop(number, frame):
-        raise Hang(what)
-
-    before, began = signal.signal(signal.SIGALRM, stop), time.process_time()
-    signal.alarm(60)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-    assert time.process_time() - began < SECONDS, what
+def stop(number, frame):
+    raise Hang(f"{SECONDS} seconds for one mutant")
 
 
 # ------------------------------------------------------------------------ original files by kind
@@ -211,24 +182,20 @@ KINDS = {  # file: (original files, reader, another way to change them)
     "tokenizer.json": (lambda: [tokenizers.train(["the cat sat"] * 3, 300).source.encode()],
                        read_vocabulary, mutated_json),
     "a.npy": (lambda: [array_bytes()], lambda path: read_array(path, np.uint16), mutated_header),
-    "pretrain.py": (lambda: [path.read_bytes() for path in ROOT.glob("configs/*/pretrain.py")],
-                    lambda path: parse(pretrain.Config, [str(path)]), mutated_setting),
-    "vision_sft.py": (lambda: [path.read_bytes() for path in ROOT.glob("configs/*/vision_sft.py")],
-                      lambda path: parse(vision_sft.Config, [str(path)]), mutated_setting),
 }
 
 
 @pytest.mark.filterwarnings("ignore")  # of NumPy, about headers of Python 2
 @pytest.mark.parametrize("name", KINDS)
-def test_a_mutated_file_is_read_or_refused_by_name(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_mutated_file_is_read_or_refused_by_name(name, tmp_path):
+    signal.signal(signal.SIGALRM, stop)
     make, read, other_way = KINDS[name]
     originals, generator, path = make(), random.Random(name), tmp_path / name
     for content in originals:
         path.write_bytes(content)
         read(path)
     refused, n = 0, scale(15, 150)
-    for number in range(n):
+    for _ in range(n):
         content = generator.choice(originals)
         if other_way and generator.random() < 0.5:
             content = other_way(content, generator)
@@ -236,12 +203,14 @@ def test_a_mutated_file_is_read_or_refused_by_name(name, tmp_path, monkeypatch):
             at = max(0, len(content) - generator.choice((len(content), 2000, 200)))
             content = content[:at] + mutated(content[at:], generator, content)
         path.write_bytes(content)
-        with limited(f"{name} {number}"):
-            try:
-                read(path)
-            except UserError as error:
-                refused, said = refused + 1, str(error)
-                assert name in said or "--" in said, said
-                assert len(said.splitlines()) == 1 and said.encode() and len(said) < 1000, said
-    assert refused > n / 10 and not (tmp_path / "it_ran").exists()
+        signal.alarm(SECONDS)
+        try:
+            read(path)
+        except UserError as error:
+            refused, said = refused + 1, str(error)
+            assert name in said and said.encode() and len(said) < 1000, said
+            assert len(said.splitlines()) == 1, said
+        finally:
+            signal.alarm(0)
+    assert refused > n / 10
     print(f"{name}: {n} mutants, {refused} refused")

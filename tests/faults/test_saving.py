@@ -40,16 +40,11 @@ class Disk:
         self.holder.stdout.readline()
         self.here = Path(f"/proc/{self.holder.pid}/root{self.place}")  # for the tests
 
-    def clear(self):
-        for path in self.here.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
     def leave(self, kilobytes):
         """Fill the disk up to so much."""
-        (self.here / "others").write_bytes(bytes(1000 * max(0, self.free() - kilobytes)))
-
-    def free(self):
-        return shutil.disk_usage(self.here).free // 1000
+        (self.here / "others").unlink(missing_ok=True)
+        free = shutil.disk_usage(self.here).free // 1000
+        (self.here / "others").write_bytes(bytes(1000 * max(0, free - kilobytes)))
 
     def remount(self, how):
         subprocess.run(["nsenter", "-t", str(self.holder.pid), "-U", "-m",
@@ -57,22 +52,15 @@ class Disk:
                        check=True, capture_output=True)
 
 
-@pytest.fixture(scope="module")
-def the_disk(tmp_path_factory):
+@pytest.fixture
+def disk(tmp_path):
     may = subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False)
     if may.returncode:
         pytest.skip(f"no disk of its own: {may.stderr.decode()}")
-    disk = Disk(tmp_path_factory.mktemp("disks"))
+    disk = Disk(tmp_path)
     yield disk
     disk.holder.kill()
     disk.holder.communicate()
-
-
-@pytest.fixture
-def disk(the_disk):
-    yield the_disk
-    the_disk.remount("rw")
-    the_disk.clear()
 
 
 class OnDisk(Tries):
