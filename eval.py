@@ -4,7 +4,6 @@
     python eval.py out/demo/vision_sft --data=data/demo --report=out/demo
     python eval.py out/full/clip_pretrain --zero_shot=data/imagenet/val
     python eval.py compare out/a out/b --out=out/comparison          # several runs
-    python eval.py out/full/pretrain --tasks=hellaswag:hellaswag_val.jsonl,piqa:piqa.jsonl
     python eval.py out/full/vision_sft --tasks=pope:coco_pope.json --image_root=val2014.zip
 
 The checkpoint determines what is scored, see evals/validation.py. Each score has its standard error
@@ -171,8 +170,12 @@ def report(name, cfg, by_split):
 
 def score_table(scores):
     """A table of {name: Score}."""
-    return table(["score", "value", "±", "guessing"],
-                 [[label, *found.cells()] for label, found in scores.items()])
+    def cell(figure):
+        return "" if figure is None else f"{figure:.2g}"
+
+    return table(["score", "value", "±", "guessing"], [
+        [label, f"{found.value:.4g}", cell(found.error), cell(found.chance)]
+        for label, found in scores.items()])
 
 
 def conversations(name, folder, device, n=4):

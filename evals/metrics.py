@@ -107,21 +107,6 @@ def vqa_accuracy(answer, human_answers):
     return left_out if N > 1 else float(same)
 
 
-NUMBER = r"(?:(?<!\w)-)?\$?(?:(?<!\w)-)?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
-
-
-def gsm_answer(text):
-    """The final number of a GSM8K answer: after "####", else the last one; None without any.
-
-    A string: "1,234." and "$1234" are "1234", but "3.0" is not "3". A hyphen after a digit or a
-    letter is no minus sign. Source: extract_answer of openai/grade-school-math (arXiv:2110.14168),
-    and for the last number the filter "flexible-extract" of lm_eval's gsm8k.
-    """
-    marked = re.search(rf"####\s*({NUMBER})", text)
-    found = [marked[1]] if marked else re.findall(NUMBER, text)
-    return re.sub("[$,]", "", found[-1]) if found else None
-
-
 CLITIC = r"(?:n't|'(?:s|m|d|re|ve|ll))(?!\w)"
 
 

@@ -60,16 +60,17 @@ class TaskRunner:
                 append_rows(self.file, part)
             found += part
             progress(len(part))
-        asked = list(zip(self.rows, self.questions, found, strict=True))
-        self.left_out += [f"row {row}: {answer['skipped']}" for row, _, answer in asked
-                          if "skipped" in answer]
-        asked = [(question, answer) for _, question, answer in asked if "skipped" not in answer]
+        asked = []
+        for row, question, answer in zip(self.rows, self.questions, found, strict=True):
+            if "skipped" in answer:
+                self.left_out.append(f"row {row}: {answer['skipped']}")
+            else:
+                asked.append((question, answer))
         if not asked:
             raise UserError(f"{self.name}: no question fits the model, or no image is readable: "
                             f"{self.left_out[-1]}")
         scores, chance = self.scores(asked, "answer")
-        result = {"n": len(asked), "scores": scores,
-                  "chance": None if chance is None else float(chance)}
+        result = {"n": len(asked), "scores": scores, "chance": chance and float(chance)}
         if self.has_images:
             result["text_only"], _ = self.scores(asked, "text_only")
         return result
@@ -101,17 +102,15 @@ class TaskRunner:
         """The Item of a question; UserError for an image that cannot be read, or a question longer
         than the context."""
         ids, choices = self.render(question, with_images)
-        if not fits(self.model, self.tokenizer, ids,
-                    self.task.max_tokens or max(map(len, choices))):
+        room = self.task.max_tokens or max(map(len, choices))
+        if not fits(self.model, self.tokenizer, ids, room):
             raise UserError("longer than the context")
         return Item(ids, choices, list(map(self.image, question.images)) if with_images else [])
 
     def answers(self, items):
         """{number: generated answer, or the Likelihood of each choice} of {number: Item}."""
-        if not items:
-            return {}
         asked = list(items.values())
-        if self.task.max_tokens:
+        if asked and self.task.max_tokens:
             found = answer_all(self.model, self.tokenizer, [item.prompt for item in asked],
                                [item.images for item in asked], self.task.max_tokens)
         else:

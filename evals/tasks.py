@@ -7,7 +7,6 @@ question (acc), or the likeliest per character (acc_norm). Other tasks generate 
 import json
 import re
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -55,15 +54,10 @@ def hellaswag(row):
 
 
 def arc(row):
-    """Clark et al. 2018, in the form of AI2's files or the hub's."""
-    question, choices = row["question"], row.get("choices")
-    if isinstance(question, dict):
-        question, choices = question["stem"], question["choices"]
-    if isinstance(choices, dict):
-        texts, labels = choices["text"], choices["label"]
-    else:
-        texts, labels = ([choice[name] for choice in choices] for name in ("text", "label"))
-    return Question(user(f"Question: {question}\nAnswer:"), texts, labels.index(row["answerKey"]))
+    """Clark et al. 2018, in the form of the hub's files."""
+    choices = row["choices"]
+    return Question(user(f"Question: {row['question']}\nAnswer:"), choices["text"],
+                    choices["label"].index(row["answerKey"]))
 
 
 def piqa(row):
@@ -78,13 +72,6 @@ def lambada(row):
     if not start:
         raise ValueError("no passage before the last word")
     return Question(user(start), [word])
-
-
-def gsm(row):
-    """Cobbe et al. 2021: a sum in words."""
-    if metrics.gsm_answer(row["answer"]) is None:
-        raise ValueError("an answer without a number")
-    return Question(user(row["question"]), references=[row["answer"]])
 
 
 def pope(row):
@@ -108,14 +95,6 @@ def captions(row):
     """An image and one or more captions, as in COCO (Chen et al. 2015)."""
     found = row.get("captions") or row["caption"]
     return Question(user(DESCRIBE), references=[found] if isinstance(found, str) else found,
-                    images=images_of(row, []))
-
-
-def mmstar(row):
-    """Chen et al. 2024: the options stand in the question, the answer is a letter."""
-    options = set(re.findall(r"\b([A-H])[:.)]", row["question"].rpartition("Options:")[2]))
-    letters = list(takewhile(options.__contains__, "ABCDEFGH")) or list("ABCD")
-    return Question(user(f"{row['question']}\n{LETTER}"), letters, letters.index(row["answer"]),
                     images=images_of(row, []))
 
 
@@ -231,12 +210,9 @@ TASKS = {
     "arc": Task(arc, choice_scores, document=True),
     "piqa": Task(piqa, choice_scores, document=True),
     "lambada": Task(lambada, word_scores, document=True),
-    "gsm": Task(gsm, marked_by("exact", lambda a, references: (
-        metrics.gsm_answer(a) == metrics.gsm_answer(references[0]))), 320),
     "pope": Task(pope, yes_no_scores, image=True),
     "vqa": Task(vqa, marked_by("vqa", metrics.vqa_accuracy), 16, image=True),
     "captions": Task(captions, caption_scores, 64, image=True),
-    "mmstar": Task(mmstar, choice_scores, image=True),
     "scienceqa": Task(scienceqa, choice_scores),
     "likelihood": Task(own, loss_scores),
     "exact": Task(own, marked_by(

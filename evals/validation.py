@@ -51,11 +51,6 @@ class Score:
         chance = "" if self.chance is None else f"  (guessing {self.chance:.3f})"
         return f"{label:32s} {self.value:.4f}{error}{chance}"
 
-    def cells(self):
-        """For a table, with "" for None."""
-        return [f"{self.value:.4g}", *("" if figure is None else f"{figure:.2g}"
-                                       for figure in (self.error, self.chance))]
-
 
 def share(marks, chance=None):
     """The Score of marks, a number or truth value per item: their mean."""

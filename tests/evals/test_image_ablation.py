@@ -141,9 +141,6 @@ def test_gains_by_hand(mixed):
     assert ablation.gains(dict.fromkeys(("correct", "mismatched", "blank"), few)) == {}
 
 
-# --------------------------------------------------------------------- any number of images
-
-
 # ------------------------------------------------------------------------------------------ workers
 
 
@@ -192,22 +189,10 @@ def test_a_damaged_image_excludes_its_chat_and_no_other(mixed):
     with open(folder / "train/images_000000.bin", "r+b") as file:
         file.seek(at)
         file.write(b"\0" * 20)
-    found = next(Loader(Only(complete, 0), 1, 1, MACHINE, seed=0).step(0))
+    found = complete.batch([0])
     assert len(found.lost) == 1 and "readable" in found.lost[0]
     assert len(found.targets) == len(expected.targets) - complete.chats["n_targets"][victim]
     assert found.ids.equal(expected.ids) and found.pixels.shape == expected.pixels.shape
-
-
-class Only:
-    """One row of a data set."""
-
-    name = "one row"
-
-    def __init__(self, dataset, row):
-        self.batch, self.n_targets = lambda rows: dataset.batch([row]), lambda rows: 1
-
-    def __len__(self):
-        return 1
 
 
 @pytest.mark.slow

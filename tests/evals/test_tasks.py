@@ -22,20 +22,15 @@ HELLASWAG = {"ind": 4, "activity_label": "Removing ice", "label": "3", "split": 
              "ctx_a": "[header] A man is outside [title] He is cold.  He shovels.",
              "ctx_b": "the man",
              "endings": ["sits [step] down.", "is [title] gone.", "walks.", "scrapes ice."]}
-AI2 = {"id": "x", "question": {"stem": "What melts ice?", "choices": [
-    {"text": "cold", "label": "A"}, {"text": "heat", "label": "B"}]}, "answerKey": "B"}
 HUB = {"id": "x", "question": "What melts ice?", "choices": {
     "text": ["cold", "heat", "snow"], "label": ["1", "2", "3"]}, "answerKey": "3"}
 PIQA = {"goal": "Melt ice.", "sol1": "Cool it.", "sol2": "Heat it.", "label": 1}
 LAMBADA = {"text": "He fell on the ice and broke his leg.\n"}
-GSM = {"question": "2 men have 3 ice picks each. How many?", "answer": "2*3=<<2*3=6>>6\n#### 6"}
 POPE = {"question_id": 1, "image": "red.png", "text": "Is there a ring in the image?",
         "label": "no"}
 VQA = {"question": "What is it?", "answers": [{"answer": "ring", "answer_id": i}
                                               for i in range(10)], "image": "red.png"}
 CAPTION = {"image": "red.png", "captions": ["A ring.", "A red ring."]}
-MMSTAR = {"index": 1, "question": "Which has vitamin D. or point E: best?\n"
-          "Options: A: ice, B: men, C: heat", "answer": "C", "image": "red.png"}
 SCIENCE = {"question": "What melts ice?", "choices": ["cold", "heat"], "answer": 1,
            "hint": "Ice is cold.", "image": "red.png"}
 OWN = {"conversations": [
@@ -94,23 +89,16 @@ def uniform_model(context=256):
         "Removing ice: [header] A man is outside. He is cold. He shovels. The man".replace(
             "[header] ", " ").replace(":  ", ": "),
         ["sits down.", "is. gone.", "walks.", "scrapes ice."], "scrapes ice.", [])),
-    ("arc", AI2, ("Question: What melts ice?\nAnswer:", ["cold", "heat"], "heat", [])),
     ("arc", HUB, ("Question: What melts ice?\nAnswer:", ["cold", "heat", "snow"], "snow", [])),
     ("piqa", PIQA, ("Question: Melt ice.\nAnswer:", ["Cool it.", "Heat it."], "Heat it.", [])),
     ("lambada", LAMBADA, ("He fell on the ice and broke his", ["leg."], "leg.", [])),
-    ("gsm", GSM, (GSM["question"], [], [GSM["answer"]], [])),
     ("pope", POPE, (f"{POPE['text']}\n{SHORT}", ["Yes", "No"], "No", ["red.png"])),
     ("vqa", VQA, (f"What is it?\n{SHORT}", [], ["ring"] * 10, ["red.png"])),
     ("vqa", {"question": "What is it?", "answer": "ring", "image": "red.png"},
      (f"What is it?\n{SHORT}", [], ["ring"], ["red.png"])),
     ("captions", CAPTION, (DESCRIBE, [], ["A ring.", "A red ring."], ["red.png"])),
-    ("captions", {"image": "red.png", "caption": "A ring."},
-     (DESCRIBE, [], ["A ring."], ["red.png"])),
-    ("mmstar", MMSTAR, (f"{MMSTAR['question']}\n{LETTER}", ["A", "B", "C"], "C", ["red.png"])),
     ("scienceqa", SCIENCE, (f"Context: Ice is cold.\nWhat melts ice?\nA. cold\nB. heat\n{LETTER}",
                             ["A", "B"], "B", ["red.png"])),
-    ("scienceqa", {"question": "What?", "choices": ["cold", "heat"], "answer": 0},
-     (f"What?\nA. cold\nB. heat\n{LETTER}", ["A", "B"], "A", [])),
     ("exact", OWN, ("And?", ["A star."], ["A star."], ["red.png"])),
     ("likelihood", {"prompt": "What?", "response": "A star."},
      ("What?", ["A star."], ["A star."], [])),
@@ -131,22 +119,16 @@ def test_a_row_in_its_public_format_asks_what_the_reference_asks(name, row, expe
     ("hellaswag", HELLASWAG | {"ctx_b": None}, "wrong type"),
     ("hellaswag", HELLASWAG | {"endings": ["a", "[step]", "b", "c"]}, "empty answer"),
     ("hellaswag", HELLASWAG | {"label": 4}, "the answer 4 of 4 choices"),
-    ("arc", HUB | {"answerKey": "E"}, "not in list"),
-    ("piqa", PIQA | {"label": -1}, "the answer -1 of 2 choices"),
     ("lambada", {"text": "leg"}, "no passage"),
-    ("gsm", GSM | {"answer": "six"}, "without a number"),
     ("pope", POPE | {"label": "maybe"}, "'maybe' is not in list"),
-    ("pope", POPE | {"label": None}, "wrong type"),
     ("pope", {**POPE, "image": ""}, "no image"),
     ("vqa", VQA | {"answers": ["a", "b"]}, "1 answer, or 4 and more"),
     ("captions", {"image": "red.png", "captions": ["", "A ring."]}, "empty answer"),
-    ("mmstar", MMSTAR | {"answer": "D"}, "not in list"),
-    ("scienceqa", SCIENCE | {"answer": 2}, "the answer 2 of 2 choices"),
     ("exact", {"conversations": [{"from": "gpt", "value": "A"}]}, "turns out of order"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_broken_row_is_left_out_with_the_reason(name, row, why, tmp_path):
-    good = {"hellaswag": HELLASWAG, "arc": AI2, "piqa": PIQA, "lambada": LAMBADA, "gsm": GSM,
-            "pope": POPE, "vqa": VQA, "captions": CAPTION, "mmstar": MMSTAR, "scienceqa": SCIENCE,
+    good = {"hellaswag": HELLASWAG, "arc": HUB, "piqa": PIQA, "lambada": LAMBADA,
+            "pope": POPE, "vqa": VQA, "captions": CAPTION, "scienceqa": SCIENCE,
             "exact": OWN}[name]
     found = task_runner(name, tmp_path, [good, row, good], new_model(512))
     assert len(found.questions) == 2 and len(found.left_out) == 1
@@ -232,8 +214,6 @@ def synthetic(name, rng, n):
             "piqa": {"goal": some(rng, 3, 9), "sol1": texts[0], "sol2": texts[1], "label": k % 2},
             "pope": {"text": some(rng, 3, 9), "label": ["yes", "no"][k % 2],
                      "image": ["red.png", "blue.png"][rng.randrange(2)]},
-            "mmstar": {"question": f"{some(rng, 1, 4)}\nOptions: A: a, B: b, C: c, D: d",
-                       "answer": "ABCD"[k], "image": "red.png"},
             "scienceqa": {"question": some(rng, 3, 9), "choices": texts, "answer": k},
         }[name])
     return found
@@ -277,7 +257,6 @@ YES, NO = [[-1.0, True, 1], [-2.0, False, 1]], [[-3.0, False, 1], [-2.0, True, 1
 @pytest.mark.parametrize("name, rows, answers, expected", [
     ("pope", [POPE | {"label": label} for label in ("yes", "yes", "no", "no")],
      [YES, NO, YES, NO], {"acc": 0.5, "f1": 0.5, "yes_share": 0.5, "auroc": 0.5}),
-    ("gsm", [GSM] * 2, ["So it is $6.", "5"], {"exact": 0.5}),
     ("vqa", [VQA] * 2, ["The ring.", "star"], {"vqa": 0.5}),
     ("exact", [OWN] * 2, [" A star.", "A"], {"exact": 0.5}),
     ("captions", [CAPTION | {"captions": ["a red ring on a table"]},
