@@ -28,14 +28,7 @@ from common.checkpoint import write_json
 from common.config import parse, parse_checkpoint, read_json, run_main
 from common.device import peak_memory_gb, pick_device, setup
 from common.images import read_image
-from common.report import (
-    ReportImage,
-    Sample,
-    lineage_table,
-    sample_blocks,
-    table,
-    write_report,
-)
+from common.report import ReportImage, Sample, lineage_table, sample_blocks, table, write_report
 from evals import compare
 from evals.runner import TaskRunner
 from evals.validation import Score, score

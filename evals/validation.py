@@ -21,13 +21,7 @@ from data import Chats, Text, check_tokenizer
 from evals.image_ablation import AblatedChats, ImageAblation, nats_by_chat, per_token
 from evals.loglikelihood import Item, likelihoods
 from evals.metrics import bootstrap, retrieval_ranks
-from evals.zero_shot import (
-    Labelled,
-    choose_captions,
-    features_of,
-    groups_of_different,
-    zero_shot,
-)
+from evals.zero_shot import Labelled, choose_captions, features_of, groups_of_different, zero_shot
 from inference.conversation import answer_all, fits, ready_to_chat, turns_of
 from model import head_loss
 from train.packing import Captions, Packed

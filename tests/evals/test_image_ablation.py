@@ -101,15 +101,9 @@ def test_a_model_that_ignores_images_causes_a_warning(pipeline, tmp_path):
 # --------------------------------------------------------------------------------------- the gains
 
 
-@pytest.fixture
-def vision_model(pipeline):
-    """(model, tokenizer) of the last stage, after six steps almost untrained."""
-    return open_model(pipeline.folder / "vision_sft")[:2]
-
-
-def test_the_nats_of_the_chats_sum_up_to_the_loss(vision_model, mixed):
+def test_the_nats_of_the_chats_sum_up_to_the_loss(pipeline, mixed):
     folder, tokenizer = mixed
-    model = vision_model[0]
+    model = open_model(pipeline.folder / "vision_sft")[0]
     ablation = ImageAblation(Chats(folder, "val"), 12, 128, tokenizer, model.image_spec,
                              others=KINDS)
     nats = {kind: nats_by_chat(MACHINE, model, packed, 3)

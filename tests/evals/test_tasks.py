@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run
-from test_conversation import BLUE, RED, SIGHT, TOKENIZER, config, new_model, save, with_weights
+from test_conversation import BLUE, RED, TOKENIZER, config, new_model, save, with_weights
 
 from common.config import UserError
 from evals import runner, tasks
@@ -16,7 +16,6 @@ from evals.runner import TaskRunner
 from evals.tasks import DESCRIBE, LETTER, SHORT, TASKS, question_of
 from export.to_transformers import write_folder
 from model import GPT
-from vision import VisionLanguageModel
 
 HELLASWAG = {"ind": 4, "activity_label": "Removing ice", "label": "3", "split": "val",
              "ctx_a": "[header] A man is outside [title] He is cold.  He shovels.",
@@ -225,18 +224,14 @@ CHOSEN = [name for name, task in TASKS.items()
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_an_untrained_model_scores_chance(name, tmp_path):
-    """As initialised, where it uses the last token alone, and with weights that mix all tokens."""
-    torch.manual_seed(1)
-    models = [VisionLanguageModel(config(256), SIGHT).eval(), new_model()]
     rows = synthetic(name, random.Random(5), 300)
     chance = {"piqa": 1 / 2, "pope": 1 / 2}.get(name, 1 / 4)
-    for model in models:
-        result = task_runner(name, tmp_path, rows, model).run()
-        assert result["n"] == 300 and result["chance"] == pytest.approx(chance)
-        for label, (value, error) in result["scores"].items():
-            if label in ("acc", "acc_norm", "auroc"):
-                guess = 0.5 if label == "auroc" else chance
-                assert abs(value - guess) <= 3 * error < 0.15, label
+    result = task_runner(name, tmp_path, rows).run()
+    assert result["n"] == 300 and result["chance"] == pytest.approx(chance)
+    for label, (value, error) in result["scores"].items():
+        if label in ("acc", "acc_norm", "auroc"):
+            guess = 0.5 if label == "auroc" else chance
+            assert abs(value - guess) <= 3 * error < 0.15, label
 
 
 def test_closed_forms_for_a_model_that_finds_all_tokens_equally_likely(tmp_path):

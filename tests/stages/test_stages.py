@@ -121,14 +121,6 @@ def test_runs_ended_by_the_time_limit_resume_to_identical_weights(pipeline, tmp_
     assert_same_weights(tmp_path / "sft", pipeline.folder / "sft")
 
 
-def test_a_finished_run_started_again_changes_nothing(pipeline, tmp_path):
-    shutil.copytree(pipeline.folder / "sft", tmp_path / "sft")
-    said = pipeline.run_stage("sft", tmp_path / "sft")
-    assert "step     " not in said and "done" in said
-    assert_same_weights(tmp_path / "sft", pipeline.folder / "sft")
-    assert log_rows(tmp_path / "sft") == log_rows(pipeline.folder / "sft")
-
-
 def test_resume_false_starts_over(pipeline, tmp_path):
     shutil.copytree(pipeline.folder / "pretrain", tmp_path / "pretrain")
     said = pipeline.run_stage("pretrain", tmp_path / "pretrain", "--resume=False", "--max_steps=1")
