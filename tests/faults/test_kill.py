@@ -219,8 +219,8 @@ def test_prepare_killed_at_any_change_keeps_the_older_data_and_makes_the_same_by
     assert count > 10 and older != new
     last = [number for number, change in enumerate(job.changes, 1)  # the new one takes its place
             if " /out" in change or change.startswith("os.rename")]
-    sample = luck.sample(range(1, count), min(scale(1, 30), count - 1))
-    for number in [*sorted({*sample, *last}), *[0] * scale(2, 20)]:
+    sample = luck.sample(range(1, count), min(scale(1, 20), count - 1))
+    for number in [*sorted({*sample, *last}), *[0] * scale(2, 6)]:
         shutil.rmtree(folder)
         shutil.copytree(tmp_path / "older", folder)
         job = start(*making, before=OFTEN, below=folder, die_at=number)
