@@ -147,8 +147,7 @@ def beside_transformers(make_ours):
     del example
 
     def make_theirs():
-        model = llava_of(*configs, image_id)
-        freeze(model, stage)
+        model = llava_of(*configs, image_id, stage)
         return llava_step(model.to(machine.device).train(), cfg, machine, steps)
 
     kinds = {"ours": lambda: our_packed_step(make_ours()), "transformers": make_theirs}
@@ -183,18 +182,15 @@ def load_transformers():
     return transformers
 
 
-def llava_of(decoder, clip, image_id):
-    """`LlavaForConditionalGeneration` with the sizes of our two configs and initial weights."""
-    transformers = load_transformers()
-    return transformers.LlavaForConditionalGeneration._from_config(
+def llava_of(decoder, clip, image_id, stage):
+    """`LlavaForConditionalGeneration` with the sizes of our two configs and initial weights, of
+    which `stage` trains the projector, in vision_sft also the decoder."""
+    model = load_transformers().LlavaForConditionalGeneration._from_config(
         llava_config(decoder, clip, image_id), attn_implementation="sdpa")
-
-
-def freeze(model, stage):
-    """Make trainable what `stage` trains: the projector, in vision_sft also the decoder."""
     model.requires_grad_(stage == "vision_sft")
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
+    return model
 
 
 def unpack(batch):

@@ -24,7 +24,7 @@ from clip import CLIP, feature_pulls
 from common import device as system
 from common.config import UserError, parse
 from common.images import read_image
-from data import Batch, check_tokenizer
+from data import Text, check_tokenizer
 from model import GPT
 from tokenizer import SPECIALS, Tokenizer
 from train.log import duration
@@ -171,7 +171,9 @@ def build_model(cfg, stage, folder, tokenizer):
 def random_data(cfg, stage, model, tokenizer):
     """A data set for a stage's loader."""
     if stage == "pretrain":
-        return RandomText(tokenizer.n_vocab, cfg.context)
+        ids = np.random.default_rng(0).integers(0, tokenizer.n_vocab, 10**6, dtype=np.uint16)
+        np.save(Path(cfg.out) / "random.npy", ids)
+        return Text(cfg.out, "random", cfg.context, tokenizer.n_vocab)
     if stage == "clip_pretrain":
         spec = image_spec(model.config)
         chats = RandomChats(tokenizer, cfg.batch_pairs, 30, spec.size)
@@ -181,25 +183,6 @@ def random_data(cfg, stage, model, tokenizer):
     n = max(4096, 4 * cfg.batch_tokens // cfg.context)  # so many that rows fill up
     chats = RandomChats(tokenizer, n, length, spec.size if spec else 0)
     return Packed([chats], cfg.context, tokenizer, spec)
-
-
-class RandomText:
-    """Windows of random ids, like data.Text."""
-
-    name = "random text"
-
-    def __init__(self, n_vocab, T):
-        self.ids, self.T = np.random.default_rng(0).integers(0, n_vocab, 10**6), T
-
-    def __len__(self):
-        return len(self.ids) - self.T
-
-    def n_targets(self, rows):
-        return len(rows) * self.T
-
-    def batch(self, rows):
-        tokens = torch.from_numpy(np.stack([self.ids[i : i + self.T + 1] for i in rows]))
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
 
 class RandomChats:

@@ -57,17 +57,23 @@ def table(head, rows, total=False):
 
 def lineage_table(stages):
     """Validation loss and costs of each stage and their total; imported stages have none."""
-    costs = {"tflop": (1, 1), "seconds": (60, 1), "dollars": (1, 2)}  # unit, digits
+    columns = {"val_loss": (1, 4), "tflop": (1, 1), "seconds": (60, 1), "dollars": (1, 2)}
+    total = {key: sum(stage["metrics"].get(key, 0) for stage in stages) for key in columns}
+    del total["val_loss"]
+    rows = [[stage["stage"], f"{stage['step']:,}", stage["metrics"]] for stage in stages]
+    rows = [[name, steps, *(f"{m[key] / unit:,.{digits}f}" if key in m else "–"
+                            for key, (unit, digits) in columns.items())]
+            for name, steps, m in [*rows, ["total", "–", total]]]
+    return table(["stage", "steps", "validation loss", "TFLOP", "min", "$"], rows, total=True)
 
-    def row(name, steps, m):
-        loss = f"{m['val_loss']:.4f}" if "val_loss" in m else "–"
-        return [name, steps, loss, *(f"{m[key] / unit:,.{digits}f}" if key in m else "–"
-                                     for key, (unit, digits) in costs.items())]
 
-    total = {key: sum(stage["metrics"].get(key, 0) for stage in stages) for key in costs}
-    rows = [row(stage["stage"], f"{stage['step']:,}", stage["metrics"]) for stage in stages]
-    return table(["stage", "steps", "validation loss", "TFLOP", "min", "$"],
-                 [*rows, row("total", "–", total)], total=True)
+def score_texts(scores):
+    """{name: "value ± error"} of the scores in a report.json, whose errors are NAME_error."""
+    texts = {name: f"{value:.4g}" for name, value in scores.items() if not name.endswith("_error")}
+    for name in texts:
+        if f"{name}_error" in scores:
+            texts[name] += f" ± {scores[f'{name}_error']:.2g}"
+    return texts
 
 
 @dataclass

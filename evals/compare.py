@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common import checkpoint
 from common.config import UserError, read_json
-from common.report import code, table, write_report
+from common.report import code, score_texts, table, write_report
 from train import log
 
 COLOURS = ("#2f81f7", "#d9822b", "#2da44e", "#c43d7a", "#8a63d2", "#14a0a0", "#a08a14", "#d1453b")
@@ -96,11 +96,7 @@ def scores_of(folder, digest):
     """Scores with their errors; those of a checkpoint with another digest say so."""
     scores = {}
     if (folder / "report.json").is_file():
-        found = read_json(folder / "report.json")
-        for name, value in found.items():
-            if isinstance(value, (int, float)) and not name.endswith("_error"):
-                error = found.get(f"{name}_error")
-                scores[name] = f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+        scores |= score_texts(read_json(folder / "report.json"))
     if (folder / "eval.json").is_file():
         found = read_json(folder / "eval.json")
         other = "" if found.get("sha256") == digest else ", of another checkpoint"

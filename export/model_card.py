@@ -9,7 +9,7 @@ from string import Template
 
 from common.config import UserError, read_json
 from common.images import read_image
-from common.report import lineage_table, table
+from common.report import lineage_table, score_texts, table
 from inference.conversation import TEXT_ONLY, Conversation, ready_to_chat
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -65,28 +65,18 @@ def card(name, info, cfg, image="", answer=""):
     return text if cfg.native or pretrained else text + SPECIAL_TOKENS
 
 
-def config_of(stage):
-    """The config.json of a stage in a lineage; {} if it was trained elsewhere or removed."""
-    if "settings" in stage:
-        return stage
+def settings_of(stage):
+    """The settings of a stage in a lineage; {} if it was imported, or its folder was removed."""
     try:
-        return read_json(Path(stage["folder"]) / "config.json")
+        config = stage if "settings" in stage else read_json(Path(stage["folder"], "config.json"))
     except UserError:
         return {}
-
-
-def settings_of(stage):
-    """The settings of a stage in a lineage; {} if unknown or imported."""
-    config = config_of(stage)
     return {} if "imported_from" in config else config.get("settings", {})
 
 
 def command_of(stage):
     """The command that trains a stage with the same settings; "" if they are unknown."""
-    config, settings = config_of(stage), settings_of(stage)
-    if "imported_from" in config:
-        return shlex.join(["python", "upload.py", "--out=out/imported",
-                           f"--import_original={config['imported_from']['file']}"])
+    settings = settings_of(stage)
     if not settings or stage["stage"] not in STAGES:
         return ""
     fields = dataclasses.fields(importlib.import_module(stage["stage"]).Config)
@@ -100,10 +90,7 @@ def scores_of(info):
     file = Path(info.get("folder", "")).parent.parent / "report.json"
     if info["stage"] != "vision_sft" or not file.is_file():
         return ""
-    scores = read_json(file)
-    rows = [[label, f"{value:.4g}" + (f" ± {scores[f'{label}_error']:.2g}"
-                                      if f"{label}_error" in scores else "")]
-            for label, value in scores.items() if not label.endswith("_error")]
+    rows = score_texts(read_json(file)).items()
     return f"## Scores\n\n{table(['score', 'value'], rows)}\n\n"
 
 

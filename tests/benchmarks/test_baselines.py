@@ -5,7 +5,7 @@ import torch
 
 import tokenizer as tokenizers
 from benchmarks import REPEATS, WARM
-from benchmarks.baselines import beside_nanogpt, freeze, llava_of, measure, unpack
+from benchmarks.baselines import beside_nanogpt, llava_of, measure, unpack
 from benchmarks.training import RandomChats
 from clip import CLIPConfig, normalise
 from common.device import Processor
@@ -28,12 +28,12 @@ def packed():
 
 def test_with_the_same_weights_loss_and_gradients_are_the_same(packed):
     torch.manual_seed(0)
-    ours, theirs = VisionLanguageModel(TEXT, VISION), llava_of(TEXT, VISION, TOKENIZER.image)
+    ours = VisionLanguageModel(TEXT, VISION)
+    theirs = llava_of(TEXT, VISION, TOKENIZER.image, "vision_sft")
     with torch.no_grad():
         for name, p in ours.named_parameters():  # no weight keeps its initial value
             p.normal_(mean=float("norm" in name and "weight" in name), std=0.25)
     theirs.load_state_dict(their_model(ours, TOKENIZER).state_dict())
-    freeze(theirs, "vision_sft")
     batch = packed.batch(range(len(packed)))
     loss = ours(batch) / len(batch.targets)
     loss.backward()
@@ -52,9 +52,9 @@ def test_with_the_same_weights_loss_and_gradients_are_the_same(packed):
 
 @pytest.mark.parametrize("stage", ["vision_pretrain", "vision_sft"])
 def test_both_train_the_same_parameters(stage):
-    ours, theirs = VisionLanguageModel(TEXT, VISION), llava_of(TEXT, VISION, TOKENIZER.image)
+    ours = VisionLanguageModel(TEXT, VISION)
+    theirs = llava_of(TEXT, VISION, TOKENIZER.image, stage)
     ours.decoder.requires_grad_(stage == "vision_sft")
-    freeze(theirs, stage)
     one, other = (sum(p.numel() for p in model.parameters() if p.requires_grad)
                   for model in (ours, theirs))
     biases = TEXT.n_layer * (3 + 4 + 1) * TEXT.n_embd  # of a NeoX: ours has none
