@@ -43,7 +43,7 @@ class Labelled:
 
 @torch.no_grad()
 def zero_shot(model, tokenizer, labelled, machine, batch=256):
-    """(correctly classified images of a Labelled, how many are readable).
+    """[correctly classified images of a Labelled, how many are readable].
 
     An image has the class whose caption is most similar. The images are divided among the
     processes; unreadable ones are reported.
@@ -78,10 +78,10 @@ def zero_shot(model, tokenizer, labelled, machine, batch=256):
     if errors:
         print(f"({labelled.folder}: {len(errors)} images left out, such as {errors[0]})",
               file=sys.stderr)
-    correct, total = machine.sum(counts).tolist()
-    if total == 0:
+    counts = machine.sum(counts).tolist()
+    if counts[1] == 0:
         raise UserError(f"no image of --zero_shot={labelled.folder} is readable")
-    return correct, total
+    return counts
 
 
 def caption_ids(tokenizer, captions, context):
