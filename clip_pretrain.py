@@ -19,7 +19,7 @@ from clip import CLIP, CLIPConfig, feature_pulls, normalise
 from common.config import TrainSettings, UserError, parse, run_main
 from common.report import Sample
 from data import Chats, check_tokenizer
-from evals.zero_shot import Labelled, choose_captions, features_of, zero_shot
+from evals.zero_shot import Labelled, caption_choice, zero_shot
 from train.optim import make_optimizer
 from train.packing import Captions
 from train.run import Run
@@ -101,12 +101,10 @@ def main():
         run.optimizer_step(step)
         run.progress(step)
         if run.due(step, cfg.eval_every):
-            features = features_of(model, val, run.machine, cfg.val_pairs)
-            marks, val_loss = choose_captions(model, *features)
-            figures = {"val_loss": val_loss, "choice32": sum(marks) / len(marks)}
+            accuracy, val_loss = caption_choice(model, val, run.machine, cfg.val_pairs)
+            figures = {"val_loss": val_loss, "choice32": accuracy}
             if labelled:
-                correct, n = zero_shot(model, tokenizer, labelled, run.machine)
-                figures["zero_shot"] = correct / n
+                figures["zero_shot"] = zero_shot(model, tokenizer, labelled, run.machine)
             run.record(step, **figures)
         if run.due(step, cfg.save_every):
             run.save(step)

@@ -4,6 +4,7 @@
     python eval.py out/demo/vision_sft --data=data/demo --report=out/demo
     python eval.py out/full/clip_pretrain --zero_shot=data/imagenet/val
     python eval.py compare out/a out/b --out=out/comparison          # several runs
+    python eval.py out/full/pretrain --tasks=hellaswag:hellaswag_val.jsonl,piqa:piqa.jsonl
     python eval.py out/full/vision_sft --tasks=pope:coco_pope.json --image_root=val2014.zip
 
 The checkpoint determines what is scored, see evals/validation.py. Each score has its standard error
@@ -28,8 +29,16 @@ from common.checkpoint import write_json
 from common.config import parse, parse_checkpoint, read_json, run_main
 from common.device import peak_memory_gb, pick_device, setup
 from common.images import read_image
-from common.report import ReportImage, Sample, lineage_table, sample_blocks, table, write_report
+from common.report import (
+    ReportImage,
+    Sample,
+    lineage_table,
+    sample_blocks,
+    table,
+    write_report,
+)
 from evals import compare
+from evals.contamination import overlaps, sentence
 from evals.runner import TaskRunner
 from evals.validation import Score, score
 from inference.conversation import Conversation, open_for_chat
@@ -50,6 +59,7 @@ class Config:
     # --- benchmarks
     tasks: str = ""  # benchmarks to score instead: NAME:FILE,NAME:FILE
     image_root: str = ""  # folder, zip or tar with their images
+    overlap: bool = True  # whether to search the training data for their questions
     out: str = ""  # folder for the answers to --tasks; empty for none
 
     # --- report
@@ -100,9 +110,10 @@ def benchmarks(name, cfg, machine):
         task, path, model, tokenizer, cfg.items, cfg.image_root, cfg.out, info["sha256"])
         for task, path in wanted}
     found = {}
-    for task, runner in runners.items():
+    seen = overlaps(list(runners.values()), info) if cfg.overlap else [None] * len(runners)
+    for (task, runner), overlap in zip(runners.items(), seen, strict=True):
         with tqdm(total=len(runner.questions), desc=task, disable=None) as bar:
-            found[task] = result = runner.run(bar.update)
+            found[task] = result = {**runner.run(bar.update), "overlap": overlap}
         for label, (value, error) in result["scores"].items():
             notes = [f"{result['n']} questions"]
             if result["chance"] is not None and label.startswith("acc"):
@@ -110,6 +121,8 @@ def benchmarks(name, cfg, machine):
             if "text_only" in result:
                 notes.append("text-only {:.3f} ± {:.3f}".format(*result["text_only"][label]))
             print(f"{task + '/' + label:24s} {value:.4f} ± {error:.4f}  ({', '.join(notes)})")
+        if overlap:
+            print(f"({sentence(overlap)})")
         if runner.left_out:
             print(f"({task}: {len(runner.left_out)} left out, such as {runner.left_out[0]})",
                   file=sys.stderr)

@@ -74,11 +74,16 @@ class ImageAblation:
         return {name: validation_loss(machine, packed, micro_rows, model, len(packed))
                 for name, packed in zip(names, self.packed.values(), strict=True)}
 
+    def nats(self, machine, model, micro_rows):
+        """{kind: what nats_by_chat returns}"""
+        return {kind: nats_by_chat(machine, model, packed, micro_rows)
+                for kind, packed in self.packed.items()}
+
     def gains(self, nats):
         """{"mismatched", "blank"}: (nats per token that the correct image saves, standard error).
 
-        nats: {kind: what nats_by_chat returned}. Only chats with images, of which another has as
-        many, count; empty if there are none.
+        nats: what self.nats returned. Only chats with images, of which another has as many, count;
+        empty if there are none.
         """
         correct, chats, found = nats["correct"], self.packed["mismatched"].sources[0], {}
         for kind in "mismatched", "blank":
@@ -137,4 +142,5 @@ def ignored_images_warning(losses):
         return ""
     return ("warning: the model ignores images: the correct image lowers the validation loss by "
             f"only {mismatched:.3f} nats per token against a mismatched one and {text_only:.3f} "
-            "against none. prepare.py check shows whether images and texts match")
+            "against none. Train longer or with a higher learning rate; prepare.py check shows "
+            "whether images and texts match")

@@ -7,9 +7,7 @@ answer token is predicted.
 Letters for shapes: B rows, T positions, C width, N answer tokens in a batch, V vocabulary.
 """
 
-import itertools
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
@@ -30,12 +28,12 @@ class Item:
     images: list = field(default_factory=list)  # PIL images
 
 
-class Likelihood(NamedTuple):
+@dataclass
+class Likelihood:
     """The probability of one answer."""
 
     nats: float  # log-likelihood
     greedy: bool  # whether greedy decoding would generate it
-    n_tokens: int
 
 
 @dataclass
@@ -63,14 +61,16 @@ def likelihoods(model, tokenizer, items, batch=None):
     rows = [row for number, item in enumerate(items)
             for row in rows_of(number, item, tokenizer, model)]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # little padding
-    by_item, found = [[] for _ in items], {}
+    found = [None] * len(rows)
     batch = batch or ROWS_AT_ONCE[decoder_of(model).token_embedding.weight.device.type]
     for start in range(0, len(order), batch):
         numbers = order[start : start + batch]
         results = batch_likelihoods(model, tokenizer, [rows[i] for i in numbers])
-        found |= dict(zip(numbers, results, strict=True))
-    for i, row in enumerate(rows):
-        by_item[row.item] += found[i]
+        for i, result in zip(numbers, results, strict=True):
+            found[i] = result
+    by_item = [[] for _ in items]
+    for row, result in zip(rows, found, strict=True):
+        by_item[row.item] += result
     return by_item
 
 
@@ -93,16 +93,20 @@ def batch_likelihoods(model, tokenizer, rows):
     images = [image for row in rows for image in row.images]
     features = encode_images(model, images).flatten(0, 1) if images else None
     x = embed(model, tokenizer, [row.ids for row in rows], features)  # (B, T, C)
-    positions, mask, where = (part.to(x.device) for part in layout(rows, x.size(1)))
-    states = decoder_of(model).hidden(x, positions, mask, where=where)
+    positions, mask, where = layout(rows, x.size(1))
+    # The first tokens of all answers to a question are predicted by the same state.
+    places, state_of = where.to(x.device).unique(return_inverse=True)
+    decoder = decoder_of(model)
+    states = decoder.hidden(x, positions.to(x.device), mask.to(x.device), where=places)
     wanted = [token for row in rows for answer in row.answers for token in answer]
-    scored = score(decoder_of(model), states, torch.tensor(wanted, device=x.device))
-    found = []
+    nats, greedy = score(decoder, states, state_of, torch.tensor(wanted, device=x.device))
+    found, at = [], 0
     for row in rows:
         found.append([])
         for answer in row.answers:
-            nats, greedy = zip(*itertools.islice(scored, len(answer)), strict=True)
-            found[-1].append(Likelihood(sum(nats), all(greedy), len(answer)))
+            here = slice(at, at + len(answer))
+            found[-1].append(Likelihood(sum(nats[here]), all(greedy[here])))
+            at += len(answer)
     return found
 
 
@@ -124,17 +128,22 @@ def layout(rows, T):
     return positions, mask[:, None], torch.tensor(where)
 
 
-def score(decoder, states, wanted):
-    """Yield (log-likelihood, whether it is the likeliest) of the ids wanted (N,).
+def score(decoder, states, state_of, wanted):
+    """(log-likelihoods of the ids wanted (N,), whether each is the likeliest) as lists.
 
-    states (N, C): the final states that predict them.
+    states (M, C): final states; state_of (N,): which of them predicts each id.
     """
+    nats = torch.empty(len(wanted), device=states.device)
+    greedy = torch.empty(len(wanted), dtype=torch.bool, device=states.device)
     step = max(1, LOGITS_AT_ONCE[states.device.type] // decoder.config.vocab_size)
-    for some, ids in zip(states.split(step), wanted.split(step), strict=True):
-        logits = decoder.head(some).float()  # (step, V)
-        mine, highest = logits.gather(1, ids[:, None])[:, 0], logits.amax(-1)
+    for start in range(0, len(states), step):
+        here = ((state_of >= start) & (state_of < start + step)).nonzero()[:, 0]
+        rows, ids = state_of[here] - start, wanted[here]
+        logits = decoder.head(states[start : start + step]).float()  # (step, V)
+        mine, highest = logits[rows, ids], logits.amax(-1)
         # argmax is slow on a CPU and only decides which of several maxima comes first.
-        best = mine == highest
-        best[best.clone()] = logits[best].argmax(-1) == ids[best]
+        best = mine == highest[rows]
+        best[best.clone()] = logits[rows[best]].argmax(-1) == ids[best]
         sums = logits.sub_(highest[:, None]).exp_().sum(-1)  # in place: half of logsumexp's time
-        yield from zip((mine - highest - sums.log()).tolist(), best.tolist(), strict=True)
+        nats[here], greedy[here] = mine - highest[rows] - sums.log()[rows], best
+    return nats.tolist(), greedy.tolist()

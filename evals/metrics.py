@@ -7,7 +7,9 @@ standard error.
 import math
 import re
 from collections import Counter
+from functools import reduce
 from itertools import chain
+from operator import or_
 
 import numpy as np
 
@@ -55,6 +57,11 @@ def f1(said, labels):
     from sklearn.metrics import f1_score
 
     return float(f1_score(labels, said, zero_division=0))
+
+
+def says_yes(answer):
+    """Whether POPE's evaluate.py reads a yes: no No, no or not in the first sentence."""
+    return not {"No", "no", "not"} & set(answer.split(".")[0].replace(",", "").split(" "))
 
 
 DIGITS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4",
@@ -107,6 +114,21 @@ def vqa_accuracy(answer, human_answers):
     return left_out if N > 1 else float(same)
 
 
+NUMBER = r"(?:(?<!\w)-)?\$?(?:(?<!\w)-)?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
+
+
+def gsm_answer(text):
+    """The final number of a GSM8K answer: after "####", else the last one; None without any.
+
+    A string: "1,234." and "$1234" are "1234", but "3.0" is not "3". A hyphen after a digit or a
+    letter is no minus sign. Source: extract_answer of openai/grade-school-math (arXiv:2110.14168),
+    and for the last number the filter "flexible-extract" of lm_eval's gsm8k.
+    """
+    marked = re.search(rf"####\s*({NUMBER})", text)
+    found = [marked[1]] if marked else re.findall(NUMBER, text)
+    return re.sub("[$,]", "", found[-1]) if found else None
+
+
 CLITIC = r"(?:n't|'(?:s|m|d|re|ve|ll))(?!\w)"
 
 
@@ -125,6 +147,32 @@ def ngrams(caption):
     """The n-grams of a caption: one Counter each for n = 1 to 4."""
     words = caption_words(caption)
     return [Counter(zip(*(words[i:] for i in range(n)), strict=False)) for n in (1, 2, 3, 4)]
+
+
+def bleu_counts(candidates, references):
+    """What bleu4 takes, of N candidates (strings) with N lists of references: correct n-grams
+    (N, 4), all n-grams (N, 4), and the length of the closest reference (N,), the shorter of two."""
+    correct, total, closest = [], [], []
+    for candidate, texts in zip(map(ngrams, candidates), references, strict=True):
+        texts = list(map(ngrams, texts))
+        most = [reduce(or_, counters) for counters in zip(*texts, strict=True)]
+        correct.append([(candidate[n] & most[n]).total() for n in range(4)])
+        total.append([candidate[n].total() for n in range(4)])
+        size, sizes = candidate[0].total(), [text[0].total() for text in texts]
+        closest.append(min((abs(other - size), other) for other in sizes)[1])
+    return [np.array(column, float) for column in (correct, total, closest)]
+
+
+def bleu4(correct, total, closest):
+    """BLEU-4 (...), 0 to 1, from the counts of bleu_counts: (..., 4), (..., 4) and (...).
+
+    The score of a corpus is made of the summed counts of its items. Source: Papineni et al. (2002),
+    bleu_scorer.py of coco-caption ("closest"); words: see caption_words.
+    """
+    # The tiny terms are those of coco-caption: without a match a score is nearly 0, never 0 / 0.
+    precision = ((correct + 1e-15) / (total + 1e-9)).prod(-1) ** 0.25
+    ratio = (total[..., 0] + 1e-15) / (closest + 1e-9)
+    return precision * np.exp(np.minimum(0, 1 - 1 / ratio))
 
 
 def cider(candidates, references):

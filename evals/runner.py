@@ -12,12 +12,13 @@ from common.atomic import append_rows, read_rows, truncate_rows
 from common.config import UserError
 from common.images import fit, read_image
 from evals.loglikelihood import Item, likelihoods
-from evals.tasks import TASKS, question_of, rows_of, value_and_error
+from evals.tasks import TASKS, question_of, rows_of, text_windows, value_and_error
 from inference.conversation import answer_all, fits
 from tokenizer import render, split_at_images
 from vision import VisionLanguageModel
 
 PART = 256  # questions between two writes
+WINDOW = 256  # tokens of a window of text, as in validation.text_loss
 
 
 class TaskRunner:
@@ -34,7 +35,7 @@ class TaskRunner:
         self.name, self.task, self.model, self.tokenizer = name, TASKS[name], model, tokenizer
         self.find = open_images(image_root)
         self.left_out, self.rows, self.questions = [], [], []
-        for number, row in enumerate(rows_of(path)[:items]):
+        for number, row in enumerate(rows_of(path)[: None if self.task.windows else items]):
             try:
                 self.questions.append(question_of(self.task, row))
                 self.rows.append(number)
@@ -42,6 +43,10 @@ class TaskRunner:
                 self.left_out.append(f"row {number}: {error}")
         if not self.questions:
             raise UserError(f"{path} has no row in the format of {name} ({self.left_out[0]})")
+        if self.task.windows:
+            T = min(WINDOW, model.config.max_positions - 1)
+            self.questions = text_windows(self.questions, tokenizer, T, items)
+            self.rows = list(range(len(self.questions)))
         self.has_images = any(question.images for question in self.questions)
         if self.has_images and not isinstance(model, VisionLanguageModel):
             raise UserError(f"{name} asks about images, but this checkpoint is text-only")
@@ -60,17 +65,16 @@ class TaskRunner:
                 append_rows(self.file, part)
             found += part
             progress(len(part))
-        asked = []
-        for row, question, answer in zip(self.rows, self.questions, found, strict=True):
-            if "skipped" in answer:
-                self.left_out.append(f"row {row}: {answer['skipped']}")
-            else:
-                asked.append((question, answer))
+        asked = list(zip(self.rows, self.questions, found, strict=True))
+        self.left_out += [f"row {row}: {answer['skipped']}" for row, _, answer in asked
+                          if "skipped" in answer]
+        asked = [(question, answer) for _, question, answer in asked if "skipped" not in answer]
         if not asked:
             raise UserError(f"{self.name}: no question fits the model, or no image is readable: "
                             f"{self.left_out[-1]}")
         scores, chance = self.scores(asked, "answer")
-        result = {"n": len(asked), "scores": scores, "chance": chance and float(chance)}
+        result = {"n": len(asked), "scores": scores,
+                  "chance": None if chance is None else float(chance)}
         if self.has_images:
             result["text_only"], _ = self.scores(asked, "text_only")
         return result
@@ -101,20 +105,27 @@ class TaskRunner:
     def item(self, question, with_images=True):
         """The Item of a question; UserError for an image that cannot be read, or a question longer
         than the context."""
+        if question.ids:
+            return Item(question.ids[:1], [question.ids[1:]])
         ids, choices = self.render(question, with_images)
-        room = self.task.max_tokens or max(map(len, choices))
-        if not fits(self.model, self.tokenizer, ids, room):
+        if not fits(self.model, self.tokenizer, ids,
+                    self.task.max_tokens or max(map(len, choices))):
             raise UserError("longer than the context")
         return Item(ids, choices, list(map(self.image, question.images)) if with_images else [])
 
     def answers(self, items):
-        """{number: generated answer, or the Likelihood of each choice} of {number: Item}."""
+        """{number: generated answer, or [log-likelihood, whether it is the greedy answer, tokens]
+        of each choice} of {number: Item}."""
+        if not items:
+            return {}
         asked = list(items.values())
-        if asked and self.task.max_tokens:
+        if self.task.max_tokens:
             found = answer_all(self.model, self.tokenizer, [item.prompt for item in asked],
                                [item.images for item in asked], self.task.max_tokens)
         else:
-            found = likelihoods(self.model, self.tokenizer, asked)
+            found = [[[x.nats, x.greedy, len(ids)]
+                      for x, ids in zip(choices, item.answers, strict=True)] for item, choices
+                     in zip(asked, likelihoods(self.model, self.tokenizer, asked), strict=True)]
         return dict(zip(items, found, strict=True))
 
     def image(self, name):

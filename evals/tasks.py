@@ -7,6 +7,7 @@ question (acc), or the likeliest per character (acc_norm). Other tasks generate 
 import json
 import re
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from common import hub
 from common.archives import fetched
 from common.config import UserError
 from evals import metrics
-from prep.schema import images_of, messages_of
+from prep.schema import images_of, messages_of, text_of
 from prep.sources import parsed
 
 SHORT = "Answer the question using a single word or phrase."  # these three as in LLaVA 1.5
@@ -33,6 +34,7 @@ class Question:
     answer: int = 0  # index of the correct choice
     references: list = field(default_factory=list)  # correct answers, where one is generated
     images: list = field(default_factory=list)  # file names, or the bytes of files
+    ids: list = field(default_factory=list)  # of a window of text: the first is given
 
 
 def user(text):
@@ -54,10 +56,15 @@ def hellaswag(row):
 
 
 def arc(row):
-    """Clark et al. 2018, in the form of the hub's files."""
-    choices = row["choices"]
-    return Question(user(f"Question: {row['question']}\nAnswer:"), choices["text"],
-                    choices["label"].index(row["answerKey"]))
+    """Clark et al. 2018, in the form of AI2's files or the hub's."""
+    question, choices = row["question"], row.get("choices")
+    if isinstance(question, dict):
+        question, choices = question["stem"], question["choices"]
+    if isinstance(choices, dict):
+        texts, labels = choices["text"], choices["label"]
+    else:
+        texts, labels = ([choice[name] for choice in choices] for name in ("text", "label"))
+    return Question(user(f"Question: {question}\nAnswer:"), texts, labels.index(row["answerKey"]))
 
 
 def piqa(row):
@@ -72,6 +79,13 @@ def lambada(row):
     if not start:
         raise ValueError("no passage before the last word")
     return Question(user(start), [word])
+
+
+def gsm(row):
+    """Cobbe et al. 2021: a sum in words."""
+    if metrics.gsm_answer(row["answer"]) is None:
+        raise ValueError("an answer without a number")
+    return Question(user(row["question"]), references=[row["answer"]])
 
 
 def pope(row):
@@ -98,6 +112,14 @@ def captions(row):
                     images=images_of(row, []))
 
 
+def mmstar(row):
+    """Chen et al. 2024: the options stand in the question, the answer is a letter."""
+    options = set(re.findall(r"\b([A-H])[:.)]", row["question"].rpartition("Options:")[2]))
+    letters = list(takewhile(options.__contains__, "ABCDEFGH")) or list("ABCD")
+    return Question(user(f"{row['question']}\n{LETTER}"), letters, letters.index(row["answer"]),
+                    images=images_of(row, []))
+
+
 def scienceqa(row):
     """Lu et al. 2022, with or without an image."""
     letters = [chr(ord("A") + i) for i in range(len(row["choices"]))]
@@ -112,6 +134,26 @@ def own(row):
     messages = messages_of(row)
     return Question(messages[:-1], [messages[-1]["content"]], 0, [messages[-1]["content"]],
                     images_of(row, messages))
+
+
+def text(row):
+    """A text of which every token is predicted; text_windows cuts the texts of all rows."""
+    return Question(user(text_of(row, "text")))
+
+
+def text_windows(questions, tokenizer, T, most):
+    """Their texts end to end, each after <|endoftext|>, as `most` Questions of T + 1 ids at most.
+
+    Each begins with the last id of the one before; the last may be shorter.
+    """
+    ids, end = [], tokenizer.end_of_text
+    for question in questions:
+        ids += [end, *tokenizer.encode(question.messages[0]["content"])]
+        if len(ids) > T * most:
+            break
+    parts = [ids[start : start + T + 1] for start in range(0, len(ids) - 1, T)][:most]
+    return [Question(user(tokenizer.decode([i for i in part[1:] if i != end])), ids=part)
+            for part in parts]
 
 
 def question_of(task, row):
@@ -167,6 +209,14 @@ def yes_no_scores(questions, found):
             "auroc": (rows, lambda x: metrics.auroc(x[:, 0], x[:, 1]))}, chance
 
 
+def generated_yes_no_scores(questions, answers):
+    rows = np.array([(metrics.says_yes(answer), question.answer == 0)
+                     for question, answer in zip(questions, answers, strict=True)])
+    return {"acc": (rows[:, 0] == rows[:, 1]).astype(float),
+            "f1": (rows, lambda x: metrics.f1(x[:, 0], x[:, 1])),
+            "yes_share": rows[:, 0].astype(float)}, 0.5
+
+
 def word_scores(questions, found):
     """Whether the last word is the greedy answer, and its perplexity."""
     nats = np.array([choices[0][0] for choices in found])
@@ -175,9 +225,17 @@ def word_scores(questions, found):
 
 
 def loss_scores(questions, found):
-    """Loss in nats per token of the references."""
+    """Loss in nats per token of the references, or of the windows of a text."""
     rows = np.array([(choices[0][0], choices[0][2]) for choices in found])
     return {"nats": (rows, lambda x: -x[:, 0].sum() / x[:, 1].sum())}, None
+
+
+def text_scores(questions, found):
+    """The loss, and bits per byte of UTF-8 (The Pile, arXiv:2101.00027)."""
+    n_bytes = [len(question.messages[0]["content"].encode()) for question in questions]
+    rows = np.stack(([choices[0][0] for choices in found], n_bytes), 1)
+    bits = (rows, lambda x: -x[:, 0].sum() / x[:, 1].sum() / np.log(2))
+    return {**loss_scores(questions, found)[0], "bits_per_byte": bits}, None
 
 
 def marked_by(name, metric):
@@ -191,7 +249,13 @@ def marked_by(name, metric):
 
 def caption_scores(questions, answers):
     references = [question.references for question in questions]
-    return {"cider": metrics.cider(answers, references)}, 0.0
+    counts = metrics.bleu_counts(answers, references)  # once, not for every resample
+
+    def bleu(rows):
+        return metrics.bleu4(*(column[rows].sum(0) for column in counts))
+
+    return {"cider": metrics.cider(answers, references),
+            "bleu4": (np.arange(len(answers)), bleu)}, 0.0
 
 
 @dataclass
@@ -203,6 +267,7 @@ class Task:
     max_tokens: int = 0  # of a generated answer; 0 for choosing by likelihood
     document: bool = False  # the question is the beginning of a document, not a chat
     image: bool = False  # every question needs one
+    windows: bool = False  # the rows are texts of which every token is predicted
 
 
 TASKS = {
@@ -210,13 +275,18 @@ TASKS = {
     "arc": Task(arc, choice_scores, document=True),
     "piqa": Task(piqa, choice_scores, document=True),
     "lambada": Task(lambada, word_scores, document=True),
+    "gsm": Task(gsm, marked_by("exact", lambda a, references: (
+        metrics.gsm_answer(a) == metrics.gsm_answer(references[0]))), 320),
     "pope": Task(pope, yes_no_scores, image=True),
+    "pope_generate": Task(pope, generated_yes_no_scores, 16, image=True),
     "vqa": Task(vqa, marked_by("vqa", metrics.vqa_accuracy), 16, image=True),
     "captions": Task(captions, caption_scores, 64, image=True),
+    "mmstar": Task(mmstar, choice_scores, image=True),
     "scienceqa": Task(scienceqa, choice_scores),
     "likelihood": Task(own, loss_scores),
     "exact": Task(own, marked_by(
         "exact", lambda a, references: a.strip() == references[0].strip()), 64),
+    "text": Task(text, text_scores, windows=True),
 }
 
 

@@ -18,10 +18,10 @@ import torch
 from common.config import UserError, read_json
 from common.images import ImageError
 from data import Chats, Text, check_tokenizer
+from evals import zero_shot
 from evals.image_ablation import AblatedChats, ImageAblation, nats_by_chat, per_token
 from evals.loglikelihood import Item, likelihoods
 from evals.metrics import bootstrap, retrieval_ranks
-from evals.zero_shot import Labelled, choose_captions, features_of, groups_of_different, zero_shot
 from inference.conversation import answer_all, fits, ready_to_chat, turns_of
 from model import head_loss
 from train.packing import Captions, Packed
@@ -44,6 +44,11 @@ class Score:
         error = "" if self.error is None else f" ± {self.error:.4f}"
         chance = "" if self.chance is None else f"  (guessing {self.chance:.3f})"
         return f"{label:32s} {self.value:.4f}{error}{chance}"
+
+    def cells(self):
+        """For a table, with "" for None."""
+        return [f"{self.value:.4g}", *("" if figure is None else f"{figure:.2g}"
+                                       for figure in (self.error, self.chance))]
 
 
 def share(marks, chance=None):
@@ -77,8 +82,8 @@ def groups_of_scores(name, cfg, machine, split):
         if (data / "captions").is_dir() or not cfg.zero_shot:
             yield caption_scores(model, tokenizer, opened("captions"), items, machine)
         if cfg.zero_shot:
-            labelled = Labelled(cfg.zero_shot, cfg.prompt)
-            correct, n = zero_shot(model, tokenizer, labelled, machine)
+            labelled = zero_shot.Labelled(cfg.zero_shot, cfg.prompt)
+            correct, n = zero_shot.count_correct(model, tokenizer, labelled, machine)
             yield {"clip_zero_shot": share(np.arange(n) < correct, 1 / len(labelled.captions))}
         return
     if cfg.zero_shot and not cfg.report:
@@ -136,15 +141,13 @@ def ablation_scores(model, tokenizer, chats, items, machine, label):
     """Loss of captions, or of answers about images, with each kind of image; the vision gains."""
     ablation = ImageAblation(chats, items, model.config.max_positions, tokenizer, model.image_spec,
                              others=("mismatched", "text_only", "blank"))
-    nats = {kind: nats_by_chat(machine, model, packed, 8)
-            for kind, packed in ablation.packed.items()}
-    names = {"correct": "loss", "mismatched": "loss_mismatched_image",
-             "text_only": "loss_text_only", "blank": "loss_blank_image"}
-    losses = {f"{label}_{names[kind]}": loss_score([*pairs.values()], tokenizer)
-              for kind, pairs in nats.items()}
+    nats = ablation.nats(machine, model, 8)
+    names = {"correct": f"{label}_loss", "mismatched": f"{label}_loss_mismatched_image",
+             "text_only": f"{label}_loss_text_only", "blank": f"{label}_loss_blank_image"}
     gains = {"mismatched": "vision_gain_shuffled", "blank": "vision_gain_blank"}
-    return losses | {gains[kind]: Score(*found, 0.0)
-                     for kind, found in ablation.gains(nats).items()}
+    return {names[kind]: loss_score([*pairs.values()], tokenizer)
+            for kind, pairs in nats.items()} | {
+        gains[kind]: Score(*found, 0.0) for kind, found in ablation.gains(nats).items()}
 
 
 # ------------------------------------------------------------------------------------------ answers
@@ -201,17 +204,19 @@ def answer_scores(model, tokenizer, data, stage, items, split):
              ("vqa_heldout_pairs", "scenes", f"{split}_pairs", "correct")]
     if not (data / "scenes" / f"{split}_pairs").is_dir():  # only the demo has held-out pairs
         table.pop()
-    shuffled = {}
+    chance = {}
     for label, kind, part, images in table[: {"sft": 1, "vision_sft": 5}.get(stage, 0)]:
         marks, groups = exact_answers(model, tokenizer, Chats(data / kind, part), items, images)
-        marks, groups, found = np.array(marks), np.array(groups), {label: share(marks)}
+        found = {"": share(marks)}
         for group in sorted(set(groups) - {""}):
-            found[f"{label}/{group}"] = share(marks[groups == group])
-        if label == "vqa_exact":
-            for name, figure in found.items():
-                figure.chance = shuffled[name.replace("exact", "shuffled")].value
-        shuffled = found if label == "vqa_shuffled" else shuffled
-        yield found
+            found[f"/{group}"] = share([mark for mark, other in zip(marks, groups, strict=True)
+                                        if other == group])
+        for name, figure in found.items():
+            if label == "vqa_shuffled":
+                chance[name] = figure.value
+            elif label == "vqa_exact":
+                figure.chance = chance.get(name)
+        yield {label + name: figure for name, figure in found.items()}
 
 
 def caption_choice(model, tokenizer, chats, items):
@@ -229,7 +234,7 @@ def caption_choice(model, tokenizer, chats, items):
     if not first:
         raise UserError(f"{chats.folder}: no chat with one image fits the model's context")
     asked = list(first.values())
-    groups = groups_of_different([tuple(answer) for _, answer, _ in asked], CHOICES)
+    groups = zero_shot.groups_of_different([tuple(answer) for _, answer, _ in asked], CHOICES)
     questions = [Item(asked[i][0], [asked[k][1] for k in group], asked[i][2])
                  for group in groups for i in group]
     marks, size = [], len(groups[0])
@@ -246,8 +251,8 @@ def caption_choice(model, tokenizer, chats, items):
 def caption_scores(model, tokenizer, chats, items, machine):
     """How often the correct caption of 32 is chosen, and retrieval."""
     pairs = Captions(chats, tokenizer, image_spec(model.config), model.config.context)
-    images, texts, keys = features_of(model, pairs, machine, max(items, 2048))
-    marks, _ = choose_captions(model, images[:2048], texts[:2048], keys[:2048], CHOICES)
+    images, texts, keys = zero_shot.features_of(model, pairs, machine, max(items, 2048))
+    marks, _ = zero_shot.choose_captions(model, images[:2048], texts[:2048], keys[:2048], CHOICES)
     choice = share(marks, 1 / min(CHOICES, len(set(keys[:2048]))))
     return {"clip_choice32": choice, **retrieval(images[:items], texts[:items], keys[:items])}
 

@@ -20,6 +20,8 @@ from common.config import UserError
 from common.device import cores
 from common.images import ImageError, read_image, to_pixels
 
+NAMED = 10  # unreadable images that are named; more are counted
+
 
 class Labelled:
     """The classes of a folder as captions, and its images with the number of their class."""
@@ -41,21 +43,18 @@ class Labelled:
                             "class, and at least two classes")
 
 
-@torch.no_grad()
 def zero_shot(model, tokenizer, labelled, machine, batch=256):
-    """[correctly classified images of a Labelled, how many are readable].
+    """The share of a Labelled's images that are most similar to the caption of their class."""
+    correct, total = count_correct(model, tokenizer, labelled, machine, batch)
+    return correct / total
 
-    An image has the class whose caption is most similar. The images are divided among the
-    processes; unreadable ones are reported.
+
+@torch.no_grad()
+def count_correct(model, tokenizer, labelled, machine, batch=256):
+    """(correctly classified images of a Labelled, all its images).
+
+    The images are divided among the processes. Unreadable ones are reported and not counted.
     """
-    size, how = model.config.image_size, model.config.fit
-
-    def pixels_of(item):
-        try:
-            return to_pixels([read_image(item[0], size=size, how=how)], size, how)
-        except ImageError as error:
-            errors.append(str(error))
-
     ids = caption_ids(tokenizer, labelled.captions, model.config.context).to(machine.device)
     with machine.autocast():
         texts = torch.cat([model.text_features(part) for part in ids.split(batch)])  # (classes, E)
@@ -65,23 +64,34 @@ def zero_shot(model, tokenizer, labelled, machine, batch=256):
     with ThreadPoolExecutor(max(1, cores() // processes)) as pool:
         for start in range(0, len(mine), batch):
             part = mine[start : start + batch]
-            found = [(x, label) for x, (_, label) in zip(pool.map(pixels_of, part), part,
-                                                         strict=True) if x is not None]
-            if not found:
+            pixels = list(pool.map(lambda item: pixels_of(item[0], model.config), part))
+            errors += [str(error) for error in pixels if isinstance(error, ImageError)]
+            readable = [i for i, x in enumerate(pixels) if isinstance(x, torch.Tensor)]
+            if not readable:
                 continue
-            pixels, labels = zip(*found, strict=True)
+            labels = torch.tensor([part[i][1] for i in readable], device=machine.device)
             with machine.autocast():
-                images = model.image_features(normalise(torch.cat(pixels).to(machine.device)))
-            chosen = (images @ texts.T).argmax(-1)
-            correct = (chosen == torch.tensor(labels, device=machine.device)).sum()
-            counts += torch.stack((correct, correct.new_tensor(len(labels))))
+                images = model.image_features(normalise(
+                    torch.cat([pixels[i] for i in readable]).to(machine.device)))
+            correct = ((images @ texts.T).argmax(-1) == labels).sum()
+            counts += torch.stack((correct, labels.new_tensor(len(readable))))
     if errors:
-        print(f"({labelled.folder}: {len(errors)} images left out, such as {errors[0]})",
-              file=sys.stderr)
-    counts = machine.sum(counts).tolist()
-    if counts[1] == 0:
+        more = f" and {len(errors) - NAMED} more" if len(errors) > NAMED else ""
+        print(f"({labelled.folder}: {len(errors)} images left out: {'; '.join(errors[:NAMED])}"
+              f"{more})", file=sys.stderr)
+    correct, total = machine.sum(counts).tolist()
+    if total == 0:
         raise UserError(f"no image of --zero_shot={labelled.folder} is readable")
-    return counts
+    return correct, total
+
+
+def pixels_of(path, config):
+    """An image as uint8 pixels (1, S, S, 3), or the ImageError why it is unreadable."""
+    size, how = config.image_size, config.fit
+    try:
+        return to_pixels([read_image(path, size=size, how=how)], size, how)
+    except ImageError as error:
+        return error
 
 
 def caption_ids(tokenizer, captions, context):
@@ -107,6 +117,12 @@ def features_of(model, pairs, machine, n, batch=256):
             texts.append(model.text_features(part.ids))
         keys += part.keys.tolist()
     return torch.cat(images), torch.cat(texts), keys
+
+
+def caption_choice(model, pairs, machine, n=2048, choices=32, batch=256):
+    """(accuracy, loss) of choose_captions over the first n pairs of a Captions."""
+    marks, loss = choose_captions(model, *features_of(model, pairs, machine, n, batch), choices)
+    return sum(marks) / len(marks), loss
 
 
 @torch.no_grad()

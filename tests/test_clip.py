@@ -16,7 +16,7 @@ from common.config import UserError
 from common.device import Machine
 from common.images import to_pixels
 from data import Batch
-from evals.zero_shot import choose_captions, features_of
+from evals.zero_shot import caption_choice, features_of
 from vision import read_transformers_clip
 
 MACHINE = Machine(torch.device("cpu"), torch.float32)
@@ -323,17 +323,15 @@ class Knowing(torch.nn.Module):
 
 
 def test_an_untrained_model_chooses_one_caption_in_32():
-    model = new_clip(TINY)[0]
-    marks, loss = choose_captions(model, *features_of(model, Listed(256), MACHINE, 256))
-    assert sum(marks) / len(marks) == pytest.approx(1 / 32, abs=3 * (1 / 32 / 256) ** 0.5)
+    right, loss = caption_choice(new_clip(TINY)[0], Listed(256), MACHINE)
+    assert right == pytest.approx(1 / 32, abs=3 * (1 / 32 / 256) ** 0.5)  # three deviations
     assert loss > math.log(32) - 0.1
 
 
 def test_a_perfect_model_chooses_every_caption():
     """Images with the same caption are used once: 32 captions are 32 different ones."""
-    model, pairs = Knowing(), Listed(80, repeats=10)
-    marks, loss = choose_captions(model, *features_of(model, pairs, MACHINE, 80, batch=33))
-    assert all(marks) and loss < 1e-3
+    right, loss = caption_choice(Knowing(), Listed(80, repeats=10), MACHINE, batch=33)
+    assert right == 1 and loss < 1e-3
 
 
 def test_retrieval_of_equal_captions_and_of_an_untrained_model():

@@ -1,18 +1,22 @@
 """Data, packing, loader: each row once an epoch, no chat lost, exactly the answers as targets."""
 
 import io
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import tokenizer as tokenizers
 from common.checkpoint import write_json
 from common.config import UserError, seal
 from common.device import Machine
-from data import Chats, ImageSpec, Share, Text, check_tokenizer
+from data import Chats, Documents, ImageSpec, Share, Text, check_tokenizer
 from prep import writers
 from prep.writers import write_manifest, write_text
 from tokenizer import render
@@ -91,6 +95,17 @@ def test_shuffle_is_a_permutation(n):
     assert sorted(shuffled(np.arange(n), n, seed=3)) == list(range(n))
 
 
+def test_shuffle_is_uniform_over_seeds():
+    """Chi-squared of 8 numbers at 8 places over 1,000 seeds."""
+    n, draws = 8, 1000
+    counts = np.zeros((n, n))
+    for seed in range(draws):
+        counts[np.arange(n), shuffled(np.arange(n), n, seed)] += 1
+    chi_squared = ((counts - draws / n) ** 2 / (draws / n)).sum()
+    freedom = (n - 1) ** 2
+    assert abs(chi_squared - freedom) < 5 * np.sqrt(2 * freedom)
+
+
 def test_shards_being_downloaded_are_read_in_doubling_groups(tmp_path):
     """So that the first steps need the first shard alone."""
     write_json(tmp_path / "shards.json", seal({"files": [
@@ -101,6 +116,33 @@ def test_shards_being_downloaded_are_read_in_doubling_groups(tmp_path):
     assert shards[:2] == [{0}, {1}]
     assert set().union(*shards[2:4]) == {2, 3} and set().union(*shards[4:]) == {4, 5, 6}
     assert sorted(flat(loader.rows_of(step).tolist() for step in range(7))) == list(range(42))
+
+
+def test_memory_does_not_grow_with_the_tokens_read(tmp_path):
+    """Sparse shards; the windows read after step 1 cover at least 60 MB of pages."""
+    for shard in range(20):
+        header = {"descr": "<u2", "fortran_order": False, "shape": (10**8,)}
+        with open(tmp_path / f"a_train_{shard:02d}.npy", "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.truncate(file.tell() + 2 * 10**8)
+    program = f"""
+import resource, sys
+from data import Text
+from train.loader import Loader
+sys.path.insert(0, 'tests')
+from test_data import machine
+loader = Loader(Text({str(tmp_path)!r}, "train", 2048, 50304), 512, 64, machine(), seed=0)
+for step in range(16):
+    for batch in loader.step(step):
+        pass
+    if step in (1, 15):
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                            env=environment, check=True)
+    early, late = map(float, result.stdout.split())
+    assert late < early + 20, f"{early:.0f} MB, then {late:.0f} MB"
 
 
 def test_rows_depend_on_seed_and_step_alone(numbers):
@@ -155,6 +197,16 @@ def test_windows_contain_every_token_as_a_target_once(tokenizer, tmp_path):
     assert batch.targets.flatten().tolist() == stream[1 : 8 * len(text) + 1]
 
 
+def test_documents_among_chats_are_supervised_to_the_last_token(tokenizer, tmp_path):
+    tokens = np.arange(60, dtype=np.uint16)
+    np.save(tmp_path / "a_train_0.npy", tokens)
+    packed = Packed([Documents(tmp_path, "train", 10, tokenizer)], 24, tokenizer)
+    batch = packed.batch([*range(len(packed))])
+    assert sorted(batch.targets.tolist()) == tokens[1:51].tolist()
+    assert (batch.ids.flatten()[batch.where] + 1).equal(batch.targets)
+    assert packed.left_out == packed.chats["truncated"].sum() == 0
+
+
 # ------------------------------------------------------------------------------------------ packing
 
 
@@ -167,6 +219,12 @@ def test_packing_keeps_all_chats_and_fills_97_percent(typical, spread):
     assert sorted(flat(rows)) == list(range(5000))
     sums = [sum(lengths[c] for c in row) for row in rows]
     assert max(sums) <= 1024 and sum(sums) / (1024 * len(rows)) >= 0.97
+
+
+def test_packing_is_seeded_and_mixes():
+    lengths = [100 + i % 7 for i in range(400)]
+    assert pack(lengths, 1024, 1) == pack(lengths, 1024, 1) != pack(lengths, 1024, 2)
+    assert all(max(row) - min(row) > 20 for row in pack(lengths, 1024, 1) if len(row) > 5)
 
 
 def unpacked(batch):

@@ -49,13 +49,20 @@ class Packed:
 
     def notes(self):
         """Lines for the report: how full the rows are, what was truncated and left out."""
-        line = (f"{self.name}: {len(self.chats)} chats in {len(self)} rows of {self.T}, "
-                f"{self.filled:.1%} filled")
+        lines = [f"{self.name}: {len(self.chats)} chats in {len(self)} rows of {self.T}, "
+                 f"{self.filled:.1%} filled"]
         if truncated := self.chats["truncated"].sum():
-            line += f"; {truncated} truncated after an answer"
+            lines[0] += f"; {truncated} truncated after an answer"
         if self.left_out:
-            line += f"; {self.left_out} left out: too long, or nothing supervised"
-        return [line]
+            lines[0] += f"; {self.left_out} left out: too long, or nothing supervised"
+        for chats in self.sources:
+            reasons = chats.manifest.get("left_out", {})
+            if reasons:
+                total = sum(reason["rows"] for reason in reasons.values())
+                lines.append(f"{chats.folder.parent}: {total} rows were left out when it was "
+                             "prepared: " + ", ".join(f"{found['rows']} {reason}" for reason, found
+                                                      in reasons.items()))
+        return lines
 
     def measure(self, s, at_once=4096):
         """Yield arrays of CHAT for source s, a few thousand chats at a time."""

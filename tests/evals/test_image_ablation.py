@@ -2,17 +2,22 @@
 with workers that decode, and with images that are gone."""
 
 import io
+import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, log_rows
+from conftest import ROOT, log_rows, logged
 from PIL import Image
+from test_distributed import ADAMW, finish, start
+from test_stages import assert_close
 
+from common.config import UserError
 from common.device import Machine
 from data import Chats, ImageSpec
 from evals.image_ablation import (
@@ -22,6 +27,7 @@ from evals.image_ablation import (
     nats_by_chat,
     per_token,
 )
+from evals.validation import caption_choice
 from prep.writers import write_chats, write_manifest
 from tokenizer import load
 from train.loader import Loader, validation_loss
@@ -90,6 +96,14 @@ def test_text_only_chats_have_the_same_targets(mixed):
     assert text_only.chats["length"].sum() < ablation.packed["correct"].chats["length"].sum()
 
 
+@pytest.mark.parametrize("stage", ["vision_pretrain", "vision_sft"])
+def test_vision_stages_log_all_losses(pipeline, stage):
+    names = ["val_loss", "val_loss_mismatched_image", "val_loss_text_only"]
+    names += ["val_text_loss"] if stage == "vision_sft" else []
+    assert sorted(logged(pipeline.folder / stage, *names)) == sorted(
+        (step, name) for step in (2, 5) for name in names)
+
+
 def test_a_model_that_ignores_images_causes_a_warning(pipeline, tmp_path):
     said = pipeline.run_stage("vision_pretrain", tmp_path / "still", "--lr=1e-9", "--muon_lr=1e-9")
     assert "ignores images" in said
@@ -101,13 +115,18 @@ def test_a_model_that_ignores_images_causes_a_warning(pipeline, tmp_path):
 # --------------------------------------------------------------------------------------- the gains
 
 
-def test_the_nats_of_the_chats_sum_up_to_the_loss(pipeline, mixed):
+@pytest.fixture
+def vision_model(pipeline):
+    """(model, tokenizer) of the last stage, after six steps almost untrained."""
+    return open_model(pipeline.folder / "vision_sft")[:2]
+
+
+def test_the_nats_of_the_chats_sum_up_to_the_loss(vision_model, mixed):
     folder, tokenizer = mixed
-    model = open_model(pipeline.folder / "vision_sft")[0]
+    model = vision_model[0]
     ablation = ImageAblation(Chats(folder, "val"), 12, 128, tokenizer, model.image_spec,
                              others=KINDS)
-    nats = {kind: nats_by_chat(MACHINE, model, packed, 3)
-            for kind, packed in ablation.packed.items()}
+    nats = ablation.nats(MACHINE, model, 3)
     for kind, packed in ablation.packed.items():
         assert len(nats[kind]) == len(packed.chats)
         loss = validation_loss(MACHINE, packed, 3, model, len(packed))
@@ -133,6 +152,51 @@ def test_gains_by_hand(mixed):
     assert per_token([(1, 1), (0, 1)])[1] == pytest.approx(0.5 / 2**0.5, rel=0.1)
     few = {number: correct[number] for number in (0, 2, 4)}
     assert ablation.gains(dict.fromkeys(("correct", "mismatched", "blank"), few)) == {}
+
+
+def test_untrained_models_gain_nothing_and_choose_captions_by_chance(vision_model, world_data):
+    """What a blank image does to all captions depends on the random weights: zero in the mean."""
+    (model, tokenizer), chats = vision_model, Chats(world_data / "captions", "val")
+    ablation = ImageAblation(chats, 64, 256, tokenizer, model.image_spec, others=KINDS)
+    blank = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        for name, p in model.named_parameters():
+            torch.nn.init.normal_(p, float("norm" in name and "weight" in name), 0.1)
+        gains = ablation.gains(ablation.nats(MACHINE, model.eval(), 8))
+        gain, error = gains["mismatched"]
+        assert error > 0 and abs(gain) <= 3 * error
+        blank.append(gains["blank"][0])
+    assert abs(np.mean(blank)) <= 3 * np.std(blank, ddof=1) / len(blank) ** 0.5
+    found = caption_choice(model, tokenizer, chats, 64)
+    assert found.chance == 1 / 32
+    assert abs(found.value - 1 / 32) <= 3 * (1 / 32 / 64) ** 0.5
+
+
+# --------------------------------------------------------------------- any number of images
+
+
+def test_two_processes_train_on_rows_with_and_without_images(pipeline, mixed, tmp_path):
+    """Some micro-batches of one process have no images while those of the other have some."""
+    folder, _ = mixed
+    common = [*ADAMW, f"--data={folder}", "--context=128", "--batch_tokens=512", "--micro_rows=1",
+              "--val_chats=12", "--max_steps=2"]
+    settings = {"vision_pretrain": common, "vision_sft": [*common, "--text_data="]}
+    commands = [[f"{stage}.py", *pipeline.flags(stage), *flags, f"--out={tmp_path}/two_{stage}"]
+                for stage, flags in settings.items()]
+    for said, status in finish(start(2, ROOT / "tests" / "several.py", json.dumps(commands))):
+        assert status == 0, said
+    for stage, flags in settings.items():
+        pipeline.run_stage(stage, tmp_path / f"one_{stage}", *flags)
+        assert_close(tmp_path / f"two_{stage}", tmp_path / f"one_{stage}")
+
+
+def test_some_of_those_batches_have_no_images(mixed):
+    folder, tokenizer = mixed
+    packed = Packed([Chats(folder, "train")], 48, tokenizer, SPEC)
+    found = [packed.batch([row]).pixels for row in range(len(packed))]
+    assert any(pixels is None for pixels in found)
+    assert max(len(pixels) for pixels in found if pixels is not None) >= 4
 
 
 # ------------------------------------------------------------------------------------------ workers
@@ -183,10 +247,38 @@ def test_a_damaged_image_excludes_its_chat_and_no_other(mixed):
     with open(folder / "train/images_000000.bin", "r+b") as file:
         file.seek(at)
         file.write(b"\0" * 20)
-    found = complete.batch([0])
+    found = next(Loader(Only(complete, 0), 1, 1, MACHINE, seed=0).step(0))
     assert len(found.lost) == 1 and "readable" in found.lost[0]
     assert len(found.targets) == len(expected.targets) - complete.chats["n_targets"][victim]
     assert found.ids.equal(expected.ids) and found.pixels.shape == expected.pixels.shape
+
+
+class Only:
+    """One row of a data set."""
+
+    name = "one row"
+
+    def __init__(self, dataset, row):
+        self.batch, self.n_targets = lambda rows: dataset.batch([row]), lambda rows: 1
+
+    def __len__(self):
+        return 1
+
+
+def test_truncated_image_files_are_refused(mixed):
+    folder, _ = mixed
+    path = folder / "train/images_000000.bin"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UserError, match="prepare"):
+        Chats(folder, "train")
+
+
+def test_padded_images_are_not_cropped(mixed):
+    folder, tokenizer = mixed
+    chats = Chats(folder, "train")
+    chats.manifest["stored_images"] = {"size": 16, "fit": "pad", "copied": True}
+    with pytest.raises(UserError, match="--fit=short"):
+        Packed([chats], 64, tokenizer, ImageSpec(PATCHES, SIZE, "crop"))
 
 
 @pytest.mark.slow

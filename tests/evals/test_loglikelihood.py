@@ -83,6 +83,13 @@ def test_any_batch_gives_the_same_in_the_order_given(batch, states, monkeypatch)
     assert greedy_of(found) == greedy_of(expected)
 
 
+def test_another_image_changes_the_likelihood_of_an_answer():
+    model, prompt = new_model(), [TOKENIZER.image, *TOKENIZER.encode("What?")]
+    items = [Item(prompt, [TOKENIZER.encode("a ring")], [image]) for image in (RED, BLUE, RED)]
+    red, blue, again = nats_of(likelihoods(model, TOKENIZER, items)).tolist()
+    assert red == pytest.approx(again, abs=1e-4) and abs(red - blue) > 0.01
+
+
 def test_of_equally_likely_ids_the_first_is_greedy():
     model = GPT(config(256))
     with torch.no_grad():

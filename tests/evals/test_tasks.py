@@ -8,28 +8,38 @@ import numpy as np
 import pytest
 import torch
 from conftest import run
-from test_conversation import BLUE, RED, TOKENIZER, config, new_model, save, with_weights
+from PIL import Image
+from test_conversation import BLUE, RED, SIGHT, TOKENIZER, config, new_model, save, with_weights
 
 from common.config import UserError
+from common.device import Machine
 from evals import runner, tasks
 from evals.runner import TaskRunner
 from evals.tasks import DESCRIBE, LETTER, SHORT, TASKS, question_of
+from evals.validation import text_loss
 from export.to_transformers import write_folder
 from model import GPT
+from prep.writers import write_manifest, write_text
+from vision import VisionLanguageModel
 
 HELLASWAG = {"ind": 4, "activity_label": "Removing ice", "label": "3", "split": "val",
              "ctx_a": "[header] A man is outside [title] He is cold.  He shovels.",
              "ctx_b": "the man",
              "endings": ["sits [step] down.", "is [title] gone.", "walks.", "scrapes ice."]}
+AI2 = {"id": "x", "question": {"stem": "What melts ice?", "choices": [
+    {"text": "cold", "label": "A"}, {"text": "heat", "label": "B"}]}, "answerKey": "B"}
 HUB = {"id": "x", "question": "What melts ice?", "choices": {
     "text": ["cold", "heat", "snow"], "label": ["1", "2", "3"]}, "answerKey": "3"}
 PIQA = {"goal": "Melt ice.", "sol1": "Cool it.", "sol2": "Heat it.", "label": 1}
 LAMBADA = {"text": "He fell on the ice and broke his leg.\n"}
+GSM = {"question": "2 men have 3 ice picks each. How many?", "answer": "2*3=<<2*3=6>>6\n#### 6"}
 POPE = {"question_id": 1, "image": "red.png", "text": "Is there a ring in the image?",
         "label": "no"}
 VQA = {"question": "What is it?", "answers": [{"answer": "ring", "answer_id": i}
                                               for i in range(10)], "image": "red.png"}
 CAPTION = {"image": "red.png", "captions": ["A ring.", "A red ring."]}
+MMSTAR = {"index": 1, "question": "Which has vitamin D. or point E: best?\n"
+          "Options: A: ice, B: men, C: heat", "answer": "C", "image": "red.png"}
 SCIENCE = {"question": "What melts ice?", "choices": ["cold", "heat"], "answer": 1,
            "hint": "Ice is cold.", "image": "red.png"}
 OWN = {"conversations": [
@@ -88,16 +98,26 @@ def uniform_model(context=256):
         "Removing ice: [header] A man is outside. He is cold. He shovels. The man".replace(
             "[header] ", " ").replace(":  ", ": "),
         ["sits down.", "is. gone.", "walks.", "scrapes ice."], "scrapes ice.", [])),
+    ("arc", AI2, ("Question: What melts ice?\nAnswer:", ["cold", "heat"], "heat", [])),
     ("arc", HUB, ("Question: What melts ice?\nAnswer:", ["cold", "heat", "snow"], "snow", [])),
     ("piqa", PIQA, ("Question: Melt ice.\nAnswer:", ["Cool it.", "Heat it."], "Heat it.", [])),
     ("lambada", LAMBADA, ("He fell on the ice and broke his", ["leg."], "leg.", [])),
+    ("gsm", GSM, (GSM["question"], [], [GSM["answer"]], [])),
     ("pope", POPE, (f"{POPE['text']}\n{SHORT}", ["Yes", "No"], "No", ["red.png"])),
+    ("pope_generate", POPE | {"label": "Yes"},
+     (f"{POPE['text']}\n{SHORT}", ["Yes", "No"], "Yes", ["red.png"])),
     ("vqa", VQA, (f"What is it?\n{SHORT}", [], ["ring"] * 10, ["red.png"])),
     ("vqa", {"question": "What is it?", "answer": "ring", "image": "red.png"},
      (f"What is it?\n{SHORT}", [], ["ring"], ["red.png"])),
     ("captions", CAPTION, (DESCRIBE, [], ["A ring.", "A red ring."], ["red.png"])),
+    ("captions", {"image": "red.png", "caption": "A ring."},
+     (DESCRIBE, [], ["A ring."], ["red.png"])),
+    ("mmstar", MMSTAR, (f"{MMSTAR['question']}\n{LETTER}", ["A", "B", "C"], "C", ["red.png"])),
     ("scienceqa", SCIENCE, (f"Context: Ice is cold.\nWhat melts ice?\nA. cold\nB. heat\n{LETTER}",
                             ["A", "B"], "B", ["red.png"])),
+    ("scienceqa", {"question": "What?", "choices": ["cold", "heat"], "answer": 0},
+     (f"What?\nA. cold\nB. heat\n{LETTER}", ["A", "B"], "A", [])),
+    ("text", {"text": "A man.", "id": 3}, ("A man.", [], [], [])),
     ("exact", OWN, ("And?", ["A star."], ["A star."], ["red.png"])),
     ("likelihood", {"prompt": "What?", "response": "A star."},
      ("What?", ["A star."], ["A star."], [])),
@@ -118,19 +138,26 @@ def test_a_row_in_its_public_format_asks_what_the_reference_asks(name, row, expe
     ("hellaswag", HELLASWAG | {"ctx_b": None}, "wrong type"),
     ("hellaswag", HELLASWAG | {"endings": ["a", "[step]", "b", "c"]}, "empty answer"),
     ("hellaswag", HELLASWAG | {"label": 4}, "the answer 4 of 4 choices"),
+    ("arc", HUB | {"answerKey": "E"}, "not in list"),
+    ("piqa", PIQA | {"label": -1}, "the answer -1 of 2 choices"),
     ("lambada", {"text": "leg"}, "no passage"),
+    ("gsm", GSM | {"answer": "six"}, "without a number"),
     ("pope", POPE | {"label": "maybe"}, "'maybe' is not in list"),
+    ("pope", POPE | {"label": None}, "wrong type"),
     ("pope", {**POPE, "image": ""}, "no image"),
     ("vqa", VQA | {"answers": ["a", "b"]}, "1 answer, or 4 and more"),
     ("captions", {"image": "red.png", "captions": ["", "A ring."]}, "empty answer"),
+    ("mmstar", MMSTAR | {"answer": "D"}, "not in list"),
+    ("scienceqa", SCIENCE | {"answer": 2}, "the answer 2 of 2 choices"),
     ("exact", {"conversations": [{"from": "gpt", "value": "A"}]}, "turns out of order"),
+    ("text", {"text": " "}, "no text in the field text"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_broken_row_is_left_out_with_the_reason(name, row, why, tmp_path):
-    good = {"hellaswag": HELLASWAG, "arc": HUB, "piqa": PIQA, "lambada": LAMBADA,
-            "pope": POPE, "vqa": VQA, "captions": CAPTION, "scienceqa": SCIENCE,
-            "exact": OWN}[name]
+    good = {"hellaswag": HELLASWAG, "arc": AI2, "piqa": PIQA, "lambada": LAMBADA, "gsm": GSM,
+            "pope": POPE, "vqa": VQA, "captions": CAPTION, "mmstar": MMSTAR, "scienceqa": SCIENCE,
+            "exact": OWN, "text": {"text": "ring " * 300}}[name]
     found = task_runner(name, tmp_path, [good, row, good], new_model(512))
-    assert len(found.questions) == 2 and len(found.left_out) == 1
+    assert (len(found.questions) == 2 or name == "text") and len(found.left_out) == 1
     assert found.left_out[0].startswith("row 1: ") and why in found.left_out[0]
 
 
@@ -213,6 +240,8 @@ def synthetic(name, rng, n):
             "piqa": {"goal": some(rng, 3, 9), "sol1": texts[0], "sol2": texts[1], "label": k % 2},
             "pope": {"text": some(rng, 3, 9), "label": ["yes", "no"][k % 2],
                      "image": ["red.png", "blue.png"][rng.randrange(2)]},
+            "mmstar": {"question": f"{some(rng, 1, 4)}\nOptions: A: a, B: b, C: c, D: d",
+                       "answer": "ABCD"[k], "image": "red.png"},
             "scienceqa": {"question": some(rng, 3, 9), "choices": texts, "answer": k},
         }[name])
     return found
@@ -224,14 +253,18 @@ CHOSEN = [name for name, task in TASKS.items()
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_an_untrained_model_scores_chance(name, tmp_path):
+    """As initialised, where it uses the last token alone, and with weights that mix all tokens."""
+    torch.manual_seed(1)
+    models = [VisionLanguageModel(config(256), SIGHT).eval(), new_model()]
     rows = synthetic(name, random.Random(5), 300)
     chance = {"piqa": 1 / 2, "pope": 1 / 2}.get(name, 1 / 4)
-    result = task_runner(name, tmp_path, rows).run()
-    assert result["n"] == 300 and result["chance"] == pytest.approx(chance)
-    for label, (value, error) in result["scores"].items():
-        if label in ("acc", "acc_norm", "auroc"):
-            guess = 0.5 if label == "auroc" else chance
-            assert abs(value - guess) <= 3 * error < 0.15, label
+    for model in models:
+        result = task_runner(name, tmp_path, rows, model).run()
+        assert result["n"] == 300 and result["chance"] == pytest.approx(chance)
+        for label, (value, error) in result["scores"].items():
+            if label in ("acc", "acc_norm", "auroc"):
+                guess = 0.5 if label == "auroc" else chance
+                assert abs(value - guess) <= 3 * error < 0.15, label
 
 
 def test_closed_forms_for_a_model_that_finds_all_tokens_equally_likely(tmp_path):
@@ -244,6 +277,46 @@ def test_closed_forms_for_a_model_that_finds_all_tokens_equally_likely(tmp_path)
     rows = [{"prompt": some(rng, 3, 9), "response": some(rng, 1, 9)} for _ in range(30)]
     found = task_runner("likelihood", tmp_path, rows, model).run()["scores"]
     assert found["nats"][0] == pytest.approx(log_V, rel=1e-5)
+    texts = [some(rng, 1, 40) for _ in range(30)]
+    found = task_runner("text", tmp_path, [{"text": text} for text in texts], uniform_model(64))
+    assert {len(question.ids) for question in found.questions[:-1]} == {64}  # 63 are predicted
+    scores = found.run()["scores"]
+    n = sum(len(TOKENIZER.encode(text)) + 1 for text in texts) - 1
+    n_bytes = sum(len(text.encode()) for text in texts)
+    assert scores["nats"] == pytest.approx((log_V, 0), rel=1e-5, abs=1e-5)
+    assert scores["bits_per_byte"][0] == pytest.approx(n * np.log2(V) / n_bytes, rel=1e-5)
+
+
+@pytest.mark.parametrize("T", [7, 64, 9999])
+def test_every_token_of_the_texts_is_predicted_once(T):
+    """Each document after <|endoftext|>, in order; the last window is the rest."""
+    rng, end = random.Random(2), TOKENIZER.end_of_text
+    texts = [some(rng, 3, 30) for _ in range(20)]
+    ids = [token for text in texts for token in (end, *TOKENIZER.encode(text))]
+    questions = [question_of(TASKS["text"], {"text": text}) for text in texts]
+    found = tasks.text_windows(questions, TOKENIZER, T, 9999)
+    assert all(len(question.ids) == T + 1 for question in found[:-1])
+    assert [ids[0], *(i for question in found for i in question.ids[1:])] == ids
+    assert "".join(q.messages[0]["content"] for q in found) == "".join(texts)
+    first = tasks.text_windows(questions, TOKENIZER, T, 3)
+    assert [q.ids for q in first] == [q.ids for q in found[:3]]
+
+
+def test_a_text_has_the_loss_of_its_prepared_shards(tmp_path):
+    rng, model = random.Random(3), text_model(512)
+    texts = [some(rng, 20, 90) for _ in range(40)]
+    (tmp_path / "text").mkdir()
+    write_text(tmp_path / "text", "val", texts, TOKENIZER)
+    write_manifest(tmp_path / "text", TOKENIZER)
+    expected = text_loss(model, TOKENIZER, tmp_path / "text", 6,
+                         Machine(torch.device("cpu"), torch.float32))
+    rows = [{"text": text} for text in texts]
+    found = task_runner("text", tmp_path, rows, model, items=6).run()
+    assert found["n"] == 6 and found["chance"] is None
+    for name, label in ("nats", "text_val_loss"), ("bits_per_byte", "text_bits_per_byte"):
+        value, error = found["scores"][name]
+        assert value == pytest.approx(expected[label].value, rel=1e-5)
+        assert error == pytest.approx(expected[label].error, rel=0.3)
 
 
 YES, NO = [[-1.0, True, 1], [-2.0, False, 1]], [[-3.0, False, 1], [-2.0, True, 1]]
@@ -252,11 +325,15 @@ YES, NO = [[-1.0, True, 1], [-2.0, False, 1]], [[-3.0, False, 1], [-2.0, True, 1
 @pytest.mark.parametrize("name, rows, answers, expected", [
     ("pope", [POPE | {"label": label} for label in ("yes", "yes", "no", "no")],
      [YES, NO, YES, NO], {"acc": 0.5, "f1": 0.5, "yes_share": 0.5, "auroc": 0.5}),
+    ("pope_generate", [POPE | {"label": label} for label in ("yes", "yes", "no", "no")],
+     ["Yes.", "No, it is not", "no", "No."], {"acc": 0.75, "f1": 2 / 3, "yes_share": 0.25}),
+    ("gsm", [GSM] * 2, ["So it is $6.", "5"], {"exact": 0.5}),
     ("vqa", [VQA] * 2, ["The ring.", "star"], {"vqa": 0.5}),
     ("exact", [OWN] * 2, [" A star.", "A"], {"exact": 0.5}),
     ("captions", [CAPTION | {"captions": ["a red ring on a table"]},
                   CAPTION | {"captions": ["a blue star in the sky"]}],
-     ["a red ring on a table", "a cold man sees ice"], {"cider": 5}),
+     ["a red ring on a table", "a cold man sees ice"],  # BLEU: 7, 5, 4 and 3 of 11, 9, 7 and 5
+     {"cider": 5, "bleu4": (7 / 11 * 5 / 9 * 4 / 7 * 3 / 5) ** 0.25 * np.exp(1 - 12 / 11)}),
 ])
 def test_scores_by_hand(name, rows, answers, expected):
     questions = [question_of(TASKS[name], row) for row in rows]
@@ -264,6 +341,59 @@ def test_scores_by_hand(name, rows, answers, expected):
     found = {label: tasks.value_and_error(score) for label, score in scores.items()}
     assert {label: value for label, (value, _) in found.items()} == pytest.approx(expected)
     assert all(0 < error < 5 for _, error in found.values())
+
+
+@pytest.fixture
+def red_detector():
+    """A vision model whose Yes is likelier the redder an image is, and equal without one."""
+    model = new_model()
+    yes, no = (TOKENIZER.encode(text)[0] for text in ("Yes", "No"))
+    direction = torch.ones(32) / 32**0.5
+
+    def hidden(x, positions=None, mask=None, cache=None, run=None, where=None):
+        red = (x @ direction).cumsum(1)[..., None] * direction  # the sum of all before
+        red = red if cache is None else torch.zeros_like(x)
+        return red if where is None else red.flatten(0, 1)[where]
+
+    with torch.no_grad():
+        model.decoder.token_embedding.weight.zero_()
+        model.decoder.head.weight.zero_()
+        model.decoder.head.weight[yes], model.decoder.head.weight[no] = direction, -direction
+    model.decoder.hidden = hidden
+    model.image_tokens = lambda pixels: (
+        (pixels[..., 0].float().mean((1, 2)) - pixels[..., 2].float().mean((1, 2)))[:, None, None]
+        / 255 * direction).expand(-1, SIGHT.n_patches, -1)
+    return model
+
+
+def test_mismatched_images_score_like_none_and_the_correct_ones_everything(red_detector, tmp_path):
+    rng, rows = random.Random(2), []
+    for number in range(120):
+        red = rng.random() < 0.5
+        color = (250, 0, rng.randrange(50)) if red else (rng.randrange(50), 0, 250)
+        Image.new("RGB", (32, 32), color).save(tmp_path / f"{number}.png")
+        rows.append({"text": "Is it red?", "label": "yes" if red else "no",
+                     "image": f"{number}.png"})
+    correct = task_runner("pope", tmp_path, rows, red_detector).run()
+    assert correct["scores"]["acc"][0] == correct["scores"]["auroc"][0] == 1
+    assert correct["text_only"]["auroc"][0] == 0.5
+    moved = [row | {"image": rows[(i + 60) % 120]["image"]} for i, row in enumerate(rows)]
+    mismatched = task_runner("pope", tmp_path, moved, red_detector).run()
+    for label in "acc", "auroc":
+        value, error = mismatched["scores"][label]
+        text_only, text_only_error = mismatched["text_only"][label]
+        assert abs(value - text_only) < 2 * np.hypot(error, text_only_error)
+    assert mismatched["text_only"] == correct["text_only"]
+
+
+def test_only_questions_about_images_are_asked_text_only(tmp_path):
+    rows = synthetic("scienceqa", random.Random(1), 6)
+    assert "text_only" not in task_runner("scienceqa", tmp_path, rows).run()
+    rows[2]["image"] = "red.png"
+    found = task_runner("scienceqa", tmp_path, rows)
+    assert found.run()["text_only"].keys() == {"acc", "acc_norm"}
+    answers = found.ask(range(6))
+    assert [a["answer"] == a["text_only"] for a in answers] == [i != 2 for i in range(6)]
 
 
 # ------------------------------------------------------------------------------------------ lm_eval
@@ -317,8 +447,8 @@ def test_hellaswag_picks_what_lm_eval_picks(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------- resuming
 
 
-def test_a_stopped_run_resumes_and_asks_nothing_twice(tmp_path, monkeypatch):
-    name = "pope"
+@pytest.mark.parametrize("name", ["pope", "pope_generate"])
+def test_a_stopped_run_resumes_and_asks_nothing_twice(name, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "PART", 4)
     monkeypatch.setattr(tasks, "RESAMPLES", 5)
     rows = synthetic("pope", random.Random(4), 10)
@@ -371,6 +501,7 @@ def test_eval_prints_and_writes_scores_with_errors_chance_and_text_only(tmp_path
     assert first.out == second.out and "6 questions, guessing 0.500, text-only 0." in first.out
     assert "pope:popular/f1" in first.out and "pope:random/auroc" in first.out
     assert "piqa/acc_norm" in first.out and "1 left out, such as row 5: no field" in first.err
+    assert "contamination unknown" in first.out
     found = json.loads((tmp_path / "out/eval.json").read_text())
     assert set(found["tasks"]) == {"pope:popular", "pope:random", "piqa"}
     assert found["tasks"]["piqa"]["n"] == 5 and len(found["sha256"]) == 64

@@ -78,6 +78,12 @@ def test_vision_pretrain_trains_only_the_projector(pipeline, tmp_path):
             assert weight.equal(before), name
 
 
+def test_vision_sft_trains_projector_and_decoder(pipeline):
+    before, after = (weights(pipeline.folder / s) for s in ("vision_pretrain", "vision_sft"))
+    same = {name for name in after if after[name].equal(before[name])}
+    assert same == {name for name in after if name.startswith("vision_tower.")}
+
+
 # ----------------------------------------------------------------------------------- resume
 
 
@@ -121,6 +127,14 @@ def test_runs_ended_by_the_time_limit_resume_to_identical_weights(pipeline, tmp_
     assert_same_weights(tmp_path / "sft", pipeline.folder / "sft")
 
 
+def test_a_finished_run_started_again_changes_nothing(pipeline, tmp_path):
+    shutil.copytree(pipeline.folder / "sft", tmp_path / "sft")
+    said = pipeline.run_stage("sft", tmp_path / "sft")
+    assert "step     " not in said and "done" in said
+    assert_same_weights(tmp_path / "sft", pipeline.folder / "sft")
+    assert log_rows(tmp_path / "sft") == log_rows(pipeline.folder / "sft")
+
+
 def test_resume_false_starts_over(pipeline, tmp_path):
     shutil.copytree(pipeline.folder / "pretrain", tmp_path / "pretrain")
     said = pipeline.run_stage("pretrain", tmp_path / "pretrain", "--resume=False", "--max_steps=1")
@@ -151,6 +165,14 @@ def test_settings_below_their_minimum_are_named(pipeline, tmp_path, flag):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("out", ["file", "file/run"])
+def test_a_run_cannot_be_written_into_a_file(pipeline, tmp_path, out):
+    (tmp_path / "file").write_text("kept")
+    refusal = run("pretrain.py", *pipeline.flags("pretrain"), f"--out={tmp_path}/{out}").refusal
+    assert f"--out={tmp_path}/{out}" in refusal
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_resume_names_changed_settings(pipeline, tmp_path):
     shutil.copytree(pipeline.folder / "pretrain", tmp_path / "run")
     shutil.rmtree(newest(tmp_path / "run"))
@@ -177,3 +199,11 @@ def test_two_processes_take_the_same_steps_as_one(pipeline, stage, tmp_path):
     assert "on 2 x " in jobs[0].said and jobs[0].said.count("done: ") == 1, jobs[0].said
     assert not jobs[1].said, jobs[1].said
     assert_close(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "vision_sft"])
+def test_micro_batches_take_the_same_steps_as_one_batch(pipeline, stage, tmp_path):
+    for micro_rows in (8, 4):
+        flags = (*EQUAL, *SPLIT.get(stage, ()), f"--micro_rows={micro_rows}")
+        pipeline.run_stage(stage, tmp_path / str(micro_rows), *flags)
+    assert_close(tmp_path / "8", tmp_path / "4")

@@ -1,0 +1,154 @@
+"""Which questions and images of a benchmark are in the data that a model was trained on.
+
+A text is found by any 16 consecutive tokens, an image by its bytes, as they are or as prepare.py
+stores them. Not found are paraphrases, shorter texts, images in another crop, and images that were
+not copied (--copy=False).
+
+The time depends on the training data alone: 40 M tokens per second and core, so under 1 s in the
+demo and 4 minutes in 10 B tokens; of the images only those of equal size in bytes are read.
+"""
+
+import contextlib
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+
+from common import hub
+from common.config import UserError, read_json
+from common.images import ImageError, fit, read_image
+from data import Chats, check_tokenizer, read_array
+from evals.tasks import DESCRIBE, LETTER, SHORT
+
+WINDOW = 16  # tokens, a power of 2
+BLOCK = 1 << 18  # tokens hashed at once: they fit a CPU's cache
+BASE, MIX = 0x9E3779B97F4A7C15, np.uint64(0xD6E8FEB86659FD93)
+TABLE = 24  # bits of the hashes in a lookup table that rejects most windows
+NONE, SETTINGS = np.empty(0, np.uint64), ("data", "text_data")
+
+
+def overlaps(runners, info):
+    """{"texts": share, "images": share, "n_texts", "n_images": of how many, "searched": folders}
+    of each TaskRunner; a share is None where there is nothing to search for or in.
+
+    info: of the checkpoint, as checkpoint.read returns it.
+    """
+    folders = [folder for folder in data_folders(info) if folder.is_dir()]
+    texts = [[windows_of(runner, question) for question in runner.questions] for runner in runners]
+    wanted = np.unique(np.concatenate([NONE, *(found for some in texts for found in some)]))
+    seen = texts_in(folders, wanted, runners[0].tokenizer) if len(wanted) else NONE
+    results = []
+    for runner, some in zip(runners, texts, strict=True):
+        marks = [bool(is_in(found, seen).any()) for found in some if len(found)]
+        hits, n_images = images_in(folders, runner)
+        results.append({
+            "texts": float(np.mean(marks)) if marks and folders else None, "n_texts": len(marks),
+            "images": hits / n_images if n_images and folders else None, "n_images": n_images,
+            "searched": list(map(str, folders))})
+    return results
+
+
+def sentence(overlap):
+    """The overlap of a task in words."""
+    if not overlap["searched"]:
+        return "contamination unknown: the training data is not on this machine"
+    counts = [f"{round(overlap[kind] * overlap[f'n_{kind}'])} of {overlap[f'n_{kind}']} {kind}"
+              for kind in ("texts", "images") if overlap[kind] is not None]
+    return (f"{', '.join(counts)} found in the training data" if counts
+            else "contamination unknown: all texts are too short")
+
+
+def data_folders(info):
+    """The data folders that a checkpoint and its lineage were trained on, as far as known."""
+    configs = [Path(stage["folder"]) / "config.json" for stage in info.get("lineage", [])]
+    found = [info, *(read_json(config) for config in configs if config.is_file())]
+    names = [config.get("settings", {}).get(key) for config in found for key in SETTINGS]
+    return [Path(f"data/hub/{name.removeprefix(hub.PREFIX).strip('/').replace('/', '--')}"
+                 if name.startswith(hub.PREFIX) else name)  # where hub.stream puts it
+            for name in dict.fromkeys(names) if name]
+
+
+# -------------------------------------------------------------------------------------------- texts
+
+
+def hashes(ids):
+    """A hash (uint64) of each window of ids."""
+    found = (np.asarray(ids).astype(np.uint64) + np.uint64(1)) * MIX
+    for width in (2**i for i in range(WINDOW.bit_length() - 1)):
+        found = found[:-width] * np.uint64(pow(BASE, width, 2**64)) + found[width:]
+    return found
+
+
+def is_in(values, known):
+    """Which values are in the sorted array `known`, which np.isin would sort again."""
+    return np.searchsorted(known, values, "right") > np.searchsorted(known, values)
+
+
+def windows_of(runner, question):
+    """The hashes of a question with each of its choices, and of its reference answers."""
+    text = "\n".join(message["content"] for message in question.messages)
+    for instruction in SHORT, LETTER, DESCRIBE:
+        text = text.replace(f"\n{instruction}", "").replace(instruction, "")
+    texts = [text, *(f"{text} {choice}" for choice in question.choices), *question.references]
+    return np.unique(np.concatenate([hashes(runner.tokenizer.encode(t)) for t in texts]))
+
+
+def texts_in(folders, wanted, tokenizer):
+    """Those of some hashes (sorted) that are in the training texts of data folders."""
+    table = np.zeros(1 << TABLE, bool)
+    table[wanted >> np.uint64(64 - TABLE)] = True
+    found = [NONE]
+    for folder in folders:
+        try:
+            check_tokenizer(folder, tokenizer)
+        except UserError:  # of a CLIP with another vocabulary
+            continue
+        for path in [*sorted(folder.glob("*train*.npy")), *folder.glob("train/ids.npy")]:
+            for start in range(0, len(read_array(path, np.uint16)) - WINDOW + 1, BLOCK):
+                # Mapped again for each block: pages that were read count as memory of the process.
+                block = read_array(path, np.uint16)[start : start + BLOCK + WINDOW - 1]
+                here = hashes(block)
+                here = here[table[here >> np.uint64(64 - TABLE)]]
+                found.append(here[is_in(here, wanted)])
+    return np.unique(np.concatenate(found))
+
+
+# ------------------------------------------------------------------------------------------- images
+
+
+def images_in(folders, runner):
+    """(how many of a TaskRunner's images are in data folders, how many are readable)."""
+    contents = []
+    for name in dict.fromkeys(name for question in runner.questions for name in question.images):
+        with contextlib.suppress(ImageError):
+            contents.append(name if isinstance(name, bytes) else runner.find(name))
+    hits = np.zeros(len(contents), bool)
+    for folder in folders if contents else ():
+        if not any(folder.glob("train/images_*.bin")):
+            continue
+        chats = Chats(folder, "train")
+        if chats.stored.get("copied", True):
+            variants = [{content, prepared(content, chats.stored)} for content in contents]
+            found = stored_in(chats, set().union(*variants))
+            hits |= [not some.isdisjoint(found) for some in variants]
+    return int(hits.sum()), len(contents)
+
+
+def prepared(content, stored):
+    """The bytes that prepare.py makes of an image; unchanged if it is unreadable or the settings
+    are unknown."""
+    if not {"size", "fit"} <= stored.keys():
+        return content
+    file, how = io.BytesIO(), (stored["size"], stored["fit"])
+    with contextlib.suppress(ImageError):
+        fit(read_image(content, "an image", *how), *how).save(file, "JPEG", quality=90)
+    return file.getvalue() or content
+
+
+def stored_in(chats, wanted):
+    """Those of some images' bytes that are in a Chats, by sha256."""
+    sums = {hashlib.sha256(content).digest(): content for content in wanted}
+    same_size = np.isin(np.diff(chats.image_offsets), list(map(len, wanted)))  # only these are read
+    found = {hashlib.sha256(chats._bytes(n)).digest() for n in np.flatnonzero(same_size)}
+    return {sums[digest] for digest in found & sums.keys()}

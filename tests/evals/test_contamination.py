@@ -1,0 +1,137 @@
+"""evals/contamination.py: texts and images of a benchmark that are in the training data."""
+
+import io
+import json
+import random
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_conversation import TOKENIZER, new_model
+
+from common.checkpoint import write_json
+from common.config import seal
+from evals.contamination import hashes, overlaps, sentence, texts_in
+from evals.runner import TaskRunner
+from prep.convert import prepared
+from prep.writers import write_chats, write_manifest, write_text
+
+
+def encoded(color, kind="PNG"):
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), color).save(file, kind)
+    return file.getvalue()
+
+
+def stored(content):
+    """An image as prepare.py stores it."""
+    return prepared(content, None, types.SimpleNamespace(image_size=32, fit="pad", copy=True))
+
+
+def letters(rng, n):
+    """Random words."""
+    return " ".join("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=5)) for _ in range(n))
+
+
+def question(text="Is there a ring?", image="red.png"):
+    return {"text": text, "label": "yes", "image": image}
+
+
+def task_runner(name, folder, rows):
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return TaskRunner(name, str(folder / "rows.json"), new_model(), TOKENIZER,
+                      image_root=str(folder))
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A model's info, with texts and chats about images that it and its parent were trained on."""
+    rng, root = random.Random(6), tmp_path / "data"
+    (root / "text").mkdir(parents=True)
+    texts = [letters(rng, 70) for _ in range(30)]
+    write_text(root / "text", "train", texts, TOKENIZER, 3000)  # documents continue in the next
+    write_manifest(root / "text", TOKENIZER)
+    said = [letters(rng, 30) for _ in range(4)]
+    write_chats(root / "chats/train", TOKENIZER, [
+        ([{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}],
+         [stored(encoded(color))])
+        for text, color in zip(said, ("red", "blue", "green", "white"), strict=True)])
+    stored_images = {"size": 32, "fit": "pad", "copied": True}
+    write_manifest(root / "chats", TOKENIZER, stored_images=stored_images)
+    (tmp_path / "before").mkdir()
+    write_json(tmp_path / "before/config.json", {"settings": {"data": str(root / "text")}})
+    info = {"settings": {"data": str(root / "chats"), "text_data": str(tmp_path / "gone")},
+            "lineage": [{"folder": str(tmp_path / "before")}, {"folder": str(tmp_path / "no")}]}
+    return types.SimpleNamespace(info=info, texts=texts, said=said, root=root)
+
+
+def test_planted_texts_are_found_and_no_others(trained, tmp_path):
+    """By 16 tokens anywhere in a document or a chat, without the instruction."""
+    rng = random.Random(7)
+    rows = [question(letters(rng, 20)) for _ in range(20)]
+    planted = {3: trained.texts[0], 11: trained.texts[17][20:200], 12: trained.texts[-1],
+               15: f"Hm: {trained.said[2]}?", 19: trained.said[0][:-40]}
+    for number, text in planted.items():
+        rows[number]["text"] = text
+    runners = [task_runner("pope", tmp_path, some) for some in [*([row] for row in rows), rows]]
+    *each, together = overlaps(runners, trained.info)
+    assert {number for number, found in enumerate(each) if found["texts"]} == set(planted)
+    assert together["texts"] == pytest.approx(5 / 20) and together["n_texts"] == 20
+    assert together["searched"] == [str(trained.root / name) for name in ("chats", "text")]
+    assert sentence(together) == "5 of 20 texts found in the training data"
+
+
+def test_choices_and_references_count_but_short_texts_do_not(trained, tmp_path):
+    text = trained.texts[5]
+    rows = [{"goal": "Hm?", "sol1": "no", "sol2": text, "label": 0},
+            {"goal": "Hm?", "sol1": "no", "sol2": "yes", "label": 0}]
+    captions = [{"image": "red.png", "captions": ["A ring.", text]},
+                {"image": "red.png", "captions": ["A ring."]}]
+    piqa, all_captions, short = overlaps(
+        [task_runner("piqa", tmp_path, rows), task_runner("captions", tmp_path, captions),
+         task_runner("captions", tmp_path, captions[1:])], trained.info)
+    assert (piqa["texts"], piqa["n_texts"], piqa["images"]) == (0.5, 2, None)
+    assert (all_captions["texts"], all_captions["n_texts"]) == (1, 1)
+    assert (short["texts"], short["n_texts"]) == (None, 0)
+    assert "too short" in sentence(short)
+
+
+def test_every_window_of_every_shard_is_found(trained, monkeypatch):
+    """Also those that begin in one block and end in the next."""
+    monkeypatch.setattr("evals.contamination.BLOCK", 100)
+    shards = [np.load(path) for path in sorted((trained.root / "text").glob("train*.npy"))]
+    wanted = np.unique(np.concatenate([hashes(ids) for ids in shards]))
+    assert len(shards) > 2 and len(wanted) > 0.9 * sum(map(len, shards))
+    other = wanted + np.uint64(1)
+    found = texts_in([trained.root / "text"], np.union1d(wanted, other), TOKENIZER)
+    assert found.tolist() == wanted.tolist()
+
+
+def test_planted_images_are_found_and_no_others(trained, tmp_path):
+    """As the files that were prepared, or as prepare.py stores them."""
+    files = {"a.png": encoded("blue"), "b.png": stored(encoded("green")),
+             "c.png": encoded("yellow"), "d.png": encoded("blue", "BMP"), "e.png": b"broken"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    rows = [question(image=name) for name in [*files, "gone.png", "a.png"]]
+    found, = overlaps([task_runner("pope", tmp_path, rows)], trained.info)
+    assert (found["images"], found["n_images"]) == (pytest.approx(3 / 5), 5)
+
+
+def test_without_the_training_data_contamination_is_unknown(tmp_path):
+    found, = overlaps([task_runner("pope", tmp_path, [question()])],
+                      {"settings": {"data": str(tmp_path / "x")}})
+    assert found["texts"] is found["images"] is None and found["searched"] == []
+    assert "unknown" in sentence(found)
+
+
+def test_texts_of_another_tokenizer_are_skipped_but_not_their_images(trained, tmp_path):
+    """As those of a CLIP with its own vocabulary."""
+    path = trained.root / "chats/manifest.json"
+    text = path.read_text().replace(TOKENIZER.fingerprint, "another")
+    path.write_text(json.dumps(seal(json.loads(text))))
+    (tmp_path / "a.png").write_bytes(encoded("blue"))
+    runner = task_runner("pope", tmp_path, [question(trained.said[1], "a.png")])
+    found, = overlaps([runner], trained.info)
+    assert found["texts"] == 0 and found["images"] == 1
