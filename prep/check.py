@@ -11,9 +11,10 @@ import os
 import tempfile
 import textwrap
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -21,8 +22,6 @@ from typing import Literal
 import numpy as np
 
 import tokenizer as tokenizers
-from common.checkpoint import write_json
-from common.checksums import check_sums
 from common.config import UserError, read_sealed
 from common.device import cores
 from common.images import ImageError
@@ -32,9 +31,9 @@ from prep.sources import Refused, at_least, source_of
 from prep.writers import check_size
 from train.packing import Packed
 
-QUANTILES = {"min": 0, **{f"{q} %": q for q in (5, 25, 50, 75, 95, 99)}, "max": 100}
+PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 COLUMNS, TILES = 4, 16  # of the contact sheet
-LINE_WIDTH, LINES = 46, 13  # characters and lines of the text of a tile
+LINE_WIDTH, LINES = 44, 10  # characters and lines of the text of a tile
 BLOCK = 4096  # chats inspected at a time
 
 
@@ -65,8 +64,7 @@ class Check:
     # --- output
     sheet: str = "contact_sheet.png"  # image of 16 random chats; empty for none
     seed: int = 0  # of the draw
-    report: str = ""  # a .json file for the same figures, for scripts
-    show: int = 0  # above 0: print row number N token by token, and nothing else
+    show: int = 0  # above 0: print chat number N token by token, and nothing else
 
 
 def data_first(argv):
@@ -79,32 +77,32 @@ def data_first(argv):
 
 
 def check(cfg):
-    """Print what is in the data set; with --show one row of it."""
+    """Print what is in the data set, and return these figures; with --show one chat of it."""
     at_least(cfg, max_chats=0, context=2, patches=1, image_size=1, batch_tokens=1, seed=0, show=0)
-    for path in cfg.sheet, cfg.report:
-        if path and not Path(path).absolute().parent.is_dir():
-            raise UserError(f"there is no folder for {path}; make it first")
+    if cfg.sheet and not Path(cfg.sheet).absolute().parent.is_dir():
+        raise UserError(f"there is no folder for {cfg.sheet}; make it first")
     # beside the data that prepare.py will make, as /tmp may be small
     with tempfile.TemporaryDirectory(prefix=".check-", dir=".") as work, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of images, and of letters that the sheet's font lacks
-        made = os.path.isdir(cfg.files) and not cfg.dataset
-        data = opened(cfg.files) if made else converted(cfg, Path(work))
+        if os.path.isdir(cfg.files) and not cfg.dataset:
+            data = opened(cfg.files)
+        else:
+            data = converted(cfg, Path(work))
+        if cfg.show > len(data.chats):
+            raise UserError(f"--show={cfg.show}: {data.name} has only {len(data.chats):,} chats "
+                            "that can be used")
         if cfg.show:
-            number = cfg.show - 1 if made else 0
-            if number >= len(data.chats):
-                raise UserError(f"--show={cfg.show}: {data.name} has fewer rows than that")
-            return print_tokens(data, number, cfg.patches)
+            return print_tokens(data, data.chats[cfg.show - 1], cfg.patches)
         figures = inspected(cfg, data)
         print_figures(figures)
-        try:
-            if cfg.sheet:
+        if cfg.sheet:
+            try:
                 draw_sheet(cfg.sheet, data, cfg.seed)
-                print(f"contact sheet of random chats: {cfg.sheet}")
-            if cfg.report:
-                write_json(cfg.report, figures)
-        except OSError as error:
-            raise UserError(f"cannot write the report: {error}") from None
+            except OSError as error:
+                raise UserError(f"cannot write the contact sheet: {error}") from None
+            print(f"contact sheet of random chats: {cfg.sheet}")
     print(figures["verdict"])
+    return figures
 
 
 # ------------------------------------------------------------------------------------ the data set
@@ -127,41 +125,34 @@ def opened(path):
     if not (folder / "manifest.json").is_file():
         raise UserError(f"the folder {name} has no manifest.json, so prepare.py did not make it; "
                         f"name files, like '{name}/*.json'")
-    manifest = read_sealed(folder / "manifest.json")
     found = {path.parent.name for path in folder.glob("*/ids.npy")}
     if not found:
-        inside = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
-        raise UserError(f"{name} holds no chats" + (
-            f"; name one of the folders in it: {', '.join(inside)}" if inside
-            else "; check inspects chats, not shards of text"))
-    check_sums(folder, manifest.get("sha256", {}), anew=True)
+        raise UserError(f"{name} holds no chats; name a folder that prepare.py chat or images made")
+    tokenizer = check_tokenizer(folder)
     names = sorted(found, key=lambda split: (split != "train", split != "val", split))
     splits = [Chats(folder, split) for split in names]
     chats = [(f"{split}:{i + 1}", s, i) for s, split in enumerate(names)
              for i in range(len(splits[s]))]
-    return DataSet(name, check_tokenizer(folder), splits, chats, manifest.get("left_out", {}))
+    left_out = read_sealed(folder / "manifest.json").get("left_out", {})
+    return DataSet(name, tokenizer, splits, chats, left_out)
 
 
 def converted(cfg, work):
-    """The DataSet that prepare.py images makes of rows, in one split; with --show of that row."""
+    """The DataSet that prepare.py images makes of rows, in one split; no more than --show needs."""
     source, tokenizer = source_of(cfg), tokenizers.load(cfg.tokenizer)
     check_size(tokenizer, cfg)
-    first, settings = max(0, cfg.show - 1), SimpleNamespace(**vars(cfg), copy=True)
-    if cfg.show:
-        all_rows = source.rows
-        source.rows = lambda skip: islice(all_rows(first), 1)
+    settings = SimpleNamespace(**vars(cfg), copy=True)
+    settings.max_chats = cfg.show or cfg.max_chats
     (work / "records").mkdir()
     found, refused = read_chats(settings, work / "records", {"rows": source}, tokenizer,
                                 image_reader(settings))
     records, left_out = found["rows"], refused.table()
-    if records.rows == 0 and cfg.show:
-        raise UserError(f"--show={cfg.show}: {source.name} has fewer rows than that")
     if len(records) == 0:
         hint = "; is --image_root right?" if "a missing image" in left_out else ""
         raise UserError(f"{source.name} holds no row that can be used{hint}")
-    chosen = range(min(len(records), cfg.max_chats or len(records)))
+    chosen = range(min(len(records), settings.max_chats or len(records)))
     write_split(work / "data/train", records, chosen, shard_bytes=1_000_000_000)
-    chats = [(f"row {first + row + 1}", 0, i) for i, row in enumerate(records.starts[chosen])]
+    chats = [(f"row {row + 1}", 0, i) for i, row in enumerate(records.starts[chosen])]
     return DataSet(source.name, tokenizer, [Chats(work / "data", "train")], chats, left_out)
 
 
@@ -185,49 +176,48 @@ def measured(data, chat):
     return len(ids), n_images, answers, key.digest(), problem
 
 
+def all_measured(data):
+    """Yield (chat, *measured(data, chat)) of every chat, in order; images are decoded in threads.
+    """
+    with ThreadPoolExecutor(cores()) as pool:
+        for start in range(0, len(data.chats), BLOCK):
+            block = data.chats[start : start + BLOCK]
+            for chat, found in zip(block, pool.map(partial(measured, data), block), strict=True):
+                yield chat, *found
+
+
 def inspected(cfg, data):
-    """The figures of a data set, as JSON can hold them."""
+    """The figures of a data set."""
     packed = Packed(data.splits, cfg.context, data.tokenizer, ImageSpec(cfg.patches, 0))
     used = packed.chats[["source", "number", "truncated"]].tolist()
     truncated = {(split, number): truncated for split, number, truncated in used}
-    left_out, notes, keys, ids, positions = Refused(), Refused(), set(), [], []
-    good = {"rows": 0, "answers": 0, "images": 0}
-    pool = ThreadPoolExecutor(cores())
-    for start in range(0, len(data.chats), BLOCK):
-        block = data.chats[start : start + BLOCK]
-        found = pool.map(lambda chat: measured(data, chat), block)
-        for (name, *place), (n_ids, n_images, n_answers, key, problem) in zip(
-                block, found, strict=True):
-            place = tuple(place)
-            ids.append(n_ids)
-            positions.append(n_ids + n_images * (cfg.patches - 1))
-            if not problem and place not in truncated:
-                problem = (f"its first answer ends beyond {cfg.context:,} positions"
-                           if n_answers else "no supervised token")
-            if problem:
-                left_out.add(problem, name)
-                continue
-            for note, applies in (
-                (f"truncated after an answer to {cfg.context:,} positions", truncated[place]),
-                ("no image", n_images == 0), ("more than one image", n_images > 1),
-                ("a copy of an earlier chat: the same text and images", key in keys),
-            ):
-                if applies:
-                    notes.add(note, name)
-            keys.add(key)
-            for name, n in ("rows", 1), ("answers", n_answers), ("images", n_images):
-                good[name] += n
-    pool.shutdown()
-    quantiles = {name: np.percentile(values, list(QUANTILES.values()), method="nearest").tolist()
-                 for name, values in (("ids", ids), ("positions", positions))}
+    left_out, notes, keys, positions, good = Refused(), Refused(), set(), [], Counter()
+    for (name, *place), n_ids, n_images, n_answers, key, problem in all_measured(data):
+        place = tuple(place)
+        positions.append(n_ids + n_images * (cfg.patches - 1))
+        if not problem and place not in truncated:
+            problem = (f"its first answer ends beyond {cfg.context:,} positions"
+                       if n_answers else "no supervised token")
+        if problem:
+            left_out.add(problem, name)
+            continue
+        for note, applies in (
+            (f"truncated after an answer to {cfg.context:,} positions", truncated[place]),
+            ("no image", n_images == 0), ("more than one image", n_images > 1),
+            ("a copy of an earlier chat: the same text and images", key in keys),
+        ):
+            if applies:
+                notes.add(note, name)
+        keys.add(key)
+        good.update(rows=1, answers=n_answers, images=n_images)
     return {
-        "data": data.name, "rows": len(data.chats), "good": good, "left_out": left_out.table(),
-        "left_out_when_prepared": data.left_out, "notes": notes.table(),
-        "percentiles": {name: dict(zip(QUANTILES, values, strict=True))
-                        for name, values in quantiles.items()},
-        "epoch": {"context": cfg.context, "batch_tokens": cfg.batch_tokens,
-                  "training_rows": len(packed), "filled": float(packed.filled),
-                  "steps": -(-len(packed) // max(1, cfg.batch_tokens // cfg.context))},
+        "data": data.name, "rows": len(data.chats), "good": dict(good),
+        "left out when prepared": data.left_out, "left out by training": left_out.table(),
+        "kept, and worth knowing": notes.table(),
+        "positions": np.percentile(positions, PERCENTILES, method="nearest").tolist(),
+        "training_rows": len(packed), "filled": float(packed.filled),
+        "steps": -(-len(packed) // max(1, cfg.batch_tokens // cfg.context)),
+        "context": cfg.context, "batch_tokens": cfg.batch_tokens,
         "verdict": verdict(good["rows"], len(data.chats), data.left_out),
     }
 
@@ -238,8 +228,6 @@ def verdict(good, chats, left_out):
     if good == rows:
         return f"all {rows:,} rows are good: this can be trained on as it is"
     hint = "; look at the reasons first" if good < 0.9 * rows else ""
-    if left_out.get("a missing image", {"rows": 0})["rows"] > rows / 2:
-        hint = "; most images are missing: is --image_root right?"
     return f"{good:,} of {rows:,} rows are good; training leaves the others out{hint}"
 
 
@@ -248,86 +236,58 @@ def print_figures(figures):
     good = figures["good"]
     print(f"{figures['data']}: {figures['rows']:,} chats, {good['rows']:,} of them good, "
           f"with {good['answers']:,} answers and {good['images']:,} images")
-    for title, reasons in (("left out when prepared", figures["left_out_when_prepared"]),
-                           ("left out by training", figures["left_out"]),
-                           ("kept, and worth knowing", figures["notes"])):
-        if reasons:
-            print(f"\n{title}")
-        for reason, found in reasons.items():
+    for title in "left out when prepared", "left out by training", "kept, and worth knowing":
+        print(f"\n{title}" * bool(figures[title]))
+        for reason, found in figures[title].items():
             more = ", ..." if found["rows"] > len(found["first"]) else ""
             print(f"{found['rows']:>8,}  {reason} ({', '.join(found['first'])}{more})")
-    table = figures["percentiles"]
-    print(f"\n{'percentiles':<20}" + "".join(f"{q:>8}" for q in QUANTILES))
-    for name, values in table.items():
-        print(f"{name + ' per chat':<20}" + "".join(f"{n:>8,}" for n in values.values()))
-    epoch = figures["epoch"]
-    print(f"\nan epoch: {epoch['steps']:,} steps of {epoch['batch_tokens']:,} positions "
-          f"({epoch['training_rows']:,} packed rows of {epoch['context']:,}, "
-          f"{epoch['filled']:.1%} filled)")
+    print(f"\n{'percentile':<20}" + "".join(f"{q:>8}" for q in PERCENTILES))
+    print(f"{'positions per chat':<20}" + "".join(f"{n:>8,}" for n in figures["positions"]))
+    print(f"\nan epoch: {figures['steps']:,} steps of {figures['batch_tokens']:,} positions "
+          f"({figures['training_rows']:,} packed rows of {figures['context']:,}, "
+          f"{figures['filled']:.1%} filled)")
 
 
 # ------------------------------------------------------------------------------------ single chats
 
 
-def print_tokens(data, number, patches):
+def print_tokens(data, chat, patches):
     """The ids of a chat one per line: position, id, whether it is supervised, text (special
     tokens without quotes)."""
-    (name, split, i), tokenizer = data.chats[number], data.tokenizer
+    (name, split, i), tokenizer = chat, data.tokenizer
     ids, supervised = data.splits[split].chat(i)
-    n_images = np.count_nonzero(ids == tokenizer.image)
-    print(f"{name}: {len(ids):,} ids, {n_images} of them images, "
-          f"{len(ids) + n_images * (patches - 1):,} positions, "
-          f"{np.count_nonzero(supervised):,} of them supervised\n")
-    print(f"{'position':>13}  {'id':>6}  {'supervised':<10}  token")
+    print(f"{name}\n{'position':>9}  {'id':>6}  {'supervised':<10}  token")
     at, special = 0, set(tokenizer.specials.values())
     for i, mask in zip(ids.tolist(), supervised.tolist(), strict=True):
-        width = patches if i == tokenizer.image else 1
-        where = f"{at:,}" if width == 1 else f"{at:,}-{at + width - 1:,}"
         text = tokenizer.decode([i])
         text = text if i in special else repr(text)
+        width = patches if i == tokenizer.image else 1
         times = f" x {width}" if i == tokenizer.image else ""
-        print(f"{where:>13}  {i:>6}  {'yes' if mask else '-':<10}  {text}{times}")
+        print(f"{at:>9,}  {i:>6}  {'yes' if mask else '-':<10}  {text}{times}")
         at += width
 
 
-def turns_of(tokenizer, ids):
-    """[(role, text)] of a chat's ids."""
-    roles, turns = {i: role for role, i in tokenizer.role_ids.items()}, []
-    for i in ids.tolist():
-        if i in roles:
-            turns.append((roles[i], []))
-        elif turns and i not in (tokenizer.end, tokenizer.image):
-            turns[-1][1].append(i)
-    return [(role, tokenizer.decode(part)) for role, part in turns]
-
-
 def draw_sheet(path, data, seed):
-    """A PNG of random chats: a tile for each, the images on top, the turns below."""
+    """A PNG of random chats: the first image of each, and the beginning of its text."""
     from matplotlib.figure import Figure
 
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(data.chats))[:TILES])
-    n_lines = -(-len(chosen) // COLUMNS)
-    figure = Figure(figsize=(3 * COLUMNS, 3.6 * n_lines))
-    axes = figure.subplots(2 * n_lines, COLUMNS, squeeze=False)
-    figure.subplots_adjust(0.01, 0.01, 0.99, 0.98, wspace=0.05, hspace=0.05)
+    figure = Figure(figsize=(12, 15))
+    axes = figure.subplots(TILES // COLUMNS, COLUMNS)
+    figure.subplots_adjust(0.01, 0.12, 0.99, 0.98, wspace=0.05, hspace=0.8)
     for ax in axes.flat:
-        ax.axis("off")
-    for tile, number in enumerate(chosen):
-        top, bottom = axes[tile // COLUMNS * 2 :, tile % COLUMNS][:2]
+        ax.set_axis_off()
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(data.chats))[:TILES])
+    for ax, number in zip(axes.flat, chosen.tolist(), strict=False):
         name, split, i = data.chats[number]
-        lines = [(line, "blue" if role == "assistant" else "black")
-                 for role, text in turns_of(data.tokenizer, data.splits[split].chat(i)[0])
-                 for line in textwrap.wrap(f"{role[0].upper()}: {text}", LINE_WIDTH, max_lines=5)]
+        text = data.tokenizer.decode(data.splits[split].chat(i)[0].tolist())
         try:
             images = data.splits[split].images(i)
         except ImageError as error:
-            images, lines = [], [(error.reason, "red"), *lines]
-        top.set_title(name, fontsize=8, color="grey", loc="left")
-        for place, image in enumerate(images):
-            ax = top.inset_axes((place / len(images), 0, 1 / len(images), 1))
-            ax.imshow(image)
-            ax.axis("off")
-        for n, (line, color) in enumerate(lines[:LINES]):
-            bottom.text(0, 1 - n / LINES, line, color=color, fontsize=8, va="top",
-                        parse_math=False)
+            images, text = [], f"{error.reason}: {text}"
+        if images:
+            ax.imshow(images[0])
+        ax.set_title(name, fontsize=8, color="grey", loc="left")
+        lines = textwrap.wrap(text, LINE_WIDTH, max_lines=LINES)
+        ax.text(0, -0.02, "\n".join(lines), transform=ax.transAxes, fontsize=8, va="top",
+                parse_math=False)
     figure.savefig(path, format="png", dpi=100)
