@@ -10,7 +10,6 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from common.checkpoint import file_sum, write_json
@@ -19,60 +18,42 @@ from common.device import cores
 
 SMALL = 1 << 24  # bytes; hashing that many takes 20 ms
 NOTED = ".verified.json"  # {file: [sha256, size, modification time, inode]}
-ANNOUNCED = 1 << 30  # hashing more bytes than these is worth a line
 
 
 def check_together(folder, sums, apart_from=()):
-    """check_sums by the first process of each machine; every process raises what it finds."""
-    problem = None
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        try:
-            check_sums(folder, sums, apart_from=apart_from)
-        except UserError as error:
-            problem = error
-    if dist.is_initialized():
-        found = torch.tensor(problem is not None, dtype=torch.float32,
-                             device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(found)
-        if found.item() and problem is None:
-            problem = UserError(f"{folder} is damaged; another process names the file")
-    if problem:
-        raise problem
+    """UserError in every process if a file of the folder is missing or does not have its sha256.
 
-
-def check_sums(folder, sums, anew=False, apart_from=()):
-    """UserError if a file of the folder is missing or does not have the sha256 in `sums`.
-
-    sums: {file: sha256} of a manifest.json. anew: hash also what .verified.json knows. apart_from:
+    The first process of each machine looks. sums: {file: sha256} of a manifest.json; apart_from:
     files that are not checked.
     """
-    if not (isinstance(sums, dict) and all(isinstance(digest, str) for digest in sums.values())):
-        raise UserError(f"{Path(folder) / 'manifest.json'} is damaged: it has no sha256 sums")
-    sums = {name: digest for name, digest in sums.items() if name not in apart_from}
-    for name, problem in damaged(folder, sums, anew=anew).items():
+    sums, problems = {name: sums[name] for name in sums if name not in apart_from}, [{}]
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        problems = [damaged(folder, sums)]
+    if dist.is_initialized():
+        own, problems = problems[0], [{}] * dist.get_world_size()
+        dist.all_gather_object(problems, own)
+    for name, problem in (item for found in problems for item in found.items()):
         raise UserError(f"{folder} is damaged: {name} {problem}; prepare or copy it again")
 
 
-def damaged(folder, sums, say=print, anew=False):
+def damaged(folder, sums):
     """{file: problem} of the files of a folder that do not have the sha256 in `sums`."""
-    folder = Path(folder)
-    noted = {} if anew else read_notes(folder)
-    current = {name: [sums[name], *identity(folder / name)] for name in sums}
+    noted = read_notes(folder)
+    paths = {name: Path(folder, name) for name in sums}
+    current = {name: [sums[name], *identity(path)] for name, path in paths.items()}
     unknown = [name for name in sums if noted.get(name) != current[name]]
     n_bytes = sum(current[name][1] for name in unknown)
-    if n_bytes > ANNOUNCED:
-        say(f"{folder}: checking the sha256 of {n_bytes / 1e9:.1f} GB")
+    if n_bytes > 1e9:
+        print(f"{folder}: checking the sha256 of {n_bytes / 1e9:.1f} GB", flush=True)
     with ThreadPoolExecutor(cores()) as pool:
-        digests = dict(zip(unknown, pool.map(digest_of, [folder / n for n in unknown]),
-                           strict=True))
+        digests = list(pool.map(digest_of, [paths[name] for name in unknown]))
     differs = "is not what manifest.json says (its sha256 differs)"
     problems = {name: differs if digest else "is missing or unreadable"
-                for name, digest in digests.items() if digest != sums[name]}
-    verified = {name: note for name, note in current.items()
-                if name not in problems and note[1] > SMALL}
-    new = {name: note for name, note in noted.items() if name not in sums} | verified
-    if new != noted:
-        write_notes(folder, new)
+                for name, digest in zip(unknown, digests, strict=True) if digest != sums[name]}
+    verified = {name: current[name] for name in unknown
+                if name not in problems and current[name][1] > SMALL}
+    if verified:
+        write_notes(folder, {**noted, **verified})
     return problems
 
 
@@ -92,15 +73,14 @@ def digest_of(path):
 
 
 def read_notes(folder):
-    with contextlib.suppress(UserError):
-        noted = read_json(folder / NOTED)
-        return noted if isinstance(noted, dict) else {}
+    with contextlib.suppress(UserError, TypeError, ValueError):
+        return dict(read_json(Path(folder, NOTED)))
     return {}
 
 
 def write_notes(folder, noted):
     """Replace the notes atomically; without write permission there are none."""
-    new = folder / f"{NOTED}.{os.uname().nodename}-{os.getpid()}"
+    new = Path(folder, f"{NOTED}.{os.uname().nodename}-{os.getpid()}")
     with contextlib.suppress(OSError):
         write_json(new, noted)
-        new.replace(folder / NOTED)
+        new.replace(Path(folder, NOTED))

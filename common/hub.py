@@ -148,24 +148,17 @@ def listed(folder):
     """The files that a folder's shards.json says are, or will be, in it, as [Remote]; [] without
     a shards.json."""
     path = Path(folder) / "shards.json"
-    if not path.is_file():
-        return []
-    try:
-        return [Remote(**entry) for entry in read_sealed(path)["files"]]
-    except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged: it is not a list of files; remove it, and it is "
-                        "downloaded again") from None
+    return [Remote(**file) for file in read_sealed(path)["files"]] if path.is_file() else []
 
 
 def drop_damaged(remotes, folder, say):
     """Remove files that are not what the hub has, so that they are downloaded again."""
-    present = {remote.base: remote for remote in remotes if (folder / remote.base).is_file()}
-    sums = {name: remote.sha256 for name, remote in present.items() if remote.sha256}
-    wrong = damaged(folder, sums, say)
-    for name, remote in present.items():
-        if name in wrong or (folder / name).stat().st_size != remote.size:
-            say(f"{folder / name} is damaged; it is downloaded again")
-            (folder / name).unlink(missing_ok=True)
+    present = [remote for remote in remotes if (folder / remote.base).is_file()]
+    wrong = damaged(folder, {remote.base: remote.sha256 for remote in present if remote.sha256})
+    for path, size in ((folder / remote.base, remote.size) for remote in present):
+        if path.name in wrong or path.stat().st_size != size:
+            say(f"{path} is damaged; it is downloaded again")
+            path.unlink(missing_ok=True)
 
 
 def expected(folder, pattern):

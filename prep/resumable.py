@@ -109,27 +109,28 @@ class Records:
     # ------------------------------------------------------------- reading, when it is complete
 
     def open(self):
-        """Make ready for the methods below. starts: the row that every document begins with."""
+        """Make ready for the methods below. starts: the row that every document begins with, and
+        the number of rows."""
         starts = self.db.execute("SELECT row FROM documents ORDER BY row")
-        self.starts = np.fromiter((row for row, in starts), np.int64)
+        self.starts = np.array([*(row for row, in starts), self.rows], np.int64)
 
     def _select(self, query, i, scale=1):
-        """The rows of the database that belong to document i."""
-        end = self.starts[i + 1] if i + 1 < len(self.starts) else self.rows
-        return self.db.execute(query, (int(self.starts[i]) * scale, int(end) * scale))
+        """The one column of a query's rows that belong to document i."""
+        limits = (self.starts[i : i + 2] * scale).tolist()
+        return [value for value, in self.db.execute(query, limits)]
 
     def ids(self, i):
         parts = self._select("SELECT ids FROM records WHERE row >= ? AND row < ?", i)
-        return np.frombuffer(b"".join(part for part, in parts), np.uint16)
+        return np.frombuffer(b"".join(parts), np.uint16)
 
     def supervised(self, i):
         parts = self._select("SELECT supervised FROM records WHERE row >= ? AND row < ?", i)
-        return np.frombuffer(b"".join(part for part, in parts), np.bool_)
+        return np.frombuffer(b"".join(parts), np.bool_)
 
     def images(self, i):
         """The encoded images of chat i."""
         query = "SELECT content FROM images WHERE number >= ? AND number < ?"
-        return [content for content, in self._select(query, i, MAX_IMAGES)]
+        return self._select(query, i, MAX_IMAGES)
 
     def blocks(self, start, end):
         """Yield the ids of all documents, end to end, from position start to end, in blocks."""
@@ -166,23 +167,22 @@ def fill(records, source, make, limit=0, workers=None):
                mininterval=PROGRESS_SECONDS, delay=PROGRESS_SECONDS)
 
     def take(left):
-        """Add results until `left` batches wait; True once there are records enough."""
+        """Add results until `left` batches wait, or there are records enough: one more than the
+        limit, as the last may continue."""
         while len(waiting) > left and not (limit and len(records) > limit):
-            results, n_bytes = waiting[0].result()  # it stays the first where it raises an error
-            waiting.popleft()
+            results, n_bytes = waiting.popleft().result()
             records.add(results, n_bytes)
             bar.update(n_bytes)
-        return limit and len(records) > limit  # one more than the limit: the last may continue
 
     try:
         for batch in batches(source.rows(records.rows)):
             waiting.append(pool.submit(convert, make, batch))
-            if take(2 * workers):
+            take(2 * workers)
+            if limit and len(records) > limit:
                 break
         take(0)
         records.commit(complete=True)
-    except UserError:  # of the source; or of a row, and take raises its error again
-        take(0)
+    except UserError:  # of the source, or of a row: what came before it is kept
         records.commit()
         raise
     except sqlite3.Error as error:
@@ -195,16 +195,12 @@ def fill(records, source, make, limit=0, workers=None):
 def batches(rows):
     """Lists of (where, row, bytes), none of them long in rows or bytes."""
     batch, size = [], 0
-    try:
-        for item in rows:
-            batch.append(item)
-            size += item[2]
-            if len(batch) == BATCH_ROWS or size >= BATCH_BYTES:
-                yield batch
-                batch, size = [], 0
-    except UserError:  # what came before it counts
-        yield batch
-        raise
+    for item in rows:
+        batch.append(item)
+        size += item[2]
+        if len(batch) == BATCH_ROWS or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
     yield batch
 
 
@@ -214,10 +210,8 @@ def convert(make, batch):
     for where, row, _ in batch:
         try:
             results.append(make(parsed(row)))
-        except ImageError as error:
-            results.append((error.reason, where))
-        except ValueError as error:
-            results.append((str(error), where))
+        except (ImageError, ValueError) as error:
+            results.append((getattr(error, "reason", str(error)), where))
         except TypeError:
             results.append(("a row of another form", where))
     return results, sum(int(size) for _, _, size in batch)
