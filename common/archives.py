@@ -332,4 +332,4 @@ def fetched(pattern):
         return [hf_hub_download(repository, file, repo_type="dataset") for file in files]
     except Exception as error:  # the exception types depend on the library's HTTP client
         raise UserError(f"cannot download {pattern} from the Hugging Face Hub: "
-                        f"{hub.first_line(error)}; the same command resumes") from None
+                        f"{one_line(error)}; the same command resumes") from None

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.checkpoint import file_sum, write_json
 from common.checksums import damaged
-from common.config import UserError, read_sealed, seal
+from common.config import UserError, one_line, read_sealed, seal
 
 PREFIX = "hf://"  # of a data setting that names a data set of the hub
 PREPARED = ("manifest.json", "tokenizer.json")  # files that prepare.py writes beside the shards
@@ -53,7 +53,7 @@ def listing(repository):
         files = list(HfApi().list_repo_tree(repository, recursive=True, repo_type="dataset"))
     except Exception as error:  # the exception types depend on the library's HTTP client
         raise UserError(f"cannot list the data set {repository} of the Hugging Face Hub: "
-                        f"{first_line(error)}") from None
+                        f"{one_line(error)}") from None
     found = [Remote(file.path, file.size, file.lfs.sha256 if file.lfs else "")
              for file in files if isinstance(file, RepoFile)
              and (file.path.endswith(".npy") or file.path in PREPARED)]
@@ -69,33 +69,26 @@ def fetch(repository, remote, folder):
     """
     from huggingface_hub import hf_hub_download
 
-    path, problem = Path(folder) / remote.base, None
+    path = Path(folder) / remote.base
     if path.is_file() and matches(path, remote):
         return path
     try:
         arrived = Path(hf_hub_download(repository, remote.name, repo_type="dataset",
                                        local_dir=Path(folder) / INCOMING))
-        if matches(arrived, remote):
-            os.replace(arrived, path)
-            return path
-        arrived.unlink()
-        problem = "it arrived damaged"
+        if not matches(arrived, remote):
+            arrived.unlink()
+            raise OSError("it arrived damaged")
+        os.replace(arrived, path)
     except Exception as error:  # as in listing
-        problem = first_line(error)
-    if path.is_file():  # another process of the same folder was faster
-        return path
-    raise UserError(f"cannot download {remote.name} of {repository}: {problem}; start the same "
-                    "command again to resume with this file")
+        if not (path.is_file() and matches(path, remote)):  # by a faster process
+            raise UserError(f"cannot download {remote.name} of {repository}: {one_line(error)}; "
+                            "start the same command again to resume with this file") from None
+    return path
 
 
 def matches(path, remote):
     """Whether a file has the size and, where the hub knows it, the sha256 of `remote`."""
     return path.stat().st_size == remote.size and remote.sha256 in ("", file_sum(path))
-
-
-def first_line(error):
-    """The first line of an exception's message, or its type if there is no message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # ---------------------------------------------------------------------------------------- streaming

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from urllib.parse import quote
 
 import numpy as np
@@ -112,7 +113,7 @@ class Records:
         """Make ready for the methods below. starts: the row that every document begins with, and
         the number of rows."""
         starts = self.db.execute("SELECT row FROM documents ORDER BY row")
-        self.starts = np.array([*(row for row, in starts), self.rows], np.int64)
+        self.starts = np.fromiter(chain((row for row, in starts), [self.rows]), np.int64)
 
     def _select(self, query, i, scale=1):
         """The one column of a query's rows that belong to document i."""

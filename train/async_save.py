@@ -4,22 +4,16 @@ At 522 M parameters a checkpoint of 6 GB takes 8 seconds to hash and write, and 
 memory that stays allocated for the next one (docs/reliability.md).
 """
 
-import contextlib
-import os
-import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-
-NICE = 10  # of the writing thread, so that training has priority (0 to 19)
 
 
 class Saver:
     """One thread, one write at a time."""
 
     def __init__(self):
-        self.thread, self.job = ThreadPoolExecutor(1, initializer=lower_priority), None
+        self.thread, self.job = ThreadPoolExecutor(1), None
         self.buffers = {}  # path in the state -> the host tensor that it is copied into
 
     def start(self, write, *args, **kwargs):
@@ -55,10 +49,3 @@ class Saver:
             buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
             self.buffers[path] = buffer
         return buffer.copy_(value.detach(), non_blocking=value.is_cuda)
-
-
-def lower_priority():
-    """For this thread alone, where a thread has its own priority (Linux)."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)

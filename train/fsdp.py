@@ -5,8 +5,6 @@ A block's weights are gathered before it runs and freed after it; gradients are 
 process that keeps their rows. Parts are of complete rows, as even as possible, in order of ranks.
 """
 
-import os
-
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,16 +14,15 @@ from torch.distributed.tensor import DTensor
 from common.config import UserError
 
 
-def shard(model, kind, machine):
+def shard(model, machine):
     """Shard `model` in place; returns {old parameter: new parameter} for its optimizer.
 
-    kind: "full", over all processes, or "hybrid", within each node, which saves traffic between
-    nodes. Every process must hold the same weights.
+    Every process must hold the same weights.
     """
     if machine.dtype == torch.float16:
-        raise UserError(f"--shard={kind} does not work with fp16; use --precision=bf16 or fp32")
+        raise UserError("--shard=full does not work with fp16; use --precision=bf16 or fp32")
     if any(p.ndim == 0 for p in model.parameters()):
-        raise UserError(f"--shard={kind} is not for this stage: one of its weights is a single "
+        raise UserError("--shard=full is not for this stage: one of its weights is a single "
                         "number, which cannot be divided; leave --shard=none")
     # A process whose rows have no image does not run CLIP, and would keep the others waiting for
     # its part of it. CLIP is small and frozen, so it is not sharded.
@@ -33,7 +30,8 @@ def shard(model, kind, machine):
     excluded = set(tower.modules())
     dtype = None if machine.dtype == torch.float32 else machine.dtype
     settings = dict(
-        mesh=mesh_of(kind, machine), ignored_params=set(tower.parameters()),
+        mesh=init_device_mesh(machine.device.type, (machine.ranks,)),
+        ignored_params=set(tower.parameters()),
         # bf16 gradients are summed in fp32, as without sharding
         mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     before = dict(model.named_parameters())
@@ -46,19 +44,6 @@ def shard(model, kind, machine):
         if hasattr(before[name], "stacked"):
             p.stacked = before[name].stacked
     return {before[name]: p for name, p in after.items()}
-
-
-def mesh_of(kind, machine):
-    """The device mesh: all processes ("full"), or nodes by the processes of one ("hybrid")."""
-    ranks = machine.ranks
-    if kind == "full":
-        return init_device_mesh(machine.device.type, (ranks,))
-    inside = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    if ranks % inside:
-        raise UserError(f"--shard=hybrid needs as many processes on every node: {inside} on this "
-                        f"one do not divide {ranks}")
-    shape, names = (ranks // inside, inside), ("replicate", "shard")
-    return init_device_mesh(machine.device.type, shape, mesh_dim_names=names)
 
 
 def is_sharded(tensor):
@@ -86,18 +71,9 @@ def row_range(p):
     """(first, last + 1) of the rows of `p` that this process keeps."""
     if not is_sharded(p):
         return 0, len(p)
-    n = p.device_mesh.size(p.device_mesh.ndim - 1)
-    size = -(-len(p) // n)
-    first = min(len(p), size * p.device_mesh.get_local_rank(p.device_mesh.ndim - 1))
+    size = -(-len(p) // p.device_mesh.size())
+    first = min(len(p), size * p.device_mesh.get_local_rank())
     return first, min(len(p), first + size)
-
-
-def number_of_shard(model):
-    """The number of the part that this process writes into a checkpoint; None if a process of
-    another node keeps the same part and writes it."""
-    mesh = next(p for p in model.parameters() if is_sharded(p)).device_mesh
-    *outside, inside = mesh.get_coordinate()
-    return None if any(outside) else inside
 
 
 def gathered_weights(model, keep):

@@ -40,7 +40,7 @@ from common.device import (
 from train.anomaly import Guard
 from train.async_save import Saver
 from train.flops import flop_counter
-from train.fsdp import gathered, gathered_weights, number_of_shard, shard
+from train.fsdp import gathered, gathered_weights, shard
 from train.loader import Loader
 from train.log import Log, report_run, with_origin
 from train.optim import lr_factor
@@ -167,7 +167,7 @@ class Run:
         if self.cfg.compile:
             compile_blocks(model)
         if self.sharded:
-            self.optimizer.replace(shard(model, self.cfg.shard, self.machine))
+            self.optimizer.replace(shard(model, self.machine))
         self.trained = [p for p in model.parameters() if p.requires_grad]
         if self.ranks == 1 or self.sharded or not self.trained:
             return model
@@ -230,9 +230,8 @@ class Run:
             if self.n_lost <= 5:
                 self.log.say(f"left out: {reason}")
         stack = contextlib.ExitStack()
-        if self.sharded:  # summed within a node every time: full gradients may not fit
+        if self.sharded:  # summed every time, as full gradients may not fit
             self.net.set_is_last_backward(batch.is_last)
-            self.net.set_requires_all_reduce(batch.is_last)
         elif self.ranks > 1 and self.trained and not batch.is_last:
             stack.enter_context(self.net.no_sync())
         stack.enter_context(self.machine.autocast())
@@ -380,9 +379,7 @@ class Run:
         if self.machine.is_main:
             checkpoint.begin(self.folder, step + 1)
         self.machine.barrier()
-        number = number_of_shard(self.model)
-        if number is not None:
-            checkpoint.save_shard(self.folder, step + 1, number, self.optimizer.state_dict())
+        checkpoint.save_shard(self.folder, step + 1, self.machine.rank, self.optimizer.state_dict())
         self.machine.barrier()
 
     def _report(self, error):

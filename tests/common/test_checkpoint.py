@@ -82,24 +82,11 @@ def test_shards_are_read_in_order_if_the_manifest_lists_them(save):
     assert [shard["rows"].item() for shard in found] == list(range(11))
 
 
-def test_the_training_state_may_be_absent(save):
-    folder = save()
-    shutil.rmtree(folder / "state")
-    assert checkpoint.read(folder)[2] is None
-
-
 def test_a_checkpoint_opens_as_the_same_model_and_tokenizer(save, model, tokenizer):
     found, its_tokenizer, _ = open_model(save())
     ids = torch.tensor([tokenizer.encode("the cat sat")])
     assert torch.equal(found.logits(ids), model.logits(ids)) and not found.training
     assert its_tokenizer.fingerprint == tokenizer.fingerprint
-
-
-def test_a_run_folder_means_its_newest_checkpoint(save, tmp_path):
-    for step in (5, 100, 20):
-        save(step)
-    assert checkpoint.locate(tmp_path / "run").name == "step_00000100"
-    assert list(checkpoint.steps_in(tmp_path / "run")) == [20, 100]
 
 
 # ----------------------------------------------------------- incomplete ones (flips: tests/faults)
@@ -118,7 +105,8 @@ def test_an_incomplete_folder_is_never_read(save, tmp_path):
     run, whole = tmp_path / "run", save(5)
     (shutil.copytree(whole, run / "step_00000009") / "manifest.json").unlink()
     shutil.copytree(whole, run / ".writing-step_00000010")
-    assert list(checkpoint.steps_in(run)) == [5]
+    save(3)
+    assert list(checkpoint.steps_in(run)) == [3, 5]
     assert checkpoint.locate(run) == whole
     with pytest.raises(UserError, match=r"step_00000009 is not a checkpoint"):
         checkpoint.read(run / "step_00000009")
@@ -146,25 +134,13 @@ def test_a_name_that_is_no_checkpoint_is_refused(tmp_path):
 
 
 def test_the_newest_two_and_the_best_are_kept(save, tmp_path):
-    """And a step that is saved again is replaced."""
-    save(1, 9.0)
+    """And a step that is saved again is replaced. A damaged one must not stop the run."""
+    (save(1, 9.0) / "config.json").write_text("{")
     kept = []
-    for step, val_loss in enumerate([3.0, 2.0, 2.5, None, 2.2, 1.9, 2.1, 2.1], 1):
+    for step, val_loss in enumerate([3.0, 2.0, 2.5, float("nan"), 2.2, 1.9, 2.1, None], 1):
         save(step, val_loss)
         kept.append(steps_in(tmp_path / "run"))
     assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [5, 6], [6, 7], [6, 7, 8]]
-
-
-def test_a_loss_of_nan_is_never_the_best(save, tmp_path):
-    for step, val_loss in enumerate([float("nan"), 2.0, 3.0, 4.0], 1):
-        save(step, val_loss)
-    assert steps_in(tmp_path / "run") == [2, 3, 4]
-
-
-def test_damage_to_an_old_checkpoint_does_not_stop_a_run_from_saving(save, tmp_path):
-    (save(1) / "config.json").write_text("{")
-    save(2)
-    assert checkpoint.locate(tmp_path / "run").name == "step_00000002"
 
 
 # ----------------------------------------------------------------------------------------- refusals

@@ -12,7 +12,7 @@ import torch
 from conftest import COMMON, ROOT, TINY, newest, run_stage
 from test_stages import assert_same_weights
 
-from common.device import Processor, pick_dtype, processor
+from common.device import Processor, processor
 
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2", "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -47,23 +47,6 @@ def test_one_limited_library_is_enough(variable, value, instructions, vnni, bf16
     found = processor.__wrapped__()
     assert (found.vnni, found.bf16) == (vnni, bf16)
     assert instructions in (None, found.instructions)
-
-
-@pytest.mark.slow
-@x86
-def test_bf16_is_chosen_only_where_it_is_faster():
-    """A measurement; the ratio is 2 or more, or 0.5 to 0.01."""
-    from torch.utils.benchmark import Timer
-
-    timers = {dtype: Timer("a @ a", globals={"a": torch.ones(384, 384, dtype=dtype)})
-              for dtype in (torch.bfloat16, torch.float32)}
-    seconds = dict.fromkeys(timers, 1.0)
-    for _ in range(50):  # in turn, the fastest of each, as other programs may run
-        for dtype, timer in timers.items():
-            seconds[dtype] = min(seconds[dtype], timer.timeit(5).mean)
-    fastest = min(seconds, key=seconds.get)
-    assert processor().bf16 == (fastest == torch.bfloat16)
-    assert pick_dtype(torch.device("cpu")) == fastest
 
 
 # -------------------------------------------------------------------- a run on another processor
