@@ -94,15 +94,13 @@ class Watch:
 def verdict(found, ranks, idle):
     """The error message about `found`, {process: its count and place}."""
     silent = [str(rank) for rank in range(ranks) if rank not in found]
+    behind = [str(rank) for rank in found if found[rank] == least(found)]
     if silent:
         who = f"process {', '.join(silent)} does not answer: stopped, or its machine is gone"
-    elif len({entry["count"] for entry in found.values()}) == 1:
-        who = (f"all processes wait in the same place ({found[0]['place']}): check the network "
-               "between them")
+    elif len(behind) == ranks:
+        who = f"all processes wait after {found[0]['place']}: check the network between them"
     else:
-        behind = [str(rank) for rank in found if found[rank] == least(found)]
-        who = (f"process {', '.join(behind)} stalls after {least(found)['place']}; the others "
-               "wait for it")
+        who = f"process {', '.join(behind)} stalls after {least(found)['place']}"
     return (f"error: no progress for {idle:.0f} seconds: {who}. The job ends; the same command "
             "resumes from the newest checkpoint")
 

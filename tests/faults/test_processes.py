@@ -191,7 +191,7 @@ def test_a_stopped_process_is_named(pipeline, tmp_path):
 
 @pytest.mark.parametrize(("counts", "expected"), [
     ((4, 4, 6), "process 0, 1 stalls after place 4"),
-    ((5, 5), "same place (place 5): check the network"),
+    ((5, 5), "after place 5: check the network"),
 ])
 def test_the_process_behind_the_others_is_named(counts, expected):
     found = {rank: {"count": n, "place": f"place {n}"} for rank, n in enumerate(counts)}
