@@ -160,7 +160,7 @@ def fill(records, source, make, limit=0, workers=None):
         for batch in batches(source.rows(records.rows)):
             waiting.append(pool.submit(convert, make, batch))
             take(2 * workers)
-            if 0 < limit <= len(records):
+            if limit and len(records) > limit:
                 break
         take(0)
         records.commit(complete=True)
