@@ -1,4 +1,4 @@
-r"""Data sets on disk for training, each with a manifest.
+"""Data sets on disk for training, each with a manifest.
 
     python prepare.py demo                                    # the toy world, into data/demo
     python prepare.py text --files='books/*.jsonl' --out=data/books
@@ -7,6 +7,7 @@ r"""Data sets on disk for training, each with a manifest.
     python prepare.py images --files=llava.json --image_root=images.zip --out=data/captions
     python prepare.py images --files=hf://liuhaotian/LLaVA-CC3M-Pretrain-595K/chat.json \
         --image_root=hf://liuhaotian/LLaVA-CC3M-Pretrain-595K/images.zip --out=data/captions
+    python prepare.py fineweb --shards=10 --out=data/fineweb  # ready-made GPT-2 tokens
     python prepare.py check llava.json --image_root=images.zip  # before paying for a GPU
 
 The output folder appears when it is complete. Interrupted or killed, the same command resumes. Rows
@@ -24,6 +25,7 @@ from common.config import UserError, parse, run_main, seal
 from common.device import peak_memory_gb
 from prep.check import Check, check, data_first
 from prep.convert import convert_image_chats, convert_text, convert_text_chats
+from prep.fineweb import fetch_shards
 from prep.sources import at_least
 from prep.toy_dataset import write_demo
 from prep.writers import new_data_set
@@ -91,13 +93,22 @@ class Text(Rows):
 
 @dataclass
 class Chat(Rows):
-    """Chats from JSONL, JSON or parquet: conversations, messages, or instruction and response."""
+    """Chats from JSONL, JSON or parquet: conversations, messages, or instruction and response.
+
+    Rows with Magpie's columns are filtered by them as Magpie's authors did (arXiv 2406.08464,
+    table 5).
+    """
 
     # --- source
     max_chats: int = 0  # use only the first chats; 0 for all
 
-    # leave out rows that Magpie's columns call poor, unsafe, not English or a copy of another row
-    filter: bool = True
+    # --- filters, by the columns of Magpie
+    # lowest input_quality to keep
+    min_quality: Literal["very poor", "poor", "average", "good", "excellent"] = "average"
+    min_reward: float = -10.0  # lowest instruct_reward to keep
+    drop_duplicates: bool = True  # of near-duplicates keep only what min_similar_uuid names
+    language: str = "EN"  # keep only this value of the column language; empty for all
+    safe_only: bool = True  # drop what llama_guard_2 does not call safe
 
     # --- output
     out: str = "data/chat"  # output folder
@@ -111,8 +122,8 @@ class Images(Rows):
     """
 
     # --- source
-    # folder, .zip or .tar with the images: comma-separated paths or patterns; a name that is not
-    # found is searched by its base name
+    # folder, .zip, .tar, .tar.zst or .tar.gz with the images: comma-separated paths or patterns; a
+    # name that is not found is searched by its base name
     image_root: str = ""
     max_chats: int = 0  # use only the first chats; 0 for all
 
@@ -126,34 +137,68 @@ class Images(Rows):
     shard_bytes: int = 1_000_000_000  # bytes of images per file
 
 
-LOWEST = {"image_size": 8, "max_documents": 0, "max_chats": 0, "seed": 0, "stories": 1, "chats": 1,
-          "captions": 1, "conversations": 1, "questions": 1, "held_out": 1, "shard_tokens": 1,
-          "shard_bytes": 1}
+@dataclass
+class FineWeb:
+    """Public shards of FineWeb-Edu as GPT-2 tokens, 100 million tokens each."""
 
+    # --- source
+    repository: str = "ShallowU/FineWeb-Edu-10B-Tokens-NPY"  # data set of the Hugging Face Hub
+    shards: int = 0  # use only the first training shards; 0 for all
 
-def check_settings(cfg):
-    """UserError for a setting that is out of range."""
-    at_least(cfg, **{name: low for name, low in LOWEST.items() if hasattr(cfg, name)})
-    if isinstance(cfg, Demo) or (isinstance(cfg, Text) and cfg.vocabulary):
-        at_least(cfg, vocabulary=SMALLEST_VOCABULARY)
-    if isinstance(cfg, Rows) and not 0 <= cfg.val_share < 1:
-        raise UserError(f"--val_share={cfg.val_share} must be at least 0 and below 1")
+    # --- output
+    out: str = "data/fineweb"  # output folder
 
 
 def demo(cfg):
     """Draw the demo's data: text, chats, captions, scenes, and a folder of held-out images."""
+    at_least(cfg, stories=1, chats=1, captions=1, conversations=1, questions=1, held_out=1,
+             vocabulary=SMALLEST_VOCABULARY, image_size=8)
     began = time.time()
     with new_data_set(cfg.out) as out:
         n_train = write_demo(out, cfg)
-        seconds = time.time() - began
         write_json(out / "manifest.json", seal({
-            "seconds": seconds, "peak_rss_gb": peak_memory_gb()[1], "test_seed": cfg.test_seed}))
+            "seconds": time.time() - began, "peak_rss_gb": peak_memory_gb()[1],
+            "test_seed": cfg.test_seed}))
     print(f"{cfg.out}: {cfg.stories} stories ({n_train:,} tokens), {cfg.chats} chats, "
-          f"{cfg.captions} captions, {cfg.conversations} image chats, in {seconds:.0f} s")
+          f"{cfg.captions} captions, {cfg.conversations} image chats, in "
+          f"{time.time() - began:.0f} s")
 
 
-COMMANDS = {"demo": (Demo, demo), "text": (Text, convert_text), "chat": (Chat, convert_text_chats),
-            "images": (Images, convert_image_chats), "check": (Check, check)}
+def text(cfg):
+    """Token shards from documents."""
+    check_rows(cfg, shard_tokens=1, max_documents=0)
+    if cfg.vocabulary:
+        at_least(cfg, vocabulary=SMALLEST_VOCABULARY)
+    convert_text(cfg)
+
+
+def chat(cfg):
+    """Tokenized chats about text."""
+    check_rows(cfg, max_chats=0)
+    convert_text_chats(cfg)
+
+
+def images(cfg):
+    """Tokenized chats about images, with the images resized."""
+    check_rows(cfg, max_chats=0, image_size=1, shard_bytes=1)
+    convert_image_chats(cfg)
+
+
+def check_rows(cfg, **lowest):
+    """UserError for invalid settings of Rows, and for those below their lowest valid value."""
+    at_least(cfg, seed=0, **lowest)
+    if not 0 <= cfg.val_share < 1:
+        raise UserError(f"--val_share={cfg.val_share} must be at least 0 and below 1")
+
+
+def fineweb(cfg):
+    """Ready-made token shards."""
+    at_least(cfg, shards=0)
+    fetch_shards(cfg)
+
+
+COMMANDS = {"demo": (Demo, demo), "text": (Text, text), "chat": (Chat, chat),
+            "images": (Images, images), "fineweb": (FineWeb, fineweb), "check": (Check, check)}
 
 
 def main():
@@ -162,16 +207,11 @@ def main():
         for name, (config, _) in COMMANDS.items():
             print(f"python prepare.py {name} --help\n    {config.__doc__}")
         return
-    name, argv = sys.argv[1], sys.argv[2:]
-    if name not in COMMANDS:
-        raise UserError(f"prepare.py {name}: expected one of {', '.join(COMMANDS)}")
-    config, command = COMMANDS[name]
-    if command is check:
-        cfg = parse(config, data_first(argv), f"{name} DATA")
-    else:
-        cfg = parse(config, argv, f"{name} [CONFIG]")
-        check_settings(cfg)
-    command(cfg)
+    if sys.argv[1] not in COMMANDS:
+        raise UserError(f"prepare.py {sys.argv[1]}: expected one of {', '.join(COMMANDS)}")
+    config, command = COMMANDS[sys.argv[1]]
+    argv = data_first(sys.argv[2:]) if command is check else sys.argv[2:]
+    command(parse(config, argv, f"{sys.argv[1]} {'DATA' if command is check else '[CONFIG]'}"))
 
 
 if __name__ == "__main__":

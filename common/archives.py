@@ -1,4 +1,4 @@
-"""Image files by name, from folders, .zip and .tar, complete or in parts.
+"""Image files by name, from folders, .zip, .tar, .tar.zst and .tar.gz, complete or in parts.
 
     find = open_images("images_*.tar, more.zip")
     find("coco/train2017/000000000009.jpg")  # the bytes of that file
@@ -29,16 +29,16 @@ from common.images import ImageError
 
 MAX_BYTES = 1 << 28  # a larger file is refused before it is read
 BLOCK = 1 << 20  # bytes read at once
-COMPRESSED = (b"\x28\xb5\x2f\xfd", b"\x1f\x8b")  # how zstd and gzip files start
+MAGIC = {b"\x28\xb5\x2f\xfd": "zstd", b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"PK\5\6": "zip"}
 LOCAL_HEADER = struct.Struct("<26xHH")  # zip: the lengths of two names in front of the data
 ENCRYPTED = 1  # zip: flag of a member
 
 
-def open_images(root):
+def open_images(root, unpack=None):
     """The ImageFiles in `root`: comma-separated paths and patterns, hf://OWNER/NAME/FILE too.
 
-    An empty root stands for the current folder and /. UserError where root has no images, or is
-    compressed.
+    An empty root stands for the current folder and /. unpack(paths, codec) returns the path of a
+    plain tar for a compressed one. UserError where root has no images, or is compressed without it.
     """
     if not root:
         return ImageFiles([Folder(Path.cwd(), search=False), Folder(Path("/"), search=False)], ())
@@ -50,31 +50,41 @@ def open_images(root):
         elif groups and groups[-1][0] != "folder":  # the next part of a split archive
             groups[-1][1].append(path)
         else:
-            raise UserError(f"{path} is neither a folder nor a .zip or .tar; correct --image_root")
+            raise UserError(f"{path} is neither a folder nor a .zip, .tar, .tar.zst or .tar.gz; "
+                            "correct --image_root")
     files = [path for kind, paths in groups if kind != "folder" for path in paths]
-    sources = [Folder(paths[0]) if kind == "folder" else indexed(kind, *identity_of(paths))
-               for kind, paths in groups]
-    return ImageFiles(sources, identity_of(files))
+    return ImageFiles([open_group(*group, unpack) for group in groups], identity_of(files))
 
 
 def kind_of(path):
-    """What a path is: folder, zip, tar, or "" for anything else; UserError if compressed."""
+    """What a path is: folder, zip, tar, zstd, gzip, or "" for anything else."""
     if path.is_dir():
         return "folder"
     try:
         with open(path, "rb") as file:
             start = file.read(tarfile.BLOCKSIZE)
-        if start.startswith(COMPRESSED):
-            raise UserError(f"{path} is compressed and has no random access; unpack it first, with "
-                            "gunzip, unzstd or the like")
-        if start.startswith((b"PK\3\4", b"PK\5\6")):
-            return "zip"
-        tarfile.TarInfo.frombuf(start, "utf-8", "replace")  # verifies the header's checksum
-        return "tar"
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    for magic, kind in MAGIC.items():
+        if start.startswith(magic):
+            return kind
+    try:
+        tarfile.TarInfo.frombuf(start, "utf-8", "replace")  # verifies the header's checksum
+        return "tar"
     except tarfile.HeaderError:
         return ""
+
+
+def open_group(kind, paths, unpack):
+    """The Folder, or the Archive whose parts `paths` are."""
+    if kind == "folder":
+        return Folder(paths[0])
+    if kind in ("zip", "tar"):
+        return indexed(kind, *identity_of(paths))
+    if unpack is None:
+        raise UserError(f"{paths[0]} is compressed and has no random access; unpack it, or copy "
+                        "the images with --copy=True")
+    return Archive("tar", [unpack(paths, kind)])
 
 
 @functools.cache

@@ -45,12 +45,12 @@ class NewFolder:
     """A context manager: an empty folder that is renamed to `path` when the block ends, replacing
     an older one, and removed when the block fails. Only one process can make `path` at a time.
 
-    Files in self.work survive an error or a kill for the next start, and are removed at the end.
-    UserError if it cannot be written.
+    Files in self.work survive an error or a kill for the next start, and are removed at the end;
+    with keep=True the content of the new folder survives too. UserError if it cannot be written.
     """
 
-    def __init__(self, path):
-        self.path = Path(path).absolute()
+    def __init__(self, path, keep=False):
+        self.path, self.keep = Path(path).absolute(), keep
         self.work = self.path.with_name(f".writing-{self.path.name}")
         self.new = self.work / "new"
 
@@ -59,8 +59,9 @@ class NewFolder:
             self.work.mkdir(parents=True, exist_ok=True)
             self.lock = os.open(self.work, os.O_RDONLY)
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when the process ends
-            shutil.rmtree(self.new, ignore_errors=True)
-            self.new.mkdir()
+            if not self.keep:
+                shutil.rmtree(self.new, ignore_errors=True)
+            self.new.mkdir(exist_ok=True)
         except BlockingIOError:
             os.close(self.lock)
             raise UserError(f"another process is writing {self.path}; wait for it, or choose "
@@ -86,7 +87,7 @@ class NewFolder:
 
     def _has_work(self):
         files = (p for p in self.work.rglob("*") if p.is_file() and p.stat().st_size)
-        return any(self.new not in file.parents for file in files)
+        return any(self.keep or self.new not in file.parents for file in files)
 
     def _as_user_error(self, error):
         """Raise the error of a full or broken disk as a UserError; False for any other."""

@@ -1,24 +1,27 @@
 """Rows of text or chats, with images or without, to a data folder."""
 
+import hashlib
 import io
 import os
 import warnings
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
+from tqdm import tqdm
 
 import tokenizer as tokenizers
 from common import hub
-from common.archives import open_images
+from common.archives import BLOCK, Joined, identity_of, open_images
 from common.config import UserError
 from common.images import fit, read_image
 from prep.resumable import Record, digest, read_all
 from prep.schema import ask_shortly, check_quality, images_of, messages_of, text_of
-from prep.sources import parsed, sources_of
+from prep.sources import parsed, pieces, sources_of
 from prep.splits import splits_of
 from prep.writers import ChatWriter, Shards, check_size, new_data_set, write_manifest
 
 VOCABULARY_TEXT = 200_000_000  # characters that a tokenizer is trained on, at most
+RATIO, ROOM = 100, 1 << 30  # an archive that unpacks to more than RATIO times and ROOM is a bomb
 
 
 # -------------------------------------------------------------------------------------------- text
@@ -32,25 +35,24 @@ def convert_text(cfg):
         check_size(tokenizer, cfg)
 
         def make(row):
-            ids = tokenizer.encode(text_of(row, cfg.field))
-            return Record(np.array([tokenizer.end_of_text, *ids], np.uint16))
+            text, goes_on = text_of(row, cfg.field), getattr(row, "goes_on", False)
+            parts = [[]] if goes_on else [[tokenizer.end_of_text]]
+            parts += map(tokenizer.encode, pieces([text]))
+            ids = np.concatenate([np.array(part, np.uint16) for part in parts])
+            return Record(ids, goes_on=goes_on)
 
         records, refused = read_all(folder.work, cfg, sources, tokenizer, make,
                                     cfg.max_documents)
-        splits = splits_of(cfg, records, cfg.max_documents)
-        if len(splits["train"][1]) == 0:
+        if len(records["rows"]) == 0:
             raise UserError(f"{sources['rows'].name} holds no text")
-        if len(splits["val"][1]) == 0 and cfg.val_share:
-            raise UserError(f"{sources['rows'].name} is one document and none is left for "
-                            "validation; give --val_files, or --val_share=0")
         counts = {}
-        for split, (source, numbers) in splits.items():
+        for split, (n, documents) in documents_of(cfg, records, tokenizer).items():
             shards = Shards(out, split, cfg.shard_tokens)
-            for i in numbers:
-                shards.append(source.ids(i))
+            for ids in documents:
+                shards.append(ids)
             shards.close()
             counts[f"{split}_tokens"] = shards.tokens
-            print(f"{cfg.out}/{split}: {len(numbers)} documents, {shards.tokens:,} tokens")
+            print(f"{cfg.out}/{split}: {n} documents, {shards.tokens:,} tokens")
         write_manifest(out, tokenizer, **counts, left_out=refused.table())
 
 
@@ -82,6 +84,19 @@ def texts_of(source, field):
             return
 
 
+def documents_of(cfg, records, tokenizer):
+    """{split: (number of documents, iterator of their ids)}."""
+    rows = records["rows"]
+    if len(records) == 1 and len(rows) == 1:  # one long text, whose end is held out
+        n_ids = rows.n_ids
+        n_held = max(1, round(n_ids * cfg.val_share)) if cfg.val_share else 0
+        tail = chain([[tokenizer.end_of_text]], rows.blocks(n_ids - n_held, n_ids))
+        return {"train": (1, rows.blocks(0, n_ids - n_held)),
+                "val": (1, tail) if n_held else (0, [])}
+    return {split: (len(numbers), map(source.ids, numbers)) for split, (source, numbers)
+            in splits_of(cfg, records, cfg.max_documents).items()}
+
+
 # ------------------------------------------------------------------------------------------- chats
 
 
@@ -90,12 +105,11 @@ def convert_text_chats(cfg):
 
     def read(row):
         messages = messages_of(row)
-        if cfg.filter:
-            check_quality(row)
+        check_quality(row, cfg)
         return messages, []
 
     # One thread: turns are so short that two threads, which share Python's lock, are 1.6x slower.
-    convert_chats(cfg, (read, ()), workers=1)
+    convert_chats(cfg, lambda work: (read, []), workers=1)
 
 
 def convert_image_chats(cfg):
@@ -108,31 +122,37 @@ def convert_image_chats(cfg):
         roots = [path.strip() for path in cfg.image_root.split(",")]
         stored["root"] = ",".join(path if path.startswith(hub.PREFIX) else os.path.abspath(path)
                                   for path in roots)
+
     with warnings.catch_warnings():  # here, because threads share the setting in read_image
         warnings.simplefilter("ignore")
         convert_chats(cfg, image_reader(cfg), cfg.shard_bytes, stored_images=stored)
 
 
 def image_reader(cfg):
-    """A function from a row about images to (messages, images as prepare.py stores them), and the
-    identity of the archives that the images come from."""
-    find = open_images(cfg.image_root)
+    """The `reader` of read_chats for chats about images."""
+    def reader(work):
+        def unpack(paths, codec):
+            return unpacked(paths, codec, work / "unpacked")
 
-    def read(row):
-        messages = messages_of(row)
-        images = [stored_image(source, find, cfg) for source in images_of(row, messages)]
-        return ask_shortly(messages) if cfg.short_answers else messages, images
+        find = open_images(cfg.image_root, unpack if cfg.copy else None)
 
-    return read, find.identity
+        def read(row):
+            messages = messages_of(row)
+            images = [prepared(source, find, cfg) for source in images_of(row, messages)]
+            return ask_shortly(messages) if cfg.short_answers else messages, images
+
+        return read, find.identity
+
+    return reader
 
 
-def stored_image(source, find, cfg):
+def prepared(source, find, cfg):
     """What is stored of an image given by its name or bytes: a JPEG, or the name that finds it."""
-    is_content = isinstance(source, bytes)
-    if is_content and not cfg.copy:
+    inside = isinstance(source, bytes)
+    if inside and not cfg.copy:
         raise UserError("--copy=False needs images in files, and these are inside the rows; use "
                         "--copy=True")
-    content, name = (source, "an image") if is_content else (find(source), source)
+    content, name = (source, "an image") if inside else (find(source), source)
     image = read_image(content, name, cfg.image_size, cfg.fit)
     if not cfg.copy:
         return find.name_of(source).encode()
@@ -142,7 +162,7 @@ def stored_image(source, find, cfg):
 
 
 def convert_chats(cfg, reader, shard_bytes=0, workers=None, **manifest):
-    """Tokenize chats into a data folder. reader: see image_reader; manifest: further entries of its
+    """Tokenize chats into a data folder. reader: see read_chats; manifest: further entries of its
     manifest.json."""
     tokenizer = tokenizers.load(cfg.tokenizer)
     check_size(tokenizer, cfg)
@@ -165,8 +185,12 @@ def convert_chats(cfg, reader, shard_bytes=0, workers=None, **manifest):
 
 
 def read_chats(cfg, work, sources, tokenizer, reader, workers=None):
-    """The Records of all sources, and the refused rows, see read_all. reader: see image_reader."""
-    read, archives = reader
+    """The Records of all sources, and the refused rows, see read_all.
+
+    reader(work) returns a function from a row to (messages, encoded images), and the identity of
+    the archives that the images come from.
+    """
+    read, archives = reader(work)
 
     def make(row):
         messages, images = read(row)
@@ -182,3 +206,47 @@ def write_split(folder, records, numbers, shard_bytes):
     for i in numbers:
         writer.append(records.ids(i), records.supervised(i), records.images(i))
     return writer.close()
+
+
+def unpacked(paths, codec, folder):
+    """The path of a plain tar in `folder` with the content of a compressed one, which has no random
+    access. codec: zstd or gzip."""
+    key = hashlib.sha256(repr(identity_of(paths)).encode()).hexdigest()[:16]
+    done, new, source = folder / f"{key}.tar", folder / f"{key}.part", Joined(paths)
+    if done.is_file():  # unpacked by an earlier start
+        return done
+    folder.mkdir(exist_ok=True)
+    bar = tqdm(desc=f"unpacking {paths[0]}", total=source.size, unit="B", unit_scale=True,
+               disable=None)
+    try:
+        with open(new, "wb") as file, bar:
+            for block in decompressed(source, codec, paths[0]):
+                file.write(block)
+                bar.update(source.at - bar.n)
+                if file.tell() > RATIO * source.size + ROOM:
+                    raise UserError(f"{paths[0]} unpacks to more than {RATIO} times its size, like "
+                                    "a file that is made to fill the disk; do not use it")
+            file.flush()
+            os.fsync(file.fileno())
+    except UserError:
+        new.unlink()
+        raise
+    new.rename(done)
+    return done
+
+
+def decompressed(source, codec, name):
+    """Yield blocks of the decompressed content of the file `source`."""
+    import pyarrow  # supports zstd on every version of Python
+
+    file = pyarrow.PythonFile(io.BufferedReader(source, BLOCK), "r")
+    stream = pyarrow.CompressedInputStream(file, codec)
+    while True:
+        try:
+            block = stream.read(BLOCK)
+        except OSError as error:
+            raise UserError(f"{name} is incomplete or damaged ({error}); download it again"
+                            ) from None
+        if not block:
+            return
+        yield block

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from urllib.parse import quote
 
 import numpy as np
@@ -28,8 +29,10 @@ from prep.sources import Refused, parsed
 
 BATCH_ROWS, BATCH_BYTES = 128, 1 << 20  # a batch is full at either
 COMMIT_SECONDS, PROGRESS_SECONDS = 1.0, 10.0
+# Keys are numbers of rows: a document begins in its row, and ends before the next document's.
 TABLES = """PRAGMA page_size = 16384;
 CREATE TABLE IF NOT EXISTS progress (key INTEGER PRIMARY KEY, state TEXT);
+CREATE TABLE IF NOT EXISTS documents (row INTEGER PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS records (row INTEGER PRIMARY KEY, ids BLOB, supervised BLOB);
 CREATE TABLE IF NOT EXISTS images (number INTEGER PRIMARY KEY, content BLOB);
 CREATE TABLE IF NOT EXISTS image_keys (number INTEGER PRIMARY KEY, key INTEGER)"""
@@ -37,11 +40,12 @@ CREATE TABLE IF NOT EXISTS image_keys (number INTEGER PRIMARY KEY, key INTEGER)"
 
 @dataclass
 class Record:
-    """What is kept of a row: a document or a chat."""
+    """What is kept of a row: a document, the continuation of one (goes_on), or a chat."""
 
     ids: np.ndarray  # uint16
     supervised: list = field(default_factory=list)  # of a chat, as long as ids
     images: list = field(default_factory=list)  # encoded images
+    goes_on: bool = False
 
 
 def digest(value):
@@ -60,12 +64,13 @@ class Records:
         state = self.db.execute("SELECT state FROM progress").fetchone()
         state = json.loads(state[0]) if state else {"counts": {}, "refused": {}}
         self.rows, self.bytes = state.get("rows", 0), state.get("bytes", 0)
-        self.n, self.complete = state.get("records", 0), state.get("complete", False)
+        self.documents, self.n_ids = state.get("documents", 0), state.get("n_ids", 0)
+        self.complete = state.get("complete", False)
         self.refused = Refused(state["counts"], state["refused"])
         self.committed = time.monotonic()
 
     def __len__(self):
-        return self.n
+        return self.documents
 
     def add(self, results, n_bytes):
         """Add what a batch of rows gave: for each row a Record, or (reason, where) of a refusal."""
@@ -83,7 +88,10 @@ class Records:
         supervised = np.array(record.supervised, np.bool_).tobytes()
         self.db.execute("INSERT INTO records VALUES (?, ?, ?)",
                         (self.rows, record.ids.tobytes(), supervised))
-        self.n += 1
+        self.n_ids += len(record.ids)
+        if not record.goes_on:
+            self.db.execute("INSERT INTO documents VALUES (?)", (self.rows,))
+            self.documents += 1
         for number, image in enumerate(record.images, MAX_IMAGES * self.rows):
             key = hashlib.blake2b(image, digest_size=8).digest()
             self.db.execute("INSERT INTO images VALUES (?, ?)", (number, image))
@@ -92,8 +100,9 @@ class Records:
 
     def commit(self, complete=False):
         """Force everything added so far to the disk. complete: the source has no more rows."""
-        state = {"rows": self.rows, "bytes": self.bytes, "records": self.n, "complete": complete,
-                 "counts": self.refused.counts, "refused": self.refused.first}
+        state = {"rows": self.rows, "bytes": self.bytes, "documents": self.documents,
+                 "n_ids": self.n_ids, "complete": complete, "counts": self.refused.counts,
+                 "refused": self.refused.first}
         self.db.execute("REPLACE INTO progress VALUES (0, ?)", (json.dumps(state),))
         self.db.commit()
         self.committed = time.monotonic()
@@ -101,27 +110,36 @@ class Records:
     # ------------------------------------------------------------- reading, when it is complete
 
     def open(self):
-        """Make ready for the methods below. starts: the row that every record comes from."""
-        starts = self.db.execute("SELECT row FROM records ORDER BY row")
-        self.starts = np.fromiter((row for row, in starts), np.int64)
+        """Make ready for the methods below. starts: the row that every document begins with, and
+        the number of rows."""
+        starts = self.db.execute("SELECT row FROM documents ORDER BY row")
+        self.starts = np.fromiter(chain((row for row, in starts), [self.rows]), np.int64)
 
     def _select(self, query, i, scale=1):
-        """The values that a query finds from the first key of record i to the next row's."""
-        first = int(self.starts[i]) * scale
-        return [value for value, in self.db.execute(query, (first, first + scale))]
+        """The one column of a query's rows that belong to document i."""
+        limits = (self.starts[i : i + 2] * scale).tolist()
+        return [value for value, in self.db.execute(query, limits)]
 
     def ids(self, i):
-        (content,) = self._select("SELECT ids FROM records WHERE row >= ? AND row < ?", i)
-        return np.frombuffer(content, np.uint16)
+        parts = self._select("SELECT ids FROM records WHERE row >= ? AND row < ?", i)
+        return np.frombuffer(b"".join(parts), np.uint16)
 
     def supervised(self, i):
-        (content,) = self._select("SELECT supervised FROM records WHERE row >= ? AND row < ?", i)
-        return np.frombuffer(content, np.bool_)
+        parts = self._select("SELECT supervised FROM records WHERE row >= ? AND row < ?", i)
+        return np.frombuffer(b"".join(parts), np.bool_)
 
     def images(self, i):
         """The encoded images of chat i."""
-        return self._select("SELECT content FROM images WHERE number >= ? AND number < ?", i,
-                            MAX_IMAGES)
+        query = "SELECT content FROM images WHERE number >= ? AND number < ?"
+        return self._select(query, i, MAX_IMAGES)
+
+    def blocks(self, start, end):
+        """Yield the ids of all documents, end to end, from position start to end, in blocks."""
+        at = 0
+        for (block,) in self.db.execute("SELECT ids FROM records ORDER BY row"):
+            ids = np.frombuffer(block, np.uint16)
+            yield ids[max(0, start - at) : max(0, end - at)]
+            at += len(ids)
 
     def image_keys(self, n):
         """(chat, key) arrays, an element per image of the first n chats; equal images or names
@@ -140,7 +158,7 @@ def fill(records, source, make, limit=0, workers=None):
 
     make runs in threads, on all cores unless workers says otherwise: decoding and tokenizing
     release Python's lock. It refuses a row by a ValueError or ImageError with the reason. With
-    a limit, reading ends soon after there are as many records.
+    a limit, reading ends soon after there are more records than that.
     """
     if records.complete:
         return
@@ -150,8 +168,9 @@ def fill(records, source, make, limit=0, workers=None):
                mininterval=PROGRESS_SECONDS, delay=PROGRESS_SECONDS)
 
     def take(left):
-        """Add results until `left` batches wait, or there are records enough."""
-        while len(waiting) > left and not 0 < limit <= len(records):
+        """Add results until `left` batches wait, or there are records enough: one more than the
+        limit, as the last may continue."""
+        while len(waiting) > left and not (limit and len(records) > limit):
             results, n_bytes = waiting.popleft().result()
             records.add(results, n_bytes)
             bar.update(n_bytes)

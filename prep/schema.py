@@ -1,15 +1,21 @@
 """What a row means: a text, a chat, images. A ValueError says why a row cannot be used."""
 
+from prep.sources import Piece
 from tokenizer import IMAGE_MARK
 
+QUALITIES = ("very poor", "poor", "average", "good", "excellent")
 MAX_IMAGES = 4  # of a row
 SHORT_ANSWER = "Answer with a word or a short phrase."
 SHORT_WORDS = 3
 
 
 def text_of(row, field):
-    """The text of a row, or of a document of a .txt file."""
-    text = row.get(field) if isinstance(row, dict) else row
+    """The text of a row or a piece."""
+    if isinstance(row, Piece):
+        if not (row or row.goes_on):
+            raise ValueError("an empty file")
+        return row
+    text = row.get(field) if isinstance(row, dict) else None
     if not (isinstance(text, str) and text.strip()):
         raise ValueError(f"no text in the field {field}")
     return text
@@ -50,20 +56,20 @@ def instruction_turns(row):
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def check_quality(row):
-    """ValueError if a chat is too poor by Magpie's columns (arXiv 2406.08464, table 5), where the
+def check_quality(row, cfg):
+    """ValueError if a chat is too poor by Magpie's columns (arXiv 2406.08464, section 3), where the
     row has them. min_similar_uuid names the one row of a group of near-duplicates that is kept."""
-    reward, language = row.get("instruct_reward"), row.get("language")
-    if row.get("input_quality") in ("very poor", "poor"):
-        raise ValueError("input quality below average")
-    if isinstance(reward, int | float) and reward < -10:
-        raise ValueError("instruct reward below -10")
+    quality, reward, language = map(row.get, ("input_quality", "instruct_reward", "language"))
+    if quality in QUALITIES and QUALITIES.index(quality) < QUALITIES.index(cfg.min_quality):
+        raise ValueError(f"input quality below {cfg.min_quality}")
+    if isinstance(reward, int | float) and reward < cfg.min_reward:
+        raise ValueError(f"instruct reward below {cfg.min_reward:g}")
     similar, own = row.get("min_similar_uuid"), row.get("uuid")
-    if None not in (similar, own) and similar != own:
+    if cfg.drop_duplicates and None not in (similar, own) and similar != own:
         raise ValueError("a near-duplicate of another row")
-    if isinstance(language, str) and language.upper() != "EN":
-        raise ValueError("a language other than EN")
-    if row.get("llama_guard_2") not in (None, "safe"):
+    if cfg.language and isinstance(language, str) and language.upper() != cfg.language.upper():
+        raise ValueError(f"a language other than {cfg.language}")
+    if cfg.safe_only and row.get("llama_guard_2") not in (None, "safe"):
         raise ValueError("not marked as safe")
 
 

@@ -14,7 +14,9 @@ from common.archives import identity_of, local_paths
 from common.config import UserError, one_line
 
 BLOCK = 1 << 20  # how much of a long file is read at once
-DOCUMENT = 1 << 16  # a .txt file of more characters than this becomes several documents
+# GPT-2's pre-tokenizer never puts the start of white space inside a token: a long text that is cut
+# there has the same ids as the complete text.
+CUT = re.compile(r"(?<=\S)(?=\s)")
 SEPARATORS = re.compile(r"[\s,]*")
 
 
@@ -45,6 +47,12 @@ class Refused:
             print(f"left out {n} rows: {reason} ({', '.join(self.first[reason])}{more})")
 
 
+class Piece(str):
+    """A part of a .txt file; goes_on: it continues the piece before it."""
+
+    goes_on = False
+
+
 def parsed(row):
     """A row, parsed if it is a line of JSON; ValueError if that is malformed."""
     if not isinstance(row, bytes):
@@ -59,7 +67,7 @@ def parsed(row):
 
 
 class Files:
-    """The rows of .jsonl, .json and .parquet files, and the documents of .txt files."""
+    """The rows of .jsonl, .json and .parquet files; a .txt file is one row, in pieces."""
 
     def __init__(self, patterns):
         self.name, self.paths = patterns, local_paths(patterns)
@@ -139,15 +147,26 @@ def read_list(path):
 
 
 def read_text(path):
-    """Yield (number, document, bytes) of a text file: documents of about DOCUMENT characters that
-    end with a line, so a short file is one document."""
+    """Yield (1, Piece, bytes) of a text file."""
     with open(path, encoding="utf-8", errors="replace") as file:
-        for number, lines in enumerate(iter(lambda: file.readlines(DOCUMENT), []), 1):
-            text = "".join(lines)
-            yield number, text, len(text)
+        for i, part in enumerate(pieces(iter(lambda: file.read(BLOCK), ""))):
+            piece = Piece(part)
+            piece.goes_on = i > 0
+            yield 1, piece, len(piece)
 
 
 READERS = {".json": read_list, ".txt": read_text, ".parquet": read_parquet}
+
+
+def pieces(blocks):
+    """The text of some blocks in pieces of about BLOCK characters, cut where no token is cut."""
+    buffer, start = "", 0
+    for block in blocks:
+        buffer, start = buffer[start:] + block, 0
+        while cut := CUT.search(buffer, start + BLOCK):
+            yield buffer[start : cut.start()]
+            start = cut.start()
+    yield buffer[start:]
 
 
 # ----------------------------------------------------------------------------- data sets of the hub

@@ -13,12 +13,12 @@ from common.config import UserError, seal
 from tokenizer import render
 
 
-def new_data_set(path):
+def new_data_set(path, keep=False):
     """The NewFolder of a data set; UserError if `path` is something else than a data set."""
     if Path(path).exists() and not (Path(path) / "manifest.json").is_file():
         raise UserError(f"{path} exists and is not a data set, so it is not replaced; choose "
                         "another --out")
-    return NewFolder(path)
+    return NewFolder(path, keep)
 
 
 def write_manifest(folder, tokenizer, **counts):

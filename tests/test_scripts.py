@@ -239,7 +239,7 @@ def test_a_flipped_byte_is_found(pipeline, tmp_path, file):
 
 
 def test_prepare_replaces_only_data_sets(bad, tmp_path):
-    argv = ("prepare.py", "text", f"--files={bad}/story.txt", "--vocabulary=300", "--val_share=0")
+    argv = ("prepare.py", "text", f"--files={bad}/story.txt", "--vocabulary=300")
     shutil.copytree(bad / "chats", tmp_path / "data")
     assert run(*argv, f"--out={tmp_path}/data").status == 0
     assert not (tmp_path / "data/train").exists()

@@ -4,7 +4,7 @@
 """
 
 out = "out/reference/pretrain"
-data = "hf://ShallowU/FineWeb-Edu-10B-Tokens-NPY"
+data = "data/fineweb"
 
 n_layer = 20
 n_head = 10

@@ -2,7 +2,7 @@
 hours by its arithmetic (0.4 GFLOP per token, 18 TFLOP/s)."""
 
 out = "out/t4/pretrain"
-data = "data/fineweb"  # the first 4 shards, see runs/t4.sh
+data = "data/fineweb"  # prepare.py fineweb --shards=4
 
 n_layer = 12
 n_head = 8

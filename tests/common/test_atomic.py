@@ -29,14 +29,15 @@ def test_an_error_keeps_the_older_folder_and_removes_the_new_one(error, raised, 
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["a"]
 
 
-def test_work_survives_an_error_for_the_next_start(tmp_path):
-    folder = NewFolder(tmp_path / "out")
+@pytest.mark.parametrize("keep", [False, True])
+def test_work_survives_an_error_for_the_next_start(keep, tmp_path):
+    folder = NewFolder(tmp_path / "out", keep)
     with pytest.raises(ValueError), folder as new:
         (new / "a").write_text("a")
         (folder.work / "rows").write_text("1")
         raise ValueError
-    with NewFolder(tmp_path / "out") as new:
-        assert os.listdir(new) == []
+    with NewFolder(tmp_path / "out", keep) as new:
+        assert os.listdir(new) == ["a"] * keep
         assert (new.parent / "rows").read_text() == "1"
     assert os.listdir(tmp_path) == ["out"]
 

@@ -90,6 +90,17 @@ def test_an_unreachable_hub_is_named(server, monkeypatch):
         hub.listing("some/one")
 
 
+def test_fineweb_downloads_shards_once_and_the_folder_trains(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        result = run("prepare.py", "fineweb", f"--repository={REPOSITORY}", "--shards=2",
+                     "--out=tokens")
+        assert result.status == 0, result.err
+    assert sorted(server.sent) == sorted(NAMES[:3])
+    flags = ("--data=tokens", "--out=out", *TINY["pretrain"], *COMMON)
+    assert run("pretrain.py", *flags).status == 0
+
+
 def test_training_starts_with_the_first_shard_and_gives_the_same_weights(
     server, tmp_path, monkeypatch
 ):

@@ -20,6 +20,7 @@ from common.archives import open_images
 from common.config import UserError
 from common.images import ImageError, read_image
 from data import read_array
+from prep import convert
 
 # ------------------------------------------------------------------------ nothing from outside runs
 
@@ -87,7 +88,7 @@ def tar_of(path, headers, mode="w"):
     return path
 
 
-@pytest.mark.parametrize("form", ["zip", "tar"])
+@pytest.mark.parametrize("form", ["zip", "tar", "tar.gz"])
 def test_an_archive_cannot_write_outside_its_folder(form, world_data, tmp_path):
     """Names that lead out, and links: the images are used, and no file appears but the data."""
     home = tmp_path / "one/two/three"
@@ -104,7 +105,7 @@ def test_an_archive_cannot_write_outside_its_folder(form, world_data, tmp_path):
         kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE,
                  tarfile.FIFOTYPE, tarfile.DIRTYPE)
         odd = [member(f"odd{i}.png", kind, "/etc/passwd", 0) for i, kind in enumerate(kinds)]
-        tar_of(path, [*map(member, OUTSIDE), *odd])
+        tar_of(path, [*map(member, OUTSIDE), *odd], "w:gz" if form == "tar.gz" else "w")
     names = [*OUTSIDE, "link.png", *(f"odd{i}.png" for i in range(6))]
     rows = [{"image": name, "conversations": [
         {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": name}]}
@@ -160,6 +161,14 @@ def test_a_zip_bomb_is_refused_before_it_fills_the_memory(tmp_path):
     archive.members["bomb.png"] = offset, size, 1000, method, crc
     with pytest.raises(ImageError, match=r"bomb\.png in .*a\.zip.*damaged"):
         images("bomb.png")
+
+
+def test_a_compressed_tar_that_would_fill_the_disk_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "ROOM", 1 << 20)
+    path = tar_of(tmp_path / "a.tar.gz", [member("a.png"), member("b.png", size=30 << 20)], "w:gz")
+    with pytest.raises(UserError, match=r"a\.tar\.gz unpacks to more than 100 times its size"):
+        convert.unpacked([path], "gzip", tmp_path / "unpacked")
+    assert not any((tmp_path / "unpacked").iterdir())
 
 
 def test_a_row_cannot_name_a_file_outside_the_images_a_pipe_or_a_device(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import run
+from conftest import logged, run
 from PIL import Image, PngImagePlugin
 from test_prepare import asked, chats, encoded, left_out, manifest, prepared, write_rows
 
@@ -22,6 +22,7 @@ from common.checkpoint import sums
 from common.config import UserError
 from common.images import ImageError
 from data import Chats, ImageSpec, read_manifest
+from prep.convert import unpacked
 from train.packing import Captions
 
 RED, BLUE, GREY, WHITE = (250, 10, 10), (10, 10, 250), (122, 116, 104), (255, 255, 255)
@@ -88,8 +89,8 @@ def wild_images():
 WILD = wild_images()
 GOOD = [name for name, (_, reason, _) in WILD.items() if not reason]
 ONE = [("red.png", WILD["red.png"][0])]
-FORMS = ("folder", "a.zip", "a.tar", "many_*.tar", "cut.tar.part-*", "cut.zip.part-*",
-         "one.zip,two")
+FORMS = ("folder", "a.zip", "a.tar", "a.tar.gz", "a.tar.zst", "many_*.tar", "cut.tar.part-*",
+         "cut.tar.zst.part-*", "cut.zip.part-*", "one.zip,two")
 
 
 def store(folder, form, files):
@@ -119,12 +120,23 @@ def store(folder, form, files):
             for i, (name, content) in enumerate(files):
                 archive.writestr(name, content, zipfile.ZIP_STORED if i % 2 else None)
     else:
-        with tarfile.open(root, "w") as archive:
-            for name, content in files:
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+        root.write_bytes(packed_tar(files, form.rpartition(".")[2]))
     return root
+
+
+def packed_tar(files, ending="tar"):
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as archive:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    if ending == "tar":
+        return tar.getvalue()
+    packed = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(packed, {"zst": "zstd", "gz": "gzip"}[ending]) as stream:
+        stream.write(tar.getvalue())
+    return packed.getvalue().to_pybytes()
 
 
 def convert(folder, vocabulary, rows, root, *flags, out="out"):
@@ -256,7 +268,8 @@ def flip(content, after):
     ("a.zip", lambda whole: cut_at(whole, 9), "damaged"),
     ("a.tar", lambda whole: cut_at(whole, 900), "damaged"),
     ("a.tar", lambda whole: cut_at(whole, 300), "damaged"),
-    ("a.tar.gz", b"\x1f\x8b" + bytes(600), "unpack it first"),
+    ("a.tar.zst", lambda whole: whole[:-300], "damaged"),
+    ("a.tar.gz", lambda whole: whole[: len(whole) // 2], "damaged"),
 ])
 def test_a_root_that_is_incomplete_or_has_no_images_is_refused(name, content, message, vocabulary,
                                                                tmp_path):
@@ -279,6 +292,16 @@ def test_a_flipped_byte_in_an_archive_loses_one_image(form, after, reason, vocab
     convert(tmp_path, vocabulary, [asked(name) for name, _ in numbered()], root)
     assert left_out(tmp_path / "out") == {reason: 1}
     assert len(Chats(tmp_path / "out", "train")) == 11
+
+
+def test_a_compressed_tar_is_unpacked_once(tmp_path):
+    root = store(tmp_path, "a.tar.zst", numbered())
+    done = unpacked([root], "zstd", tmp_path / "unpacked")
+    assert done.read_bytes() == packed_tar(numbered())
+    done.with_suffix(".part").write_bytes(b"left by a kill")
+    assert unpacked([root], "zstd", tmp_path / "unpacked") == done
+    done.unlink()
+    assert unpacked([root], "zstd", tmp_path / "unpacked").read_bytes() == packed_tar(numbered())
 
 
 def test_files_of_the_hub(vocabulary, tmp_path, monkeypatch):
@@ -397,6 +420,18 @@ def test_broken_rows_are_counted_by_reason_and_change_nothing(corpora):
     assert sums(corpora / "clean") == sums(corpora / "mixed")
 
 
+def test_training_with_broken_rows_gives_the_same_losses_and_reports_them(corpora, pipeline,
+                                                                          tmp_path):
+    for name in "clean", "mixed":
+        pipeline.run_stage("vision_pretrain", tmp_path / name, "--batch_tokens=512",
+                           f"--data={corpora}/{name}")
+    losses = [logged(tmp_path / name, "loss", "val_loss") for name in ("clean", "mixed")]
+    assert losses[0] == losses[1] and len(losses[0]) > 6
+    report = (tmp_path / "mixed/report.md").read_text().replace("\\<", "<")  # escaped
+    assert all(f"5 {reason}" in report for reason in BROKEN)
+    assert not any(f"5 {reason}" in (tmp_path / "clean/report.md").read_text() for reason in BROKEN)
+
+
 # ---------------------------------------------------------------------------- how images are stored
 
 
@@ -444,12 +479,14 @@ def test_images_can_stay_where_they_are(form, vocabulary, tmp_path, monkeypatch)
 
 
 def test_what_cannot_stay_where_it_is_is_refused(vocabulary, tmp_path):
+    compressed = store(tmp_path, "a.tar.zst", ONE)
     folder = store(tmp_path / "images", "folder", ONE)
     path = write_rows(tmp_path / "rows.jsonl", [asked("red.png")] * 300)
     items = [{"path": "red.png", "bytes": None}] * 299 + [{"bytes": ONE[0][1]}]
     inside = write_rows(tmp_path / "rows.parquet", [about(item) for item in items])
     argv = ("images", f"--tokenizer={vocabulary}", f"--out={tmp_path}/out", "--copy=False")
-    for files, root, message in ((path, "", "--image_root"), (inside, folder, "inside the rows"),
+    for files, root, message in ((path, compressed, "is compressed"), (path, "", "--image_root"),
+                                 (inside, folder, "inside the rows"),
                                  (inside, folder, "inside the rows")):  # also when resumed
         refusal = run("prepare.py", *argv, f"--files={files}", f"--image_root={root}").refusal
         assert message in refusal
@@ -481,8 +518,9 @@ def test_unused_chats_keep_no_file_open(wild):
 # ---------------------------------------------------------------------------- resume, held-out rows
 
 
-def test_resume_gives_the_same_bytes(vocabulary, tmp_path, interrupted):
-    root = store(tmp_path, "a.zip", numbered(20))
+@pytest.mark.parametrize("form", ["a.zip", "a.tar.zst"])
+def test_resume_gives_the_same_bytes(form, vocabulary, tmp_path, interrupted):
+    root = store(tmp_path, form, numbered(20))
     rows = write_rows(tmp_path / "rows.json", [asked(f"{i % 21}.bmp") for i in range(120)])
     argv = ["images", f"--files={rows}", f"--image_root={root}", "--image_size=32",
             f"--tokenizer={vocabulary}", "--shard_bytes=9000"]

@@ -24,7 +24,7 @@ from common.checkpoint import sums
 from common.config import UserError
 from data import Chats
 from prep import toy_dataset, toy_images, writers
-from prep.sources import Files
+from prep.sources import Files, pieces
 from tokenizer import load
 
 
@@ -116,8 +116,7 @@ def test_every_document_is_kept_unchanged(ending, vocabulary, tmp_path):
 
 def test_a_vocabulary_is_trained_on_the_files(tmp_path):
     (tmp_path / "a.txt").write_text("gnorf blick gnorf blick gnorf. " * 50)
-    prepared("text", f"--files={tmp_path}/a.txt", "--vocabulary=280", "--val_share=0",
-             f"--out={tmp_path}/out")
+    prepared("text", f"--files={tmp_path}/a.txt", "--vocabulary=280", f"--out={tmp_path}/out")
     tokenizer = load(tmp_path / "out")
     assert len(tokenizer.encode("gnorf blick")) < 11 and tokenizer.n_vocab == 320
     assert manifest(tmp_path / "out")["tokenizer"] == tokenizer.fingerprint
@@ -137,6 +136,14 @@ def test_several_patterns_another_field_and_small_shards(vocabulary, tmp_path):
     assert train != sorted(train)  # shuffled
 
 
+@pytest.mark.parametrize("texts", [["One long tale. " * 100], ["One.", "Two.", "Three."]])
+def test_even_few_documents_leave_some_for_validation(texts, vocabulary, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    prepared("text", f"--files={path}", f"--tokenizer={vocabulary}", f"--out={tmp_path}/out")
+    train, val = (documents(tmp_path / "out", split) for split in ("train", "val"))
+    assert sum(map(len, train)) > sum(map(len, val)) > 0
+
+
 def test_only_the_first_rows_are_used(vocabulary, tmp_path):
     files = f"--files={many_rows(tmp_path / 'a.jsonl', 2000)}"
     prepared("text", files, f"--tokenizer={vocabulary}", "--max_documents=110",
@@ -149,18 +156,25 @@ def test_only_the_first_rows_are_used(vocabulary, tmp_path):
     assert sum(len(Chats(tmp_path / "chats", split)) for split in ("train", "val")) == 50
 
 
-def test_a_long_text_file_becomes_several_documents(vocabulary, tmp_path):
-    lines = [f"Line {i} of the tale ü.\n" for i in range(9000)]
-    (tmp_path / "a.txt").write_text("".join(lines), encoding="utf-8")
-    (tmp_path / "empty.txt").write_text("")
-    argv = ("text", f"--tokenizer={vocabulary}", f"--out={tmp_path}/out")
-    prepared(*argv, f"--files={tmp_path}/*.txt")
-    train, val = (documents(tmp_path / "out", split) for split in ("train", "val"))
-    assert len(train) == 3 and len(val) == 1
-    assert all(text.endswith("\n") and len(text) < 70_000 for text in train)
-    assert sorted("".join(train + val).splitlines(keepends=True)) == sorted(lines)
-    (tmp_path / "a.txt").write_text("One short tale.")
-    assert "--val_files" in run("prepare.py", *argv, f"--files={tmp_path}/a.txt").refusal
+@pytest.mark.parametrize("kind", ["gpt2", "bpe"])
+def test_a_long_text_read_in_pieces_has_the_same_ids(kind, vocabulary, tmp_path, monkeypatch):
+    monkeypatch.setattr("prep.sources.BLOCK", 5000)
+    rng = random.Random(0)
+    words = ["fox", " ", "  ", "\n", "\n\n", "\t ", "it's", "42", "!?", "\u00a0", "ü🦊", "\u2003",
+             "\x1c", "\u0085", "don't", "9 lives", ". "]
+    text = "".join(rng.choice(words) for _ in range(50_000))
+    name = "gpt2" if kind == "gpt2" else vocabulary
+    parts, tokenizer = list(pieces([text])), load(name)
+    assert len(parts) > 10 and "".join(parts) == text
+    assert [i for part in parts for i in tokenizer.encode(part)] == tokenizer.encode(text)
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    (tmp_path / "b.txt").write_text("", encoding="utf-8")
+    write_rows(tmp_path / "a.jsonl", [{"text": (tmp_path / "a.txt").read_text(encoding="utf-8")}])
+    for ending in "txt", "jsonl":
+        prepared("text", f"--files={tmp_path}/*.{ending}", "--val_share=0", f"--tokenizer={name}",
+                 f"--out={tmp_path}/{ending}")
+    assert sums(tmp_path / "txt") == sums(tmp_path / "jsonl")
+    assert left_out(tmp_path / "txt") == {"an empty file": 1}
 
 
 # ------------------------------------------------------------------------------------------- chats
@@ -199,6 +213,15 @@ def test_longer_chats_keep_every_turn(vocabulary, tmp_path):
     assert np.count_nonzero(ids == tokenizer.end) == 5  # the typed <|end|> is ordinary text
 
 
+def test_gpt2_is_the_default_vocabulary(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", FORMS)
+    prepared("chat", f"--files={path}", f"--val_files={path}", f"--out={tmp_path}/out")
+    ids = Chats(tmp_path / "out", "train").chat(0)[0]
+    assert ids.tolist() == [50256, 50258, 31373, 50260, 50259, 5303, 50260]
+    assert not (tmp_path / "out/tokenizer.json").exists()
+    assert manifest(tmp_path / "out")["tokenizer_name"] == "gpt2"
+
+
 def test_the_seed_decides_the_validation_chats(vocabulary, tmp_path):
     path = write_rows(tmp_path / "a.jsonl",
                       [{"prompt": f"say {i}", "output": str(i)} for i in range(50)])
@@ -213,8 +236,8 @@ def test_the_seed_decides_the_validation_chats(vocabulary, tmp_path):
 
 
 GOOD = {"instruction": "hello", "response": "hi", "uuid": "a", "input_quality": "good",
-        "instruct_reward": -1.5, "min_similar_uuid": None, "llama_guard_2": "safe",
-        "language": "EN"}
+        "instruct_reward": -1.5, "min_neighbor_distance": 0.1, "repeat_count": 1,
+        "min_similar_uuid": None, "llama_guard_2": "safe", "language": "EN"}
 POOR = {
     "input quality below average": {"input_quality": "poor"},
     "instruct reward below -10": {"instruct_reward": -10.5},
@@ -225,7 +248,7 @@ POOR = {
 
 
 def test_poor_chats_are_left_out_by_their_columns(vocabulary, tmp_path):
-    kept = [GOOD, {**GOOD, "min_similar_uuid": "a"}, {**GOOD, "language": "en"},
+    kept = [GOOD, {**GOOD, "min_similar_uuid": "a", "repeat_count": 2}, {**GOOD, "language": "en"},
             {**GOOD, "input_quality": "average"}, {**GOOD, "instruct_reward": None},
             {name: None if name not in FORMS[2] else value for name, value in GOOD.items()},
             {**GOOD, "input_quality": ["strange"], "instruct_reward": "high", "language": 7}]
@@ -233,11 +256,13 @@ def test_poor_chats_are_left_out_by_their_columns(vocabulary, tmp_path):
     val = write_rows(tmp_path / "val.jsonl", FORMS[:1])
     argv = ("chat", f"--files={path}", f"--val_files={val}", f"--tokenizer={vocabulary}",
             f"--out={tmp_path}/out")
-    prepared(*argv)
-    assert len(Chats(tmp_path / "out", "train")) == len(kept)
-    assert left_out(tmp_path / "out") == dict.fromkeys(POOR, 1)
-    prepared(*argv, "--filter=False")
-    assert len(Chats(tmp_path / "out", "train")) == len(kept) + len(POOR)
+    for flags, n_kept in (((), len(kept)), (("--min_quality=good",), len(kept) - 1), (
+            ("--min_quality=very poor", "--min_reward=-99", "--language=",
+             "--drop_duplicates=False", "--safe_only=False"), len(kept) + len(POOR))):
+        prepared(*argv, *flags)
+        assert len(Chats(tmp_path / "out", "train")) == n_kept
+        if not flags:
+            assert left_out(tmp_path / "out") == dict.fromkeys(POOR, 1)
 
 
 # ---------------------------------------------------------------------------- rows that are refused
@@ -359,6 +384,7 @@ INVALID = {
     "images": ["--image_size=0"],
     "demo": ["--vocabulary=100", "--image_size=0", "--held_out=0", "--captions=0", "--stories=-1",
              "--questions=0"],
+    "fineweb": ["--shards=-1"],
 }
 
 
@@ -368,7 +394,8 @@ def test_invalid_settings_are_refused_by_name(command, flag, vocabulary, tmp_pat
     row = {"text": "The fox.", "prompt": "a", "output": "b"}
     path = write_rows(tmp_path / "a.jsonl", [row] * 9)
     argv = [command, f"--out={tmp_path}/out", flag.format(tmp=tmp_path)]
-    argv += [f"--files={path}", f"--tokenizer={vocabulary}"] * (command != "demo")
+    argv += [f"--files={path}"] * (command not in ("demo", "fineweb"))
+    argv += [f"--tokenizer={vocabulary}"] * (command in ("text", "chat", "images"))
     argv += [f"--image_root={tmp_path}"] * (command == "images")
     refusal = run("prepare.py", *argv).refusal
     name, value = flag.format(tmp=tmp_path).split("=")

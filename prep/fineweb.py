@@ -1,0 +1,48 @@
+"""Public token shards, downloaded from the Hugging Face Hub, every file verified."""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+import tokenizer as tokenizers
+from common import hub
+from common.checkpoint import file_sum, write_json
+from common.config import UserError, seal
+from data import read_array
+from prep.writers import new_data_set
+
+
+def fetch_shards(cfg):
+    """Download the first cfg.shards training shards of cfg.repository and its validation shards.
+
+    Interrupted, it resumes with what is missing; an existing data set is extended.
+    """
+    remotes = hub.listing(cfg.repository)
+    train = [remote for remote in remotes if "train" in remote.name]
+    val = [remote for remote in remotes if "val" in remote.name]
+    if not (train and val) or cfg.shards > len(train):
+        raise UserError(f"{cfg.repository} has {len(train)} training and {len(val)} validation "
+                        f"shards; --shards={cfg.shards} needs more")
+    folder, counts, sums = new_data_set(cfg.out, keep=True), {"train": 0, "val": 0}, {}
+    with folder as out:
+        for remote in [*val, *train[: cfg.shards or None]]:
+            name = Path(remote.name).name
+            with contextlib.suppress(OSError):  # files of an existing data set are not fetched
+                os.link(folder.path / name, out / name)
+            n = len(read_array(hub.fetch(cfg.repository, remote, out), np.uint16))
+            counts["val" if remote in val else "train"] += n
+            sums[name] = remote.sha256 or file_sum(out / name)
+            print(f"{name}: {n:,} tokens", flush=True)
+        for path in out.iterdir():  # left by an earlier start with other settings
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in sums:
+                path.unlink()
+        write_json(out / "manifest.json", seal({
+            "tokenizer_name": "gpt2", "tokenizer": tokenizers.gpt2().fingerprint,
+            "train_tokens": counts["train"], "val_tokens": counts["val"],
+            "repository": cfg.repository, "sha256": sums}))
+    print(f"{cfg.out}: {counts['train']:,} training tokens, {counts['val']:,} validation tokens")
