@@ -1,4 +1,4 @@
-"""Data sets on disk for training, each with a manifest.
+r"""Data sets on disk for training, each with a manifest.
 
     python prepare.py demo                                    # the toy world, into data/demo
     python prepare.py text --files='books/*.jsonl' --out=data/books
@@ -149,56 +149,37 @@ class FineWeb:
     out: str = "data/fineweb"  # output folder
 
 
-def demo(cfg):
-    """Draw the demo's data: text, chats, captions, scenes, and a folder of held-out images."""
-    at_least(cfg, stories=1, chats=1, captions=1, conversations=1, questions=1, held_out=1,
-             vocabulary=SMALLEST_VOCABULARY, image_size=8)
-    began = time.time()
-    with new_data_set(cfg.out) as out:
-        n_train = write_demo(out, cfg)
-        write_json(out / "manifest.json", seal({
-            "seconds": time.time() - began, "peak_rss_gb": peak_memory_gb()[1],
-            "test_seed": cfg.test_seed}))
-    print(f"{cfg.out}: {cfg.stories} stories ({n_train:,} tokens), {cfg.chats} chats, "
-          f"{cfg.captions} captions, {cfg.conversations} image chats, in "
-          f"{time.time() - began:.0f} s")
+LOWEST = {"image_size": 1, "max_documents": 0, "max_chats": 0, "seed": 0, "stories": 1, "chats": 1,
+          "captions": 1, "conversations": 1, "questions": 1, "held_out": 1, "shard_tokens": 1,
+          "shard_bytes": 1, "shards": 0}
 
 
-def text(cfg):
-    """Token shards from documents."""
-    check_rows(cfg, shard_tokens=1, max_documents=0)
-    if cfg.vocabulary:
+def check_settings(cfg):
+    """UserError for a setting that is out of range."""
+    at_least(cfg, **{name: low for name, low in LOWEST.items() if hasattr(cfg, name)})
+    if isinstance(cfg, Demo):
+        at_least(cfg, vocabulary=SMALLEST_VOCABULARY, image_size=8)
+    if isinstance(cfg, Text) and cfg.vocabulary:
         at_least(cfg, vocabulary=SMALLEST_VOCABULARY)
-    convert_text(cfg)
-
-
-def chat(cfg):
-    """Tokenized chats about text."""
-    check_rows(cfg, max_chats=0)
-    convert_text_chats(cfg)
-
-
-def images(cfg):
-    """Tokenized chats about images, with the images resized."""
-    check_rows(cfg, max_chats=0, image_size=1, shard_bytes=1)
-    convert_image_chats(cfg)
-
-
-def check_rows(cfg, **lowest):
-    """UserError for invalid settings of Rows, and for those below their lowest valid value."""
-    at_least(cfg, seed=0, **lowest)
-    if not 0 <= cfg.val_share < 1:
+    if isinstance(cfg, Rows) and not 0 <= cfg.val_share < 1:
         raise UserError(f"--val_share={cfg.val_share} must be at least 0 and below 1")
 
 
-def fineweb(cfg):
-    """Ready-made token shards."""
-    at_least(cfg, shards=0)
-    fetch_shards(cfg)
+def demo(cfg):
+    """Draw the demo's data: text, chats, captions, scenes, and a folder of held-out images."""
+    began = time.time()
+    with new_data_set(cfg.out) as out:
+        n_train = write_demo(out, cfg)
+        seconds = time.time() - began
+        write_json(out / "manifest.json", seal({
+            "seconds": seconds, "peak_rss_gb": peak_memory_gb()[1], "test_seed": cfg.test_seed}))
+    print(f"{cfg.out}: {cfg.stories} stories ({n_train:,} tokens), {cfg.chats} chats, "
+          f"{cfg.captions} captions, {cfg.conversations} image chats, in {seconds:.0f} s")
 
 
-COMMANDS = {"demo": (Demo, demo), "text": (Text, text), "chat": (Chat, chat),
-            "images": (Images, images), "fineweb": (FineWeb, fineweb), "check": (Check, check)}
+COMMANDS = {"demo": (Demo, demo), "text": (Text, convert_text), "chat": (Chat, convert_text_chats),
+            "images": (Images, convert_image_chats), "fineweb": (FineWeb, fetch_shards),
+            "check": (Check, check)}
 
 
 def main():
@@ -207,11 +188,16 @@ def main():
         for name, (config, _) in COMMANDS.items():
             print(f"python prepare.py {name} --help\n    {config.__doc__}")
         return
-    if sys.argv[1] not in COMMANDS:
-        raise UserError(f"prepare.py {sys.argv[1]}: expected one of {', '.join(COMMANDS)}")
-    config, command = COMMANDS[sys.argv[1]]
-    argv = data_first(sys.argv[2:]) if command is check else sys.argv[2:]
-    command(parse(config, argv, f"{sys.argv[1]} {'DATA' if command is check else '[CONFIG]'}"))
+    name, argv = sys.argv[1], sys.argv[2:]
+    if name not in COMMANDS:
+        raise UserError(f"prepare.py {name}: expected one of {', '.join(COMMANDS)}")
+    config, command = COMMANDS[name]
+    if command is check:
+        cfg = parse(config, data_first(argv), f"{name} DATA")
+    else:
+        cfg = parse(config, argv, f"{name} [CONFIG]")
+        check_settings(cfg)
+    command(cfg)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import tokenizer as tokenizers
 from common.checkpoint import sums
 from common.config import UserError
 from data import Chats
-from prep import toy_dataset, toy_images, writers
+from prep import toy_dataset, toy_images
 from prep.sources import Files, pieces
 from tokenizer import load
 
@@ -403,17 +403,6 @@ def test_invalid_settings_are_refused_by_name(command, flag, vocabulary, tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
 
 
-def test_a_growing_array_equals_that_of_numpy(tmp_path):
-    for n in 0, 1, 70_000:
-        values = np.arange(n).astype(np.uint16)
-        array = writers.Array(tmp_path / "grown.npy", np.uint16)
-        for part in np.array_split(values, 3):
-            array.append(part)
-        array.close()
-        np.save(tmp_path / "saved.npy", values)
-        assert (tmp_path / "grown.npy").read_bytes() == (tmp_path / "saved.npy").read_bytes()
-
-
 # -------------------------------------------------------------------------------------------- demo
 
 KINDS = ("captions", "scenes")
@@ -435,14 +424,6 @@ def test_the_bytes_do_not_depend_on_the_number_of_cores(world_data, tmp_path):
                    preexec_fn=lambda: os.sched_setaffinity(0, pinned))  # one core, not all of them
     first, again = sums(world_data), sums(tmp_path / "again")
     assert len(first) > 30 and first == again
-
-
-def test_another_seed_gives_other_data(world_data, tmp_path):
-    prepared("demo", *DEMO, f"--out={tmp_path}/other", "--seed=1")
-    first, other = sums(world_data), sums(tmp_path / "other")
-    same = {name for name in first if first[name] == other[name]}
-    assert {Path(name).name for name in same if "test" not in name} == {
-        "first_image.npy"}  # one image a chat, always
 
 
 def test_only_the_test_seed_changes_the_test_split(world_data, tmp_path):
@@ -477,12 +458,6 @@ def test_held_out_pairs_are_not_in_training(world_data, kind):
         texts = [chat for chat, _ in chats(world_data / kind, split)]
         assert not set().union(*map(named, texts)) & toy_images.HELD_OUT
         assert len(set().union(*map(named, texts))) > 15  # the check sees many pairs
-
-
-def test_held_out_images_are_about_held_out_pairs(world_data):
-    for split in "val_pairs", "test_pairs":
-        texts = ["".join(chat) for chat in chats(world_data / "scenes", split)]
-        assert sum(bool(named(text) & toy_images.HELD_OUT) for text in texts) > len(texts) / 6
 
 
 def test_no_text_or_chat_is_in_two_splits(world_data):

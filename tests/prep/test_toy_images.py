@@ -78,16 +78,6 @@ def all_text(rng, scene):
     return " ".join([toy_images.caption(rng, scene)] + [m["content"] for m in chat])
 
 
-def test_the_same_seed_gives_the_same_data():
-    def everything(seed):
-        rng = random.Random(seed)
-        scene = toy_images.draw_scene(rng)
-        return (scene, toy_images.paint(scene).tobytes(), toy_images.caption(rng, scene),
-                toy_images.conversation(rng, scene, 5))
-    assert everything(5) == everything(5)
-    assert everything(5) != everything(6)
-
-
 def test_held_out_pairs_are_never_drawn_or_named_in_training():
     assert sorted(shape for _, shape in toy_images.HELD_OUT) == sorted(toy_images.SHAPES)
     assert len({colour for colour, _ in toy_images.HELD_OUT}) == len(toy_images.HELD_OUT)
