@@ -18,11 +18,7 @@ def splits_of(cfg, records, limit):
     sizes = np.bincount(group)
     groups = generator.permutation(len(sizes))
     wanted = min(round(n * cfg.val_share) or int(cfg.val_share > 0), max(0, n - 1))
-    small = groups[sizes[groups] <= wanted]
-    held_out = small[np.cumsum(sizes[small]) <= wanted]
-    if len(small) == 0 and wanted and len(groups) > 1:
-        held_out = [np.argmin(sizes)]
-    is_val = np.isin(group, held_out)
+    is_val = np.isin(group, validation_groups(groups, sizes, wanted))
     order = np.argsort(np.argsort(groups)[group], kind="stable")  # rows, one group after another
     return {"train": (rows, order[~is_val[order]]), "val": (rows, np.flatnonzero(is_val))}
 
@@ -42,3 +38,20 @@ def groups_of(rows, n):
         if np.array_equal(joined, group):
             return np.unique(group, return_inverse=True)[1]
         group = joined
+
+
+def validation_groups(groups, sizes, wanted):
+    """The first groups that make `wanted` records, without those too large for what is left.
+
+    Where all are too large, the smallest; but never all there are.
+    """
+    chosen, left = [], wanted
+    for group in groups.tolist():
+        if left == 0:
+            return chosen
+        if sizes[group] <= left:
+            chosen.append(group)
+            left -= sizes[group]
+    if not chosen and wanted and len(groups) > 1:
+        return [groups[np.argmin(sizes[groups])]]
+    return chosen

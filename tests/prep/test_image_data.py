@@ -553,7 +553,7 @@ def test_no_image_is_both_in_training_and_in_validation(copied, vocabulary, tmp_
                  f"--tokenizer={vocabulary}", f"--out={out}", f"--seed={seed}", "--val_share=0.2",
                  f"--copy={copied}")
         train, val = stored(out, "train"), stored(out, "val")
-        assert len(train) + len(val) == 150 and 24 < len(val) <= 30 and sum(map(len, val)) > 10
+        assert (len(train), len(val)) == (120, 30) and sum(map(len, val)) > 10
         assert not set().union(*train) & set().union(*val)
         held_out.append(set().union(*val))
     assert held_out[0] != held_out[1]
