@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import run
+from conftest import logged, run
 from PIL import Image, PngImagePlugin
 from test_prepare import asked, chats, encoded, left_out, manifest, prepared, write_rows
 
@@ -418,6 +418,18 @@ def test_broken_rows_are_counted_by_reason_and_change_nothing(corpora):
         lines = [int(where.removeprefix("mixed.jsonl:")) for where in found["first"]]
         assert {list(BROKEN)[(order[n - 1] - 50) // 5] for n in lines} == {reason}
     assert sums(corpora / "clean") == sums(corpora / "mixed")
+
+
+def test_training_with_broken_rows_gives_the_same_losses_and_reports_them(corpora, pipeline,
+                                                                          tmp_path):
+    for name in "clean", "mixed":
+        pipeline.run_stage("vision_pretrain", tmp_path / name, "--batch_tokens=512",
+                           f"--data={corpora}/{name}")
+    losses = [logged(tmp_path / name, "loss", "val_loss") for name in ("clean", "mixed")]
+    assert losses[0] == losses[1] and len(losses[0]) > 6
+    report = (tmp_path / "mixed/report.md").read_text().replace("\\<", "<")  # escaped
+    assert all(f"5 {reason}" in report for reason in BROKEN)
+    assert not any(f"5 {reason}" in (tmp_path / "clean/report.md").read_text() for reason in BROKEN)
 
 
 # ---------------------------------------------------------------------------- how images are stored
