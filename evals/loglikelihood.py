@@ -4,7 +4,7 @@ A question is computed once with its images. All of its answers follow in the sa
 positions right after the question and masked from the others. Logits are computed only where an
 answer token is predicted.
 
-Letters for shapes: B rows, T positions, C width, N answer tokens in a batch, V vocabulary.
+Shapes: B rows, T positions, C width, N answer tokens in a batch, V vocabulary.
 """
 
 from dataclasses import dataclass, field

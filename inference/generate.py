@@ -2,9 +2,9 @@
 
 A token reads every weight of the decoder once, so memory bandwidth and overhead decide the speed:
 weights are laid out for it (quantized_linear.for_decoding), the KV cache is allocated once, a GPU
-replays the whole step as a CUDA graph, and many rows share one pass over the weights.
+replays a step as a CUDA graph, and many rows share one pass over the weights.
 
-Letters for shapes: B rows, T positions, C width, V vocabulary.
+Shapes: B rows, T positions, C width, V vocabulary.
 """
 
 from dataclasses import dataclass

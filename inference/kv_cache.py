@@ -1,6 +1,6 @@
 """Keys and values of earlier positions, so that decoding computes only the new ones.
 
-Letters for shapes: B batch, T new positions, H heads, D head size, S slots of the cache.
+Shapes: B batch, T new positions, H heads, D head size, S slots of the cache.
 """
 
 from typing import NamedTuple
@@ -11,17 +11,17 @@ from model import compute_dtype
 
 
 class Slots(NamedTuple):
-    """A layer's part of a cache: what may be looked at, and where T new positions go."""
+    """A layer's part of a cache: the slots to attend to, and where T new positions go."""
 
     keys: torch.Tensor  # (B, H, S, D)
     values: torch.Tensor
     new_keys: torch.Tensor | None  # (B, H, T, D), the same memory; None where rows differ:
     new_values: torch.Tensor | None
     positions: torch.Tensor | None  # (B, T) slots of each row
-    fresh: bool  # nothing was there before
+    fresh: bool  # the cache was empty
 
     def store(self, k, v):
-        """Put k and v (B, H, T, D) where they belong; returns the (B, H, S, D) to look at."""
+        """Store k and v (B, H, T, D); returns all (B, H, S, D) to attend to."""
         if self.positions is None:
             self.new_keys.copy_(k)
             self.new_values.copy_(v)
@@ -33,10 +33,10 @@ class Slots(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of B conversations, a row each. Allocated once, never copied.
+    """Keys and values of B sequences, one per row. Allocated once, never copied.
 
-    Its owner is the caller: no module keeps any, so two users cannot meet in it. lengths[b] counts
-    the slots that row b has used. Cutting it shorter forgets what was behind.
+    The caller owns it; no module holds any, so two users cannot share one by accident. lengths[b]
+    is the number of used slots of row b; lowering it truncates the row.
     """
 
     def __init__(self, model, batch=1, slots=None):
@@ -44,7 +44,7 @@ class KVCache:
         shape = (c.n_layer, batch, c.n_head, slots or c.max_positions, c.n_embd // c.n_head)
         # A CPU takes 5 to 9 times as long for one query over bf16 keys as over fp32 ones.
         dtype = torch.float32 if weight.device.type == "cpu" else compute_dtype(weight)
-        # Zeros, not empty: what a mask hides is still multiplied by 0, and 0 * NaN is NaN.
+        # Zeros, not empty: masked values are still multiplied by 0, and 0 * NaN is NaN.
         self.keys = torch.zeros(shape, device=weight.device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.lengths = [0] * batch
@@ -54,7 +54,7 @@ class KVCache:
         return self.keys.size(3)
 
     def rows(self, first, last):
-        """Rows first to last as a cache of their own over the same memory, lengths copied."""
+        """Rows first to last as a cache that shares the memory and copies the lengths."""
         part = object.__new__(KVCache)
         part.keys, part.values = self.keys[:, first:last], self.values[:, first:last]
         part.lengths = self.lengths[first:last]
@@ -81,14 +81,14 @@ class KVCache:
             Slots(*layer, None, begin == 0) for layer in zip(*self.seen(end), *new, strict=True)]
 
     def place(self, positions, end):
-        """As extend, for positions (B, T) on the device, where `end` slots are looked at."""
+        """Like extend, for positions (B, T) on the device, attending to `end` slots."""
         layers = zip(*self.seen(end), strict=True)
         return positions, self.mask(positions, end), [
             Slots(*layer, None, None, positions, False) for layer in layers]
 
     def mask(self, positions, end):
-        """What is added to the scores of `end` slots (B, 1, T, end) for queries at `positions`
-        (B, T): minus infinity for later ones. One of booleans would become this in every layer."""
+        """The additive causal mask (B, 1, T, end) for queries at `positions` (B, T). A boolean one
+        would be converted to this in every layer."""
         later = torch.arange(end, device=positions.device) > positions[:, None, :, None]
         return self.keys.new_zeros(later.shape).masked_fill_(later, float("-inf"))
 

@@ -1,9 +1,9 @@
-"""Linear layers that only decode: weights laid out, or rounded, for products with few rows.
+"""Linear layers for decoding: weights packed or quantized for products with few rows.
 
-With one row a product reads every weight once and uses it once, so a weight of half the size takes
-half the time. docs/log.md has the figures. relu: they end with a ReLU (no bias then).
+A product with one row reads every weight once, so half the bytes take half the time (docs/log.md).
+relu: the layer ends with a ReLU (and has no bias).
 
-Letters for shapes: N outputs, K inputs.
+Shapes: N outputs, K inputs.
 """
 
 import functools
@@ -20,13 +20,12 @@ FEW = 4  # rows for which FBGEMM's 16-bit weights are faster than oneDNN's in fp
 
 
 class PackedLinear(nn.Module):
-    """A Linear whose weight is stored in the blocks that oneDNN multiplies by, and for few rows
-    once more, in two fp16 numbers that add up to it.
+    """A Linear with its weight in oneDNN's blocked layout, and for few rows also as the sum of two
+    fp16 numbers.
 
-    FBGEMM's product with fp16 weights, converted to fp32 as they are read, runs at the speed of the
-    memory; fp32 products of one row (MKL's, oneDNN's) reach half of it. The second number is what
-    rounding to the first left, times 2**11: together they are within half a unit of fp32's last
-    place.
+    FBGEMM's product with fp16 weights, converted to fp32 when read, runs at memory speed; fp32
+    products with one row (MKL's, oneDNN's) at half of it. The second number is the rounding error
+    of the first, times 2**11: together they are exact to half a unit in fp32's last place.
     """
 
     def __init__(self, linear, relu=False):
@@ -47,7 +46,7 @@ class PackedLinear(nn.Module):
 
     @staticmethod
     def works(device, dtype):
-        """Whether this PyTorch and this processor have it."""
+        """Whether this PyTorch and processor support it."""
         ops = torch.ops.mkldnn
         return (device.type == "cpu" and torch.backends.mkldnn.is_available()
                 and hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")
@@ -56,10 +55,10 @@ class PackedLinear(nn.Module):
 
 
 class HalfLinear(nn.Module):
-    """A Linear with weights of 16 bits, fp16 or rounded to bf16, for x and sums in fp32.
+    """A Linear with 16-bit weights (fp16, or rounded to bf16), fp32 inputs and fp32 sums.
 
-    It is FBGEMM's product with fp16 weights; what bf16 holds fp16 holds, too, down to 6e-8. Where
-    the processor has bf16 products, many rows of bf16 weights take oneDNN's and come out in bf16.
+    FBGEMM's product with fp16 weights; fp16 represents bf16 values exactly down to 6e-8. On a
+    processor with bf16 products, many rows use oneDNN's, with results in bf16.
     """
 
     def __init__(self, linear, relu=False, dtype=torch.float16):
@@ -79,7 +78,7 @@ class HalfLinear(nn.Module):
 
     @staticmethod
     def works(device):
-        """Whether this PyTorch and this processor have it."""
+        """Whether this PyTorch and processor support it."""
         return (device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
                 and hasattr(torch.ops.quantized, "linear_dynamic_fp16"))
 
@@ -95,13 +94,13 @@ def packed_product(x, packed, bias, relu):
 
 
 class Int8Linear(nn.Module):
-    """A Linear with weights of 8 bits: integers of -127 to 127, and a scale for each output.
+    """A Linear with 8-bit weights: integers from -127 to 127 and a scale per output.
 
-    PyTorch's dynamically quantised product: x is rounded to 8 bits, too, by the range of the values
-    in it. Rows are brought to one range first, so that a large one leaves the others their digits.
-    Without VNNI the products of two neighbours are added in 16 bits, which saturate. There the sum
-    of two neighbours of one sign is kept within 128, so that none leaves 255 * 128; of most rows
-    that takes half a bit (7 bits for each weight would take a whole one: docs/log.md).
+    PyTorch's dynamically quantized product: x is also rounded to 8 bits, by its range. Rows are
+    first scaled to one range, so that a large row does not cost the others precision. Without VNNI
+    two neighbouring products are added in 16 bits, which saturate; there the sum of two neighbours
+    of one sign is kept within 128, so that it stays within 255 * 128. For most rows that costs half
+    a bit (7-bit weights would cost one: docs/log.md).
     """
 
     def __init__(self, linear, relu=False):
@@ -112,7 +111,7 @@ class Int8Linear(nn.Module):
             part.clamp_min(0).unflatten(1, (-1, 2)).sum(-1) for part in (weight, -weight)], dim=1)
         scale = largest.amax(dim=1).clamp_min(1e-12) / 127  # (N,)
         zeros = torch.zeros(len(scale), dtype=torch.long)
-        with warnings.catch_warnings():  # deprecated, but twice as fast as what is not: docs/log.md
+        with warnings.catch_warnings():  # deprecated, but twice as fast as its successor
             warnings.simplefilter("ignore")
             weight = torch.quantize_per_channel(weight, scale, zeros, 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(weight, None)
@@ -133,16 +132,16 @@ class Int8Linear(nn.Module):
 
     @staticmethod
     def works(device):
-        """Whether this PyTorch and this processor have it."""
+        """Whether this PyTorch and processor support it."""
         return (device.type == "cpu" and torch.backends.quantized.engine != "none"
                 and hasattr(torch, "quantize_per_channel"))
 
 
 def fastest_precision(device):
-    """The precision that decodes fastest on a device and costs a model under 0.01 nats.
+    """The precision that decodes fastest on a device and costs a model less than 0.01 nats.
 
-    On every instruction set of x86 that is int8: a token takes 0.7 of the time with 16 bits, and
-    many rows less (docs/log.md). What was not measured stays with the type of training.
+    On x86 that is int8: a token takes 0.7 of the time of 16 bits (docs/log.md). Devices that were
+    not measured use the training precision.
     """
     if HalfLinear.works(device) and Int8Linear.works(device):
         return "int8"
@@ -151,16 +150,16 @@ def fastest_precision(device):
 
 
 def for_decoding(decoder, precision="auto"):
-    """Make `decoder` fast at decoding, in place; it cannot be trained or saved afterwards.
+    """Convert `decoder` for fast decoding, in place; it cannot be trained or saved afterwards.
 
-    precision: fp32, bf16, fp16, int8, or auto for what the device trains in, with which scores are
-    made. On a CPU they are the weights' and the products'; norms, attention and what goes from
-    block to block are fp32.
+    precision: fp32, bf16, fp16, int8, or auto for the device's training precision, in which scores
+    are computed. On a CPU it applies to weights and products; norms, attention and the residual
+    stream are fp32. UserError if the device does not support int8.
     """
     device = decoder.token_embedding.weight.device
     if precision == "int8":
         if not Int8Linear.works(device):
-            raise UserError("--precision=int8 is for CPUs whose PyTorch has 8-bit products; say "
+            raise UserError("--precision=int8 is for CPUs whose PyTorch has 8-bit products; use "
                             "--precision=auto")
         kind, dtype = Int8Linear, torch.float32
     else:
@@ -170,8 +169,8 @@ def for_decoding(decoder, precision="auto"):
             kind, dtype = functools.partial(HalfLinear, dtype=dtype), torch.float32
     decoder.to(dtype).requires_grad_(False).eval()
     if precision == "int8" and not processor().vnni and HalfLinear.works(device):
-        # Half of what 8 bits cost comes from these weights, a quarter of a block's, and without
-        # VNNI the bits are not quite 8 (docs/log.md).
+        # These weights, a quarter of a block's, cause half of the error of 8 bits, which is larger
+        # without VNNI (docs/log.md).
         for block in decoder.blocks:
             block.attention.qkv = HalfLinear(block.attention.qkv)
     if kind:
@@ -180,7 +179,7 @@ def for_decoding(decoder, precision="auto"):
 
 
 def replace(module, kind):
-    """Put kind(linear) in the place of every Linear below `module`, a ReLU behind it inside."""
+    """Replace every Linear below `module` by kind(linear), fused with a ReLU that follows."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear):
             setattr(module, name, kind(child))
