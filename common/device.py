@@ -135,6 +135,8 @@ def pick_device(name):
         if name == "cpu" and torch.backends.mps.is_available():
             name = "mps"
     if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError(f"--device={name}, but PyTorch sees no CUDA device; try --device=auto")
         local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         number = name.removeprefix("cuda:") if ":" in name else str(local)
         if not number.isdecimal() or int(number) >= count:
