@@ -119,7 +119,7 @@ class App:
         self.model, self.tokenizer, self.info, self.cfg = model, tokenizer, info, cfg
         self.engine = Engine(decoder_of(model), cfg.streams, cfg.compile)
         self.sessions = OrderedDict()
-        os.environ["GRADIO_TEMP_DIR"] = str(UPLOADS)  # another import of this file may have changed it
+        os.environ["GRADIO_TEMP_DIR"] = str(UPLOADS)  # a second import of this file changes it
 
     async def respond(self, message, history, temperature, top_p, penalty, max_tokens,
                       request: gr.Request):
