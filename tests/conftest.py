@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import io
+import itertools
 import json
 import os
 import runpy
@@ -68,17 +69,17 @@ def run(script, *argv, stdin=""):
     """
     out, err, status = io.StringIO(), io.StringIO(), 0
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    argv_before, stdin_before = sys.argv, sys.stdin
-    sys.argv, sys.stdin = [script, *map(str, argv)], io.StringIO(stdin)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as end:
-        status = end.code or 0
-    finally:
-        sys.argv, sys.stdin = argv_before, stdin_before
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, argv)])
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return Result(status, out.getvalue(), err.getvalue())
 
 
@@ -98,18 +99,6 @@ def logged(folder, *names):
     """{(step, name): figure} of some figures in a run's log.jsonl."""
     return {(row["step"], name): row[name]
             for row in log_rows(folder) for name in names if name in row}
-
-
-def reseal(folder):
-    """Give a data folder that a test changed the manifest that prepare.py would give it."""
-    from common.checkpoint import sums
-    from common.config import seal
-
-    path = Path(folder) / "manifest.json"
-    content = json.loads(path.read_text())
-    content.pop("seal", None)
-    content["sha256"] = {name: total for name, total in sums(folder).items() if name[0] != "."}
-    path.write_text(json.dumps(seal(content)))
 
 
 def newest(folder):
@@ -199,11 +188,10 @@ def interrupted(monkeypatch):
     monkeypatch.setattr(resumable, "COMMIT_SECONDS", 0)
 
     def interrupted(*argv):
-        commit, calls = resumable.Records.commit, []
+        commit, commits = resumable.Records.commit, itertools.count(1)
 
         def ending(records, complete=False):
-            calls.append(records.rows)
-            if len(calls) > 4:
+            if next(commits) > 4:
                 raise KeyboardInterrupt
             commit(records, complete)
 

@@ -2,7 +2,6 @@
 with workers that decode, and with images that are gone."""
 
 import io
-import json
 import multiprocessing
 import os
 import signal
@@ -13,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, log_rows, logged
+from faults.harness import start_together
 from PIL import Image
-from test_distributed import ADAMW, finish, start
+from test_distributed import ADAMW
 from test_stages import assert_close
 
 from common.config import UserError
@@ -182,11 +182,10 @@ def test_two_processes_train_on_rows_with_and_without_images(pipeline, mixed, tm
     common = [*ADAMW, f"--data={folder}", "--context=128", "--batch_tokens=512", "--micro_rows=1",
               "--val_chats=12", "--max_steps=2"]
     settings = {"vision_pretrain": common, "vision_sft": [*common, "--text_data="]}
-    commands = [[f"{stage}.py", *pipeline.flags(stage), *flags, f"--out={tmp_path}/two_{stage}"]
-                for stage, flags in settings.items()]
-    for said, status in finish(start(2, ROOT / "tests" / "several.py", json.dumps(commands))):
-        assert status == 0, said
     for stage, flags in settings.items():
+        jobs = start_together(2, f"{stage}.py", *pipeline.flags(stage), *flags,
+                              f"--out={tmp_path}/two_{stage}")
+        assert [job.wait() for job in jobs] == [0, 0], jobs[0].said
         pipeline.run_stage(stage, tmp_path / f"one_{stage}", *flags)
         assert_close(tmp_path / f"two_{stage}", tmp_path / f"one_{stage}")
 

@@ -1,8 +1,8 @@
 """Scripts as processes that a test can kill at any moment, started in a tenth of a second.
 
 A start of Python and PyTorch takes seconds, so multiprocessing's forkserver imports once what the
-scripts need and forks a child for every start. The child is a process like any other: it has its
-own session and runs the script as `python script.py ...` would.
+scripts need and forks a child for every start. The child runs the script as `python script.py ...`
+would, in a session of its own.
 """
 
 import atexit
@@ -13,7 +13,6 @@ import importlib
 import itertools
 import multiprocessing
 import os
-import random
 import runpy
 import shutil
 import signal
@@ -25,40 +24,51 @@ import time
 from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPTS = ("clip_pretrain", "pretrain", "sft", "vision_pretrain", "vision_sft", "prepare")
+FULL = os.environ.get("FAULTS") == "full"
+LAUNCHER = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "240"}  # as runs/*.sh set it
 
 
-def start(*argv, folder=ROOT, below="", die_at=0, before=(), **environment):
+def scale(few, many):
+    """How often to try: `few` among the other tests, `many` where FAULTS=full is set."""
+    return many if FULL else few
+
+
+def start(*argv, folder=ROOT, die_at=None, before=(), **environment):
     """A Job: `python argv...` in `folder`, with these variables besides.
 
-    below: a folder of which every change is recorded in Job.changes; at change number die_at the
-    process kills itself. before: functions of this file that the process calls first.
+    die_at: record every change of a file in Job.changes, and die instead of this one (0: none).
+    before: functions of this file that the process calls first.
     """
     outputs, jobs = session()
     output = outputs / f"output_{len(jobs):04d}.txt"
-    jobs.append(Job(output, [str(word) for word in argv], folder, below and os.path.realpath(below),
-                    die_at, before, {name: str(value) for name, value in environment.items()}))
+    jobs.append(Job(output, [str(word) for word in argv], folder, die_at, before,
+                    {name: str(value) for name, value in environment.items()}))
     return jobs[-1]
 
 
 def start_together(ranks, *argv, **more):
-    """`ranks` Jobs that are one training job, as torchrun would start them."""
+    """`ranks` Jobs that are one training job, as torchrun would start them; RANK in an argument
+    stands for the rank of the process."""
     if ranks == 1:
         return [start(*argv, **more)]
     shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost",
               "MASTER_PORT": free_port(), **more}
-    return [start(*argv, **shared, RANK=rank, LOCAL_RANK=rank) for rank in range(ranks)]
+    return [start(*(str(word).replace("RANK", str(rank)) for word in argv), **shared, RANK=rank,
+                  LOCAL_RANK=rank) for rank in range(ranks)]
 
 
 @functools.cache
 def session():
     """(folder of the outputs, list of the Jobs) of this test session; starts the forkserver."""
     multiprocessing.set_forkserver_preload([*SCRIPTS, "matplotlib.figure", "faults.harness"])
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT}/tests"  # Python 3.11 does not hand on sys.path
-    forkserver.ensure_running()
-    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    with pytest.MonkeyPatch.context() as patch:  # Python 3.11 does not hand on sys.path
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")
+        forkserver.ensure_running()
     folder, jobs = Path(tempfile.mkdtemp()), []
     atexit.register(lambda: ([job.kill(signal.SIGKILL) for job in jobs], shutil.rmtree(folder)))
     return folder, jobs
@@ -79,11 +89,10 @@ class Job:
 
     def wait(self, seconds=120):
         """Its status when it has ended."""
-        try:
-            until(lambda: self.poll() is not None, seconds, 0.005)
-        except AssertionError:
+        self.process.join(seconds)
+        if self.poll() is None:
             self.kill(signal.SIGKILL)
-            raise AssertionError(f"still running after {seconds} s: {self.said}") from None
+            raise AssertionError(f"still running after {seconds} s: {self.said}")
         return self.poll()
 
     def kill(self, number):
@@ -92,23 +101,10 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, number)
 
-    def hold(self):
-        """Stop it, and wait until each of its threads is stopped."""
-        self.kill(signal.SIGSTOP)
-        until(lambda: self.poll() is not None or self.thread_states() <= {"T"})
-
-    def thread_states(self):
-        found = set()
-        for path in Path(f"/proc/{self.process.pid}/task").glob("*/stat"):
-            with contextlib.suppress(OSError):  # that thread has ended
-                found.add(path.read_text().rpartition(")")[2].split()[0])
-        return found
-
     @property
     def changes(self):
-        """What it changed in the folder `below`, one line per change."""
-        path = self.output.with_suffix(".changes")
-        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        """The changes that it made, one line for each."""
+        return self.output.with_suffix(".changes").read_text(encoding="utf-8").splitlines()
 
     @property
     def said(self):
@@ -121,35 +117,25 @@ def free_port():
         return found.getsockname()[1]
 
 
-def torchrun(flags, environment, *argv):
+def torchrun(flags, *argv):
     """A running torchrun of a script: the real one, so a start takes seconds."""
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *flags, *map(str, argv)], text=True,
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **LAUNCHER})
 
 
-def ended(job, seconds=400):
-    """The output of a torchrun once it has ended; none of its processes may be left."""
-    left = workers_of(job)
+def ended(launcher, seconds=400):
+    """The output of a torchrun once it has ended."""
     try:
-        said = job.communicate(timeout=seconds)[0]
-    except subprocess.TimeoutExpired:
-        job.send_signal(signal.SIGTERM)
-        raise AssertionError(f"it did not end: {job.communicate(timeout=60)[0]}") from None
-    until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in left))
-    return said
+        return launcher.communicate(timeout=seconds)[0]
+    finally:
+        launcher.terminate()  # it then ends its processes; killed, it would leave them behind
 
 
-def workers_of(job):
-    """The ids of the processes that a running torchrun has started."""
-    path = Path(f"/proc/{job.pid}/task/{job.pid}/children")
-    return [int(pid) for pid in path.read_text().split()] if path.exists() else []
-
-
-def worker(job, rank):
-    """The id of the process of this rank."""
-    return next(pid for pid in workers_of(job)
+def worker(launcher, rank):
+    """The id of the process of this rank that a running torchrun has started."""
+    found = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return next(int(pid) for pid in found
                 if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes())
 
 
@@ -165,15 +151,16 @@ def until(condition, seconds=60, every=0.002):
     raise AssertionError("waited in vain")
 
 
-def chance(*seed):
-    """Random numbers that are the same in every run of the tests."""
-    return random.Random("-".join(map(str, seed)))
+def until_logged(folder, step):
+    """Wait until a run has logged a step."""
+    log = folder / "log.jsonl"
+    until(lambda: log.exists() and log.read_text().count("\n") > step)
 
 
 # ---- in the child ------------------------------------------------------------------------------
 
 
-def run_script(output, argv, folder, below, die_at, before, environment):
+def run_script(output, argv, folder, die_at, before, environment):
     """Become the process that `python argv...` would be."""
     os.setsid()
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -184,8 +171,8 @@ def run_script(output, argv, folder, below, die_at, before, environment):
     for prepare in before:
         prepare()
     os.chdir(folder)
-    if below:
-        record_changes(below, die_at, output.with_suffix(".changes"))
+    if die_at is not None:
+        record_changes(die_at, output.with_suffix(".changes"))
     sys.argv = [str(ROOT / argv[0]), *argv[1:]]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -220,45 +207,26 @@ def stall(rank, step):
             time.sleep(1000)
         return forward(run, batch)
 
-    def late_least(found):
-        """The stalled process ends first, which breaks the connections of the others."""
-        time.sleep(0 if stalls else 1)
-        return least(found)
-
-    Run.forward, watchdog.least, watchdog.ANSWER_SECONDS = stalling_forward, late_least, 3.0
+    Run.forward, watchdog.ANSWER_SECONDS = stalling_forward, 3.0
+    if not stalls:  # the stalled process ends first, which breaks the connections of the others
+        watchdog.least = lambda found: time.sleep(1) or least(found)
 
 
-# Python's audit events of changes, and which argument is the folder that the name is relative to
-CHANGES = {"open": None, "os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 2,
-           "os.link": 2, "os.truncate": None}
+def record_changes(die_at, path):
+    """Record every change of a file in `path` before Python makes it, or die at number die_at.
 
-
-def record_changes(below, die_at, path):
-    """Record every change that Python makes in the folder `below` in `path`, before it is made; at
-    number die_at die instead. A file that was to be replaced is then empty, as after a death
-    between opening and writing."""
-    notes = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    numbers, dying = itertools.count(1), []
+    A file that was to be replaced is then empty, as after a death between opening and writing.
+    """
+    notes, numbers = os.open(path, os.O_WRONLY | os.O_CREAT), itertools.count(1)
 
     def hook(event, args):
-        if event not in CHANGES or dying or not (name := place(event, args)).startswith(below):
-            return
-        number = next(numbers)
-        os.write(notes, f"{event} {name.removeprefix(below)}\n".encode())
-        if number == die_at:
-            dying.append(number)
-            if event == "open" and args[2] & os.O_TRUNC and os.path.isfile(name):
-                os.truncate(name, 0)
-            os.kill(os.getpid(), signal.SIGKILL)
+        writes = (event == "open" and not isinstance(args[0], int)
+                  and args[2] & (os.O_WRONLY | os.O_RDWR))
+        if writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link"):
+            os.write(notes, f"{event} {os.fsdecode(args[0])}\n".encode())
+            if next(numbers) == die_at:
+                if writes and args[2] & os.O_TRUNC and os.path.isfile(args[0]):
+                    os.truncate(args[0], 0)
+                os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-
-
-def place(event, args):
-    """The absolute path of what an event changes, "" if it changes nothing."""
-    if isinstance(args[0], int) or (
-            event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR)):
-        return ""
-    folder = args[CHANGES[event]] if CHANGES[event] else -1
-    start = os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else os.getcwd()
-    return os.path.realpath(os.path.join(start, os.fsdecode(args[0])))

@@ -11,7 +11,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT
 from PIL import Image
 
 import tokenizer as tokenizers
@@ -32,7 +32,7 @@ def test_no_code_of_the_project_runs_what_it_reads():
     """Ruff's rules S forbid eval, pickle, shell and extractall; here is what they do not know."""
     files = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py")]
              if not path.is_relative_to(ROOT / "tests")]
-    assert len(files) > 60 and ROOT / "common/config.py" in files
+    assert len(files) > 50 and ROOT / "common/config.py" in files
     found = {(path.name, line) for path in files
              for line in path.read_text(encoding="utf-8").splitlines() if UNSAFE.search(line)}
     assert not found
@@ -61,67 +61,76 @@ def test_a_pickle_in_the_place_of_an_array_is_not_run(tmp_path):
         bait.rmdir()
 
 
+def test_a_vocabulary_cannot_give_text_the_ids_of_special_tokens(tmp_path):
+    forged = json.loads(tokenizers.train(["the cat sat on the mat"] * 3, 300).source)
+    words = forged["model"]["vocab"]
+    words[next(iter(words))] = len(words) + 4  # where <|end|> will be
+    (tmp_path / "tokenizer.json").write_text(json.dumps(forged))
+    with pytest.raises(UserError, match=r"tokenizer\.json .*tokens are not numbered from 0 to"):
+        tokenizers.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../../evil_train.npy", "/etc/evil_train.npy", "a/../../b.npy"])
+def test_a_hub_cannot_name_a_file_outside_the_folder(name):
+    with pytest.raises(UserError, match="the hub lists a file outside of its data set"):
+        hub.Remote(name, 10, "")
+
+
 # --------------------------------------------------------------------- archives stay where they are
 
 
-def png():
+def encoded(form, **options):
     file = io.BytesIO()
-    Image.new("RGB", (16, 16), "red").save(file, "PNG")
+    Image.new("RGB", (16, 16), "red").save(file, form, **options)
     return file.getvalue()
 
 
+PNG = encoded("PNG")  # less than a block of a tar
 OUTSIDE = ("../outside.png", "/tmp/../outside.png", "a/../../outside.png", "..\\outside.png",
            "C:\\outside.png", "\\\\host\\outside.png", "./../../../outside.png")
+ODD = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE,
+       tarfile.DIRTYPE)
 
 
-def member(name, kind=tarfile.REGTYPE, target="", size=None):
+def member(name, kind=tarfile.REGTYPE, target="", size=len(PNG)):
     header = tarfile.TarInfo(name)
-    header.type, header.linkname = kind, target
-    header.size = len(png()) if size is None else size
+    header.type, header.linkname, header.size = kind, target, size
     return header
 
 
 def tar_of(path, headers, mode="w"):
     with tarfile.open(path, mode) as archive:
         for header in headers:
-            archive.addfile(header, io.BytesIO(png().ljust(header.size, b"\0")))
+            archive.addfile(header, io.BytesIO(PNG.ljust(header.size, b"\0")))
     return path
 
 
 @pytest.mark.parametrize("form", ["zip", "tar", "tar.gz"])
-def test_an_archive_cannot_write_outside_its_folder(form, world_data, tmp_path):
-    """Names that lead out, and links: the images are used, and no file appears but the data."""
+def test_an_archive_cannot_write_outside_its_folder(form, tmp_path):
+    """Names that lead out, and links: the images are used, and no file appears elsewhere."""
     home = tmp_path / "one/two/three"
     home.mkdir(parents=True)
-    path = home / f"a.{form}"
+    path = archive = home / f"a.{form}"
+    odd = [f"odd{number}.png" for number in range(len(ODD))]
     if form == "zip":
-        with zipfile.ZipFile(path, "w") as archive:
+        link = zipfile.ZipInfo(odd[0])
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr(link, "/etc/passwd")
             for name in OUTSIDE:
-                archive.writestr(zipfile.ZipInfo(name), png())
-            link = zipfile.ZipInfo("link.png")
-            link.external_attr = (stat.S_IFLNK | 0o777) << 16
-            archive.writestr(link, "/etc/passwd")
+                file.writestr(zipfile.ZipInfo(name), PNG)
     else:
-        kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE,
-                 tarfile.FIFOTYPE, tarfile.DIRTYPE)
-        odd = [member(f"odd{i}.png", kind, "/etc/passwd", 0) for i, kind in enumerate(kinds)]
-        tar_of(path, [*map(member, OUTSIDE), *odd], "w:gz" if form == "tar.gz" else "w")
-    names = [*OUTSIDE, "link.png", *(f"odd{i}.png" for i in range(6))]
-    rows = [{"image": name, "conversations": [
-        {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": name}]}
-        for name in names]
-    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = run("prepare.py", "images", f"--files={home}/rows.jsonl", f"--image_root={path}",
-                 f"--tokenizer={world_data}/text", f"--out={home}/out",
-                 f"--val_files={home}/rows.jsonl")
-    assert result.status == 0, result.err
-    found = {file.relative_to(tmp_path).parts[:4] for file in tmp_path.rglob("*")
-             if not file.is_dir() or file.is_symlink()}
-    assert found == {("one", "two", "three", name) for name in ("out", "rows.jsonl", path.name)}
-    manifest = json.loads((home / "out/manifest.json").read_text())
-    assert manifest["train"]["chats"] == manifest["val"]["chats"] == len(OUTSIDE)
-    refused = manifest["left_out"].values()
-    assert sum(reason["rows"] for reason in refused) == 2 * (len(names) - len(OUTSIDE))
+        links = [member(name, kind, "/etc/passwd", 0) for name, kind in zip(odd, ODD, strict=True)]
+        tar_of(path, [*map(member, OUTSIDE), *links], "w:gz" if form == "tar.gz" else "w")
+    if form == "tar.gz":
+        path = convert.unpacked([path], "gzip", home)
+    images = open_images(str(path))
+    for name in OUTSIDE:
+        assert read_image(images(name), name).size == (16, 16)
+    for name in odd:
+        with pytest.raises(ImageError):
+            read_image(images(name), name)
+    assert {file for file in tmp_path.rglob("*") if not file.is_dir()} == {archive, path}
 
 
 def lying(size, kind=tarfile.REGTYPE):
@@ -134,9 +143,8 @@ def lying(size, kind=tarfile.REGTYPE):
     lying(10**11, tarfile.XHDTYPE), (lying(0, tarfile.GNUTYPE_LONGNAME) + bytes(512)) * 5000,
 ], ids=["back", "far back", "far", "long name", "long header", "names of names"])
 def test_sizes_that_lie_neither_hang_nor_break_a_tar(behind, tmp_path):
-    path = tmp_path / "a.tar"
-    whole = tar_of(path, [member("a.png")]).read_bytes()[:2 * 512]  # without the end
-    path.write_bytes(whole + behind + bytes(1024))
+    path = tar_of(tmp_path / "a.tar", [member("a.png")])
+    path.write_bytes(path.read_bytes()[: 2 * 512] + behind + bytes(1024))  # instead of the end
     try:
         images = open_images(str(path))
     except UserError as error:
@@ -148,17 +156,17 @@ def test_sizes_that_lie_neither_hang_nor_break_a_tar(behind, tmp_path):
 
 
 def test_a_zip_bomb_is_refused_before_it_fills_the_memory(tmp_path):
-    """An image said to be small that unpacks to 1 GB, and one that says so."""
-    bomb = zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED)
-    with bomb, bomb.open("bomb.png", "w", force_zip64=True) as file:
+    """An image that says that it unpacks to 300 MiB, and one that is said to be small."""
+    with (zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive,
+          archive.open("bomb.png", "w", force_zip64=True) as file):
         for _ in range(300):
             file.write(bytes(1 << 20))
     images = open_images(str(tmp_path / "a.zip"))
     with pytest.raises(ImageError, match=r"bomb\.png is larger than 256 MiB"):
         images("bomb.png")
-    archive, = images.sources
-    offset, size, _, method, crc = archive.members["bomb.png"]
-    archive.members["bomb.png"] = offset, size, 1000, method, crc
+    members = images.sources[0].members
+    offset, size, _, method, crc = members["bomb.png"]
+    members["bomb.png"] = offset, size, 1000, method, crc
     with pytest.raises(ImageError, match=r"bomb\.png in .*a\.zip.*damaged"):
         images("bomb.png")
 
@@ -174,51 +182,30 @@ def test_a_compressed_tar_that_would_fill_the_disk_is_given_up(tmp_path, monkeyp
 def test_a_row_cannot_name_a_file_outside_the_images_a_pipe_or_a_device(tmp_path):
     inside = tmp_path / "inside"
     inside.mkdir()
-    (tmp_path / "outside.png").write_bytes(png())
+    (tmp_path / "outside.png").write_bytes(PNG)
     os.mkfifo(inside / "pipe.png")
     (inside / "device.png").symlink_to("/dev/zero")
     images = open_images(str(inside))
-    for name in ("../outside.png", str(tmp_path / "outside.png"), "x/../../outside.png",
-                 "..\\outside.png", "\0", "\ud800", "a" * 5000, "pipe.png", "device.png"):
+    for name in (*OUTSIDE, str(tmp_path / "outside.png"), "\0", "\ud800", "a" * 5000, "pipe.png",
+                 "device.png"):
         with pytest.raises(ImageError):
             images(name)
 
 
-# -------------------------------------------------------------------------------- images and more
+# --------------------------------------------------------------------------------- hostile images
+
+SCRIPT = (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+          b"(%pipe%mkdir it_ran) (w) file\n%%EOF\n")
+JPEG = encoded("JPEG", progressive=True)
+SCAN = JPEG[JPEG.rindex(b"\xff\xda") : -2]
 
 
-def test_no_other_program_is_started_for_a_picture(monkeypatch):
-    """Pillow hands PostScript to Ghostscript."""
+@pytest.mark.parametrize(("content", "words"), [
+    (SCRIPT, "is not a readable image"),  # Pillow hands PostScript to Ghostscript
+    (JPEG[:-2] + SCAN * 1000 + JPEG[-2:], "is a JPEG of more than 100 scans")],
+    ids=["program", "scans without end"])
+def test_an_image_that_starts_a_program_or_never_ends_is_refused(content, words, monkeypatch):
     monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("it was started"))
-    script = (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
-              b"(%pipe%mkdir it_ran) (w) file\n%%EOF\n")
-    assert Image.open(io.BytesIO(script)).format == "EPS"
-    with pytest.raises(ImageError, match=r"a\.png is not a readable image"):
-        read_image(script, "a.png")
-
-
-def test_a_jpeg_with_scans_without_end_is_refused():
-    file = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(file, "JPEG", progressive=True)
-    content = file.getvalue()
-    last = content.rindex(b"\xff\xda")
-    assert read_image(content).size == (64, 64)
-    with pytest.raises(ImageError, match=r"a\.jpg is a JPEG of more than 100 scans"):
-        read_image(content[:-2] + content[last:-2] * 1000 + content[-2:], "a.jpg")
-
-
-def test_a_vocabulary_cannot_give_text_the_ids_of_special_tokens(tmp_path):
-    source = tokenizers.train(["the cat sat on the mat"] * 3, 300).source
-    forged = json.loads(source)
-    word = next(iter(forged["model"]["vocab"]))
-    forged["model"]["vocab"][word] = len(forged["model"]["vocab"]) + 4  # where <|end|> will be
-    (tmp_path / "tokenizer.json").write_text(json.dumps(forged))
-    with pytest.raises(UserError, match=r"tokenizer\.json .*tokens are not numbered from 0 to"):
-        tokenizers.load(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["../../evil_train.npy", "/etc/evil_train.npy", "a/../../b.npy"])
-def test_a_hub_cannot_name_a_file_outside_the_folder(name):
-    with pytest.raises(UserError, match="the hub lists a file outside of its data set"):
-        hub.Remote(name, 10, "")
+    assert Image.open(io.BytesIO(content)).format in ("EPS", "JPEG")
+    with pytest.raises(ImageError, match=f"a.img {words}"):
+        read_image(content, "a.img")

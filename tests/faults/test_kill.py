@@ -1,11 +1,15 @@
 """SIGKILL at any moment: the same command resumes, and makes the same bytes as without it."""
 
-import itertools
+import functools
+import json
+import random
 import shutil
 import signal
+import tempfile
 import time
 from functools import partial
-from threading import Semaphore
+from pathlib import Path
+from threading import Event
 
 import fake_hub
 import pytest
@@ -15,27 +19,17 @@ from test_hub import NAMES, REPOSITORY, shards
 from test_resumable import many_images, many_rows
 
 from common import checkpoint
-from faults.conftest import FULL, scale
-from faults.harness import assign, chance, session, start, start_together, until
+from faults.harness import FULL, assign, scale, session, start, start_together, until
 from train.log import COSTS
 
 LONG = ("--max_steps=24", "--save_every=3", "--eval_every=8")
 TIMES = ("ms", "mfu", "dollars", "tok_per_s", "img_per_s")  # differ in every run
 
 
-def same(one, other):
-    """Whether two nested values of tensors and numbers are bit-identical."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    return one == other
-
-
-def without(row, names):
-    return {name: value for name, value in row.items() if name not in names}
+def as_text(state, apart_from=()):
+    """Nested tensors and numbers, to the last bit."""
+    state = {name: value for name, value in state.items() if name not in apart_from}
+    return json.dumps(state, default=torch.Tensor.tolist)
 
 
 def assert_same_run(folder, expected):
@@ -45,10 +39,11 @@ def assert_same_run(folder, expected):
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     (one, _, state), (other, _, other_state) = (checkpoint.read(path, with_state=True)
                                                 for path in (one, other))
-    assert same(state, other_state)
-    assert without(one["metrics"], COSTS) == without(other["metrics"], COSTS)
-    assert [without(row, TIMES) for row in log_rows(folder)] == [
-        without(row, TIMES) for row in log_rows(expected)]
+    assert as_text(state) == as_text(other_state)
+    assert as_text(one["metrics"], COSTS) == as_text(other["metrics"], COSTS)
+    assert [as_text(row, TIMES) for row in log_rows(folder)] == [
+        as_text(row, TIMES) for row in log_rows(expected)]
+    assert not list(Path(folder).glob(".writing*")) + list(Path(folder).glob(".removing*"))
 
 
 def assert_intact(folder):
@@ -59,122 +54,91 @@ def assert_intact(folder):
     return found[-1] if found else None
 
 
-def resumed_from(jobs, before):
-    """Whether a start has said from which checkpoint it resumes, which must be `before`."""
-    said = [line.split(";")[0] for job in jobs for line in job.said.splitlines()
-            if line.startswith("resuming from")]
-    assert said in ([], [f"resuming from {before}"]), said
-    return bool(said)
-
-
-UNDISTURBED = {}  # command -> (folder of a run without any fault, its seconds)
+@functools.cache
+def undisturbed(ranks, *command):
+    """(folder of a run without any fault, its seconds)."""
+    began, folder = time.monotonic(), tempfile.mkdtemp(dir=session()[0])
+    jobs = start_together(ranks, *command, f"--out={folder}")
+    assert [job.wait() for job in jobs] == [0] * ranks, jobs[0].said + jobs[-1].said
+    return folder, time.monotonic() - began
 
 
 class Tries:
     """A stage that is started again and again, beside a run of it without any fault."""
 
     def __init__(self, pipeline, stage, ranks, folder, *more):
-        self.ranks, self.folder, self.round = ranks, folder, 0
+        self.ranks, self.out = ranks, folder / "run"
         self.command = [f"{stage}.py", *pipeline.flags(stage), *LONG, *more]
-        key = ranks, *self.command
-        if key not in UNDISTURBED:
-            began, expected = time.monotonic(), session()[0] / f"expected_{len(UNDISTURBED)}"
-            self.ended(self.start(expected))
-            UNDISTURBED[key] = expected, time.monotonic() - began
-        self.expected, self.seconds = UNDISTURBED[key]
-        self.fresh()
+        self.expected, self.seconds = undisturbed(ranks, *self.command)
 
-    def start(self, out, **more):
-        return start_together(self.ranks, *self.command, f"--out={out}", **more)
+    def start(self, **more):
+        return start_together(self.ranks, *self.command, f"--out={self.out}", **more)
 
-    def ended(self, jobs):
-        assert [job.wait() for job in jobs] == [0] * self.ranks, jobs[0].said + jobs[-1].said
+    def kill(self, luck, while_saving):
+        """Start, and kill at a random moment; "ended", "killed" or, in a save, "hit"."""
+        before, jobs = assert_intact(self.out), self.start()
 
-    def fresh(self):
-        self.round += 1
-        self.out = self.folder / f"killed_{self.round}"
+        def saves():
+            return "to train" in jobs[0].said and list(self.out.glob(".writing-*"))
 
-    def kill(self, when):
-        """Start, call when(jobs), kill; False if all had ended by then."""
-        before = assert_intact(self.out)
-        jobs = self.start(self.out)
-        when(jobs)
+        if while_saving:
+            until(lambda: jobs[0].poll() is not None or saves(), every=0.0005)
+        time.sleep(luck.random() * (0.005 if while_saving else self.seconds))
         for job in jobs:
             job.kill(signal.SIGKILL)
         statuses = {job.wait() for job in jobs}
-        resumed_from(jobs, before)
         assert statuses <= {0, -signal.SIGKILL}, jobs[0].said + jobs[-1].said
-        if -signal.SIGKILL not in statuses:
-            self.compare()
-            self.fresh()
-            self.seconds *= 0.8  # the machine is faster now
-        return -signal.SIGKILL in statuses
+        self.check_resume(jobs, before)
+        if -signal.SIGKILL in statuses:
+            return "hit" if saves() else "killed"
+        assert_same_run(self.out, self.expected)
+        shutil.rmtree(self.out)
+        self.seconds *= 0.8  # the machine is faster now
+        return "ended"
+
+    def check_resume(self, jobs, before, must=False):
+        """They said that they resume from the checkpoint `before`, or had not come so far."""
+        said = [line.split(";")[0].rpartition("/")[2] for job in jobs
+                for line in job.said.splitlines() if line.startswith("resuming from")]
+        assert said == ([before.name] if before else []) or not (said or must), said
 
     def finish(self):
         """Start once more, without a fault."""
-        before = assert_intact(self.out)
-        jobs = self.start(self.out)
-        self.ended(jobs)
-        assert resumed_from(jobs, before) == (before is not None)
-        self.compare()
-
-    def compare(self):
+        before, jobs = assert_intact(self.out), self.start()
+        assert [job.wait() for job in jobs] == [0] * self.ranks, jobs[0].said + jobs[-1].said
+        self.check_resume(jobs, before, must=True)
         assert_same_run(self.out, self.expected)
 
 
-def hold_in_a_save(luck, out, hits, jobs):
-    """Stop the job soon after it began to write a checkpoint, and note whether it still does."""
-    until(lambda: list(out.glob(".writing-*")) or all(job.poll() is not None for job in jobs),
-          every=0.0005)
-    time.sleep(luck.random() * 0.005)
-    for job in jobs:
-        job.hold()
-    hits.append(bool(list(out.glob(".writing-*"))))
-
-
-CASES = [(stage, ranks, "none") for stage in STAGES for ranks in (1, 2)
+CASES = [(stage, ranks) for stage in STAGES for ranks in (1, 2)
          if FULL or (stage, ranks) in (("clip_pretrain", 1), ("pretrain", 1), ("vision_sft", 2))]
-CASES += scale([], [("pretrain", 2, "full"), ("vision_sft", 2, "full")])
 
 
-@pytest.mark.parametrize(("stage", "ranks", "shard"), CASES)
-def test_a_stage_killed_repeatedly_ends_bit_identical(pipeline, stage, ranks, shard, tmp_path):
-    """Half of the kills are during a save, half at random; at least one hits a save."""
-    tries = Tries(pipeline, stage, ranks, tmp_path, f"--shard={shard}")
-    luck, killed, hits = chance(stage, ranks, shard), 0, []
-    for number in itertools.count():
-        enough = killed >= scale(2, 20)
-        if enough and any(hits):
-            break
-        assert number < 100, "it ends before it can be killed"
-        if enough or killed % 2 == 0:
-            killed += tries.kill(partial(hold_in_a_save, luck, tries.out, hits))
-        else:
-            killed += tries.kill(lambda jobs: time.sleep(luck.random() * tries.seconds))
+@pytest.mark.parametrize(("stage", "ranks"), CASES)
+def test_a_stage_killed_repeatedly_ends_bit_identical(pipeline, stage, ranks, tmp_path):
+    """Half of the kills are aimed at a save, half at random; at least one hits a save."""
+    tries, luck = Tries(pipeline, stage, ranks, tmp_path), random.Random(f"{stage} {ranks}")
+    ends = []
+    while len(ends) - ends.count("ended") < scale(2, 20) or "hit" not in ends:
+        assert len(ends) < 100, ends
+        ends.append(tries.kill(luck, while_saving=len(ends) % 2 == 0))
     tries.finish()
 
 
-def test_a_run_killed_at_any_change_of_its_folder_ends_bit_identical(pipeline, tmp_path):
-    """Before each file operation of a run with two saves and the end."""
+def test_a_run_killed_at_any_change_of_a_file_ends_bit_identical(pipeline, tmp_path):
+    """Before each file operation of a run with four saves, then soon after the next start."""
     tries = Tries(pipeline, "pretrain", 1, tmp_path, "--max_steps=12")
-    base = tmp_path / "base"
-    [job] = tries.start(tries.out)
-    until(lambda: max(checkpoint.steps_in(tries.out), default=0) == 6, every=0.0005)
-    job.kill(signal.SIGKILL)
-    job.wait()
-    assert max(checkpoint.steps_in(tries.out)) == 6
-    shutil.copytree(tries.out, base)
-    [job] = tries.start(tries.out, below=tries.out)
-    tries.ended([job])
+    [job] = tries.start(die_at=0)
+    assert job.wait() == 0, job.said
     count = len(job.changes)
     assert count > 40
-    for number in sorted({2, *range(1, count, scale(16, 1))}):  # 2: log.jsonl is rewritten
+    for number in range(1, count, scale(24, 1)):
         shutil.rmtree(tries.out)
-        shutil.copytree(base, tries.out)
-        before = assert_intact(tries.out)
-        [job] = tries.start(tries.out, below=tries.out, die_at=number)
-        assert job.wait() == -signal.SIGKILL or len(job.changes) < number, job.said
-        resumed_from([job], before)
+        for die_at in (number, number % 9 + 1):
+            before = assert_intact(tries.out)
+            [job] = tries.start(die_at=die_at)
+            assert job.wait() == -signal.SIGKILL or len(job.changes) < die_at, job.said
+            tries.check_resume([job], before)
         tries.finish()
 
 
@@ -213,21 +177,21 @@ def test_prepare_killed_at_any_change_keeps_the_older_data_and_makes_the_same_by
     made(*making, "--seed=1")
     shutil.copytree(folder, tmp_path / "older")
     began = time.monotonic()
-    job = made(*making, below=folder)
-    seconds, count, luck = time.monotonic() - began, len(job.changes), chance(making[1])
+    changes, seconds = made(*making, die_at=0).changes, time.monotonic() - began
     new, older = checkpoint.sums(out), checkpoint.sums(tmp_path / "older/out")
-    assert count > 10 and older != new
-    last = [number for number, change in enumerate(job.changes, 1)  # the new one takes its place
-            if " /out" in change or change.startswith("os.rename")]
-    sample = luck.sample(range(1, count), min(scale(1, 20), count - 1))
+    assert older != new
+    luck = random.Random(making[1])
+    last = [number for number, change in enumerate(changes, 1)  # the new one takes its place
+            if change.startswith("os.rename") or change.endswith(str(out))]
+    sample = luck.sample(range(1, len(changes)), scale(1, min(20, len(changes) - 1)))
     for number in [*sorted({*sample, *last}), *[0] * scale(2, 6)]:
         shutil.rmtree(folder)
         shutil.copytree(tmp_path / "older", folder)
-        job = start(*making, before=OFTEN, below=folder, die_at=number)
+        job = start(*making, before=OFTEN, die_at=number)
         if number == 0:
             time.sleep(luck.random() * seconds)
             job.kill(signal.SIGKILL)
-        ended = job.wait() == 0 and len(job.changes) < (number or count + 1)
+        ended = job.wait() == 0 and len(job.changes) < (number or len(changes) + 1)
         assert ended or job.wait() == -signal.SIGKILL, job.said
         assert not out.exists() or checkpoint.sums(out) in (older, new), job.changes[-1]
         made(*making)
@@ -237,18 +201,6 @@ def test_prepare_killed_at_any_change_keeps_the_older_data_and_makes_the_same_by
 
 # -------------------------------------------------------------------------------------- downloads
 
-
-@pytest.fixture
-def slow_hub(monkeypatch):
-    """A fake hub that sends half of each file, and the rest only if a test allows it."""
-    with fake_hub.running(monkeypatch) as hub:
-        hub.repos["datasets", REPOSITORY] = shards()
-        hub.halves, hub.allowed = [], Semaphore(0)
-        hub.halfway = lambda _: hub.halves.append(1) or hub.allowed.acquire(timeout=60)
-        yield hub
-        hub.allowed.release(100)
-
-
 FETCHING = {
     "prepare.py": ("fineweb", f"--repository={REPOSITORY}", "--shards=3", "--out=data"),
     "pretrain.py": (f"--data=hf://{REPOSITORY}", *TINY["pretrain"], *COMMON, "--max_steps=16",
@@ -257,27 +209,28 @@ FETCHING = {
 
 
 @pytest.mark.parametrize("script", scale(["prepare.py"], FETCHING))
-def test_a_download_killed_in_the_middle_is_made_whole(slow_hub, script, tmp_path):
+def test_a_download_killed_in_the_middle_is_made_whole(script, tmp_path, monkeypatch):
     """By prepare.py fineweb, and by a run that fetches while it trains; once in every file."""
-    def fetch(name):
-        (tmp_path / name).mkdir(exist_ok=True)
-        return start(script, *FETCHING[script], folder=tmp_path / name, **slow_hub.environment())
+    def fetch():
+        return start(script, *FETCHING[script], folder=tmp_path, **hub.environment())
 
-    for number in range(scale(1, len(NAMES))):
-        slow_hub.halves, slow_hub.allowed = [], Semaphore(number > 0)
-        job = fetch("killed")
-        until(lambda number=number: len(slow_hub.halves) > (number > 0))
+    def killed(complete):
+        """Killed when some files are complete and one has been sent by half."""
+        halves, over = [], Event()
+        hub.halfway = lambda _: halves.append(1) or len(halves) <= complete or over.wait(60)
+        job = fetch()
+        until(lambda: len(halves) > complete)
         job.kill(signal.SIGKILL)
         assert job.wait() == -signal.SIGKILL, job.said
-        slow_hub.allowed.release(100)
-    slow_hub.allowed = Semaphore(100)
-    for name in ("killed", "whole"):
-        job = fetch(name)
+        over.set()
+
+    with fake_hub.running(monkeypatch) as hub:
+        hub.repos["datasets", REPOSITORY] = files = shards()
+        for number in range(scale(1, len(NAMES))):
+            killed(complete=int(number > 0))  # the file of the kill before
+        hub.halfway = lambda _: None
+        job = fetch()
         assert job.wait() == 0, job.said
-    fetched = sorted((tmp_path / "killed").rglob("*.npy"))
-    assert [path.name for path in fetched] == sorted(NAMES)
-    for path in fetched:
-        assert path.read_bytes() == slow_hub.repos["datasets", REPOSITORY][path.name]
-    assert not list((tmp_path / "killed").rglob(".incoming*"))
-    if script == "pretrain.py":
-        assert_same_run(tmp_path / "killed/run", tmp_path / "whole/run")
+    found = {path.name: path.read_bytes() for path in tmp_path.rglob("*.npy")}
+    assert found == {name: files[name] for name in NAMES}
+    assert not list(tmp_path.rglob(".incoming*"))
