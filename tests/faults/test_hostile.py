@@ -92,9 +92,10 @@ ODD = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfi
        tarfile.DIRTYPE)
 
 
-def member(name, kind=tarfile.REGTYPE, target="", size=len(PNG)):
+def member(name, kind=tarfile.REGTYPE, target="", size=None):
     header = tarfile.TarInfo(name)
-    header.type, header.linkname, header.size = kind, target, size
+    header.type, header.linkname = kind, target
+    header.size = len(PNG) if size is None else size
     return header
 
 

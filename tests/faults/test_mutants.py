@@ -37,9 +37,9 @@ PARTS = {  # in a text: what is replaced by one of the values
 
 def mutated(content, generator, parts=None):
     """`content` (bytes) changed at one to four places: parts of a text replaced by other values, or
-    any bytes, half of them near the start or near the end, where archives have their tables."""
+    any bytes, most of them near the start or near the end, where archives have their tables."""
     text = parts if parts and generator.random() < 0.5 else None
-    near = generator.choice((64, 64, 200, 2000, len(content), len(content)))
+    near = generator.choice((64, 64, 64, 200, 2000, len(content)))
     for _ in range(generator.choice((1, 1, 1, 2, 4))):
         if text:
             found = list(re.finditer(text[0], content)) or [re.search(b"^", content)]
@@ -47,7 +47,7 @@ def mutated(content, generator, parts=None):
             content = content[:start] + generator.choice(text[1]) + content[end:]
             continue
         at = generator.randrange(max(1, min(near, len(content))))
-        at = at if generator.random() < 0.5 else max(0, len(content) - at)
+        at = at if generator.random() < 0.7 else max(0, len(content) - at)
         n = generator.choice((1, 2, 4, 30))
         noise = bytes(generator.choices((0, 255, 127, 128, generator.randrange(256)), k=n))
         content = content[:at] + generator.choice((

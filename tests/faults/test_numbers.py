@@ -1,7 +1,6 @@
 """Steps with a non-finite or outlier loss or gradient norm are skipped; divergence ends a run."""
 
 import numpy as np
-import pytest
 import torch
 from conftest import log_rows, logged, run
 
