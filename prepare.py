@@ -1,17 +1,14 @@
-r"""Data sets on disk for training, each with a manifest.
+"""Data sets on disk for training, each with a manifest.
 
     python prepare.py demo                                    # the toy world, into data/demo
     python prepare.py text --files='books/*.jsonl' --out=data/books
-    python prepare.py text --dataset=HuggingFaceFW/fineweb-edu --subset=sample-10BT --out=data/edu
     python prepare.py chat --dataset=Magpie-Align/Magpie-Phi3-Pro-1M-v0.1 --out=data/magpie
     python prepare.py images --files=llava.json --image_root=images.zip --out=data/captions
-    python prepare.py images --files=hf://liuhaotian/LLaVA-CC3M-Pretrain-595K/chat.json \
-        --image_root=hf://liuhaotian/LLaVA-CC3M-Pretrain-595K/images.zip --out=data/captions
     python prepare.py fineweb --shards=10 --out=data/fineweb  # ready-made GPT-2 tokens
     python prepare.py check llava.json --image_root=images.zip  # before paying for a GPU
 
 The output folder appears when it is complete. Interrupted or killed, the same command resumes. Rows
-that cannot be used are left out and counted by reason.
+that cannot be used are left out and counted by reason. `prepare.py text --help` lists the settings.
 """
 
 import sys
@@ -22,15 +19,11 @@ from typing import Literal
 import tokenizer as tokenizers
 from common.checkpoint import write_json
 from common.config import UserError, parse, run_main, seal
-from common.device import peak_memory_gb
-from prep.check import Check, check, data_first
-from prep.convert import convert_image_chats, convert_text, convert_text_chats
+from prep.check import check
+from prep.convert import convert_chats, convert_text
 from prep.fineweb import fetch_shards
-from prep.sources import at_least
 from prep.toy_dataset import write_demo
 from prep.writers import new_data_set
-
-SMALLEST_VOCABULARY = 256 + len(tokenizers.SPECIALS)  # every byte, and the special tokens
 
 
 @dataclass
@@ -56,8 +49,8 @@ class Demo:
 
 
 @dataclass
-class Rows:
-    """Settings that text, chat and images share."""
+class Source:
+    """Settings of everything that reads rows."""
 
     # --- source
     files: str = ""  # comma-separated paths or patterns; hf://OWNER/NAME/FILE for files of the hub
@@ -65,13 +58,18 @@ class Rows:
     subset: str = ""  # configuration of the data set, where it has several
     split: str = "train"  # split of the data set
 
+    # --- output
+    tokenizer: str = "gpt2"  # gpt2, or a folder with a tokenizer.json
+
+
+@dataclass
+class Rows(Source):
+    """Settings that text, chat and images share."""
+
     # --- validation
     val_files: str = ""  # validation rows; if empty, val_share of the rows is held out
     val_share: float = 0.02  # fraction of the rows held out for validation
     seed: int = 0  # random seed of the validation split and of the order of documents
-
-    # --- output
-    tokenizer: str = "gpt2"  # gpt2, or a folder with a tokenizer.json
 
 
 @dataclass
@@ -115,11 +113,8 @@ class Chat(Rows):
 
 
 @dataclass
-class Images(Rows):
-    """Chats or captions about images, in LLaVA's form; up to 4 images per row, or none.
-
-    Rows about the same image are held out together.
-    """
+class ImageRows(Source):
+    """Settings that images and check share."""
 
     # --- source
     # folder, .zip, .tar, .tar.zst or .tar.gz with the images: comma-separated paths or patterns; a
@@ -128,13 +123,41 @@ class Images(Rows):
     max_chats: int = 0  # use only the first chats; 0 for all
 
     # --- output
-    out: str = "data/images"  # output folder
     image_size: int = 224  # pixels of the square that images are fitted into, or of the short side
     # pad: padded to a square, as in LLaVA; short: not padded, so that training can pad or crop
     fit: Literal["pad", "short"] = "pad"
-    copy: bool = True  # False: images stay where they are, and the data set stores their names
     short_answers: bool = False  # if all answers have 3 words at most, ask for short answers
+
+
+@dataclass
+class Images(Rows, ImageRows):
+    """Chats or captions about images, in LLaVA's form; up to 4 images per row, or none.
+
+    Rows about the same image are held out together.
+    """
+
+    # --- output
+    out: str = "data/images"  # output folder
     shard_bytes: int = 1_000_000_000  # bytes of images per file
+
+
+@dataclass
+class Check(ImageRows):
+    """Count what is in a data set, what is wrong with it, and what training makes of it.
+
+    DATA is a .json, .jsonl or .parquet file or a pattern, or a folder that prepare.py made. Rows
+    are converted into a temporary folder first.
+    """
+
+    # --- training
+    context: int = 1024  # positions of a training row
+    patches: int = 256  # positions of an image in it: 256 for ViT-L/14 at 224 pixels
+    batch_tokens: int = 65_536  # positions of a training step
+
+    # --- output
+    sheet: str = "contact_sheet.png"  # image of 16 random chats; empty for none
+    seed: int = 0  # random seed of their choice
+    show: int = 0  # above 0: print chat number N token by token, and nothing else
 
 
 @dataclass
@@ -149,19 +172,22 @@ class FineWeb:
     out: str = "data/fineweb"  # output folder
 
 
-LOWEST = {"image_size": 1, "max_documents": 0, "max_chats": 0, "seed": 0, "stories": 1, "chats": 1,
-          "captions": 1, "conversations": 1, "questions": 1, "held_out": 1, "shard_tokens": 1,
-          "shard_bytes": 1, "shards": 0}
+LOWEST = {"stories": 1, "chats": 1, "captions": 1, "conversations": 1, "questions": 1,
+          "held_out": 1, "seed": 0, "max_documents": 0, "max_chats": 0, "shards": 0,
+          "shard_tokens": 1, "shard_bytes": 1, "image_size": 8, "context": 2, "patches": 1,
+          "batch_tokens": 1, "show": 0,
+          "vocabulary": 256 + len(tokenizers.SPECIALS)}  # every byte, and the special tokens
 
 
 def check_settings(cfg):
     """UserError for a setting that is out of range."""
-    at_least(cfg, **{name: low for name, low in LOWEST.items() if hasattr(cfg, name)})
-    if isinstance(cfg, Demo):
-        at_least(cfg, vocabulary=SMALLEST_VOCABULARY, image_size=8)
-    if isinstance(cfg, Text) and cfg.vocabulary:
-        at_least(cfg, vocabulary=SMALLEST_VOCABULARY)
-    if isinstance(cfg, Rows) and not 0 <= cfg.val_share < 1:
+    for name, low in LOWEST.items():
+        value = getattr(cfg, name, low)
+        if value < low and (name, value) != ("vocabulary", Text.vocabulary):
+            raise UserError(f"--{name}={value} is too small: {low} at least")
+    if getattr(cfg, "vocabulary", 0) > 65536:
+        raise UserError(f"--vocabulary={cfg.vocabulary}: ids have 16 bits, so at most 65536")
+    if not 0 <= getattr(cfg, "val_share", 0) < 1:
         raise UserError(f"--val_share={cfg.val_share} must be at least 0 and below 1")
 
 
@@ -170,33 +196,28 @@ def demo(cfg):
     began = time.time()
     with new_data_set(cfg.out) as out:
         n_train = write_demo(out, cfg)
-        seconds = time.time() - began
-        write_json(out / "manifest.json", seal({
-            "seconds": seconds, "peak_rss_gb": peak_memory_gb()[1], "test_seed": cfg.test_seed}))
+        write_json(out / "manifest.json", seal({"test_seed": cfg.test_seed}))
     print(f"{cfg.out}: {cfg.stories} stories ({n_train:,} tokens), {cfg.chats} chats, "
-          f"{cfg.captions} captions, {cfg.conversations} image chats, in {seconds:.0f} s")
+          f"{cfg.captions} captions, {cfg.conversations} image chats, "
+          f"in {time.time() - began:.0f} s")
 
 
-COMMANDS = {"demo": (Demo, demo), "text": (Text, convert_text), "chat": (Chat, convert_text_chats),
-            "images": (Images, convert_image_chats), "fineweb": (FineWeb, fetch_shards),
+COMMANDS = {"demo": (Demo, demo), "text": (Text, convert_text), "chat": (Chat, convert_chats),
+            "images": (Images, convert_chats), "fineweb": (FineWeb, fetch_shards),
             "check": (Check, check)}
 
 
 def main():
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(__doc__)
-        for name, (config, _) in COMMANDS.items():
-            print(f"python prepare.py {name} --help\n    {config.__doc__}")
-        return
-    name, argv = sys.argv[1], sys.argv[2:]
+        return print(__doc__)
+    name, *argv = sys.argv[1:]
     if name not in COMMANDS:
         raise UserError(f"prepare.py {name}: expected one of {', '.join(COMMANDS)}")
     config, command = COMMANDS[name]
-    if command is check:
-        cfg = parse(config, data_first(argv), f"{name} DATA")
-    else:
-        cfg = parse(config, argv, f"{name} [CONFIG]")
-        check_settings(cfg)
+    if config is Check and argv and not argv[0].startswith("-"):
+        argv[0] = f"--files={argv[0]}"
+    cfg = parse(config, argv, f"{name} {'DATA' if config is Check else '[CONFIG]'}")
+    check_settings(cfg)
     command(cfg)
 
 

@@ -1,9 +1,7 @@
-"""Inspect a data set before paying for a GPU.
+"""Inspect a data set before paying for a GPU: prepare.py check.
 
-    python prepare.py check DATA
-
-DATA is a file of rows, which is converted into a temporary folder just as `prepare.py images` does
-it, or a folder that prepare.py made. Then every chat is read as training reads it.
+Rows are converted as `prepare.py images` does it, in a temporary folder; a folder that prepare.py
+made is taken as it is. Then every chat is read as training reads it.
 """
 
 import hashlib
@@ -12,100 +10,19 @@ import tempfile
 import textwrap
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal
 
 import numpy as np
 
-import tokenizer as tokenizers
-from common.config import UserError, read_sealed
-from common.device import cores
-from common.images import ImageError
+from common.config import UserError
 from data import Chats, ImageSpec, check_tokenizer
-from prep.convert import image_reader, read_chats, write_split
-from prep.sources import Refused, at_least, source_of
-from prep.writers import check_size
+from prep.convert import read_chats
+from prep.sources import Refused, show, sources_of
+from prep.writers import load_tokenizer, write_split
 from train.packing import Packed
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
-COLUMNS, TILES = 4, 16  # of the contact sheet
-LINE_WIDTH, LINES = 44, 10  # characters and lines of the text of a tile
-BLOCK = 4096  # chats inspected at a time
-
-
-@dataclass
-class Check:
-    """Count what is in a data set, what is wrong with it, and what training makes of it.
-
-    DATA is a .json, .jsonl or .parquet file or a pattern, or a folder that prepare.py made.
-    """
-
-    # --- source
-    files: str = ""  # DATA, if it is not the first argument: paths or patterns, comma-separated
-    dataset: str = ""  # instead of files: a data set of the Hugging Face hub, or a folder of one
-    subset: str = ""  # which configuration of the data set, where it has several
-    split: str = "train"  # which split of the data set
-    image_root: str = ""  # where the images are, as in prepare.py images
-    max_chats: int = 0  # chats of files or a dataset to convert, the first ones; 0 for all
-
-    # --- training
-    tokenizer: str = "gpt2"  # gpt2, or a folder with a tokenizer.json; a made folder has its own
-    context: int = 1024  # positions of a training row
-    patches: int = 256  # positions of an image in it: 256 for ViT-L/14 at 224 pixels
-    image_size: int = 224  # pixels of the square that images are fitted into
-    fit: Literal["pad", "short"] = "pad"  # how they are fitted, as in prepare.py images
-    short_answers: bool = False  # as in prepare.py images
-    batch_tokens: int = 65_536  # positions of a training step
-
-    # --- output
-    sheet: str = "contact_sheet.png"  # image of 16 random chats; empty for none
-    seed: int = 0  # of the draw
-    show: int = 0  # above 0: print chat number N token by token, and nothing else
-
-
-def data_first(argv):
-    """DATA as the flag --files, where it is the first argument."""
-    if not argv or argv[0].startswith("-"):
-        return argv
-    if any(flag.startswith("--files") for flag in argv):
-        raise UserError(f"both {argv[0]} and --files are given; say only one")
-    return [f"--files={argv[0]}", *argv[1:]]
-
-
-def check(cfg):
-    """Print what is in the data set, and return these figures; with --show one chat of it."""
-    at_least(cfg, max_chats=0, context=2, patches=1, image_size=1, batch_tokens=1, seed=0, show=0)
-    if cfg.sheet and not Path(cfg.sheet).absolute().parent.is_dir():
-        raise UserError(f"there is no folder for {cfg.sheet}; make it first")
-    # beside the data that prepare.py will make, as /tmp may be small
-    with tempfile.TemporaryDirectory(prefix=".check-", dir=".") as work, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of images, and of letters that the sheet's font lacks
-        if os.path.isdir(cfg.files) and not cfg.dataset:
-            data = opened(cfg.files)
-        else:
-            data = converted(cfg, Path(work))
-        if cfg.show > len(data.chats):
-            raise UserError(f"--show={cfg.show}: {data.name} has only {len(data.chats):,} chats "
-                            "that can be used")
-        if cfg.show:
-            return print_tokens(data, data.chats[cfg.show - 1], cfg.patches)
-        figures = inspected(cfg, data)
-        print_figures(figures)
-        if cfg.sheet:
-            try:
-                draw_sheet(cfg.sheet, data, cfg.seed)
-            except OSError as error:
-                raise UserError(f"cannot write the contact sheet: {error}") from None
-            print(f"contact sheet of random chats: {cfg.sheet}")
-    print(figures["verdict"])
-    return figures
-
-
-# ------------------------------------------------------------------------------------ the data set
 
 
 @dataclass
@@ -116,7 +33,31 @@ class DataSet:
     tokenizer: object
     splits: list  # data.Chats
     chats: list  # (name, split, number in the split)
-    left_out: dict  # {reason: {"rows": how many, "first": names}}
+    left_out: dict  # {reason: {"rows": count, "first": names}}
+
+
+def check(cfg):
+    """Print what is in the data set, or with --show one chat of it."""
+    # beside the data that prepare.py will make, as /tmp may be small
+    with tempfile.TemporaryDirectory(prefix=".check-", dir=".") as work, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the sheet's font lacks
+        if os.path.isdir(cfg.files) and not cfg.dataset:
+            data = opened(cfg.files)
+        else:
+            data = converted(cfg, Path(work))
+        if cfg.show > len(data.chats):
+            raise UserError(f"--show={cfg.show}: {data.name} has only {len(data.chats):,} chats "
+                            "that can be used")
+        if cfg.show:
+            return print_tokens(data, *data.chats[cfg.show - 1], cfg.patches)
+        verdict = print_figures(cfg, data)
+        if cfg.sheet:
+            try:
+                draw_sheet(cfg.sheet, data, cfg.seed)
+            except OSError as error:
+                raise UserError(f"cannot write the contact sheet: {error}") from None
+            print(f"contact sheet of random chats: {cfg.sheet}")
+        print(verdict)
 
 
 def opened(path):
@@ -133,132 +74,91 @@ def opened(path):
     splits = [Chats(folder, split) for split in names]
     chats = [(f"{split}:{i + 1}", s, i) for s, split in enumerate(names)
              for i in range(len(splits[s]))]
-    left_out = read_sealed(folder / "manifest.json").get("left_out", {})
-    return DataSet(name, tokenizer, splits, chats, left_out)
+    return DataSet(name, tokenizer, splits, chats, splits[0].manifest.get("left_out", {}))
 
 
 def converted(cfg, work):
     """The DataSet that prepare.py images makes of rows, in one split; no more than --show needs."""
-    source, tokenizer = source_of(cfg), tokenizers.load(cfg.tokenizer)
-    check_size(tokenizer, cfg)
-    settings = SimpleNamespace(**vars(cfg), copy=True)
-    settings.max_chats = cfg.show or cfg.max_chats
+    cfg = replace(cfg, max_chats=cfg.show or cfg.max_chats)
+    sources, tokenizer = sources_of(cfg), load_tokenizer(cfg.tokenizer)
     (work / "records").mkdir()
-    found, refused = read_chats(settings, work / "records", {"rows": source}, tokenizer,
-                                image_reader(settings))
-    records, left_out = found["rows"], refused.table()
-    if len(records) == 0:
+    records, left_out = read_chats(cfg, work / "records", sources, tokenizer)
+    rows, name = records["rows"], sources["rows"].name
+    if len(rows) == 0:
         hint = "; is --image_root right?" if "a missing image" in left_out else ""
-        raise UserError(f"{source.name} holds no row that can be used{hint}")
-    chosen = range(min(len(records), settings.max_chats or len(records)))
-    write_split(work / "data/train", records, chosen, shard_bytes=1_000_000_000)
-    chats = [(f"row {row + 1}", 0, i) for i, row in enumerate(records.starts[chosen])]
-    return DataSet(source.name, tokenizer, [Chats(work / "data", "train")], chats, left_out)
+        raise UserError(f"{name} holds no row that can be used{hint}")
+    names = rows.column("name")[: cfg.max_chats or None]
+    write_split(work / "data/train", (rows[i] for i in range(len(names))))
+    chats = [(name, 0, i) for i, name in enumerate(names)]
+    return DataSet(name, tokenizer, [Chats(work / "data", "train")], chats, left_out)
 
 
 # ------------------------------------------------------------------------------------- its figures
 
 
-def measured(data, chat):
-    """(ids, images, answers, key, problem) of a chat: three counts, a key that equal chats share,
-    and why the chat cannot be used."""
-    _, split, number = chat
-    ids, supervised = data.splits[split].chat(number)
-    key, problem, images = hashlib.blake2b(ids.tobytes(), digest_size=8), "", []
-    try:
-        images = data.splits[split].images(number)
-    except ImageError as error:
-        problem = error.reason
-    for image in images:
-        key.update(image.tobytes())
-    n_images = int(np.count_nonzero(ids == data.tokenizer.image))
-    answers = int(np.count_nonzero(supervised & (ids == data.tokenizer.end)))
-    return len(ids), n_images, answers, key.digest(), problem
-
-
-def all_measured(data):
-    """Yield (chat, *measured(data, chat)) of every chat, in order; images are decoded in threads.
-    """
-    with ThreadPoolExecutor(cores()) as pool:
-        for start in range(0, len(data.chats), BLOCK):
-            block = data.chats[start : start + BLOCK]
-            for chat, found in zip(block, pool.map(partial(measured, data), block), strict=True):
-                yield chat, *found
-
-
-def inspected(cfg, data):
-    """The figures of a data set."""
-    packed = Packed(data.splits, cfg.context, data.tokenizer, ImageSpec(cfg.patches, 0))
+def inspected(cfg, data, packed):
+    """(counts of good chats, positions of every chat, Refused by training, Refused with notes)."""
     used = packed.chats[["source", "number", "truncated"]].tolist()
-    truncated = {(split, number): truncated for split, number, truncated in used}
-    left_out, notes, keys, positions, good = Refused(), Refused(), set(), [], Counter()
-    for (name, *place), n_ids, n_images, n_answers, key, problem in all_measured(data):
-        place = tuple(place)
-        positions.append(n_ids + n_images * (cfg.patches - 1))
-        if not problem and place not in truncated:
-            problem = (f"its first answer ends beyond {cfg.context:,} positions"
-                       if n_answers else "no supervised token")
-        if problem:
-            left_out.add(problem, name)
+    truncated = {tuple(place): truncated for *place, truncated in used}
+    good, positions, left_out, notes, keys = Counter(), [], Refused(), Refused(), set()
+    for name, split, number in data.chats:
+        chats = data.splits[split]
+        ids, supervised = chats.chat(number)
+        n_images = np.count_nonzero(ids == data.tokenizer.image)
+        n_answers = np.count_nonzero(supervised & (ids == data.tokenizer.end))
+        positions.append(len(ids) + n_images * (cfg.patches - 1))
+        if (split, number) not in truncated:
+            left_out.add(f"its first answer ends beyond {cfg.context:,} positions" if n_answers
+                         else "no supervised token", [name])
             continue
-        for note, applies in (
-            (f"truncated after an answer to {cfg.context:,} positions", truncated[place]),
-            ("no image", n_images == 0), ("more than one image", n_images > 1),
-            ("a copy of an earlier chat: the same text and images", key in keys),
-        ):
+        key = hashlib.blake2b(ids.tobytes(), digest_size=8)
+        for n in range(*chats.first_image[number : number + 2]) if n_images else ():
+            key.update(chats._bytes(n))
+        for note, applies in {
+            f"truncated after an answer to {cfg.context:,} positions": truncated[split, number],
+            "no image": n_images == 0, "more than one image": n_images > 1,
+            "a copy of an earlier chat: the same text and images": key.digest() in keys,
+        }.items():
             if applies:
-                notes.add(note, name)
-        keys.add(key)
+                notes.add(note, [name])
+        keys.add(key.digest())
         good.update(rows=1, answers=n_answers, images=n_images)
-    return {
-        "data": data.name, "rows": len(data.chats), "good": dict(good),
-        "left out when prepared": data.left_out, "left out by training": left_out.table(),
-        "kept, and worth knowing": notes.table(),
-        "positions": np.percentile(positions, PERCENTILES, method="nearest").tolist(),
-        "training_rows": len(packed), "filled": float(packed.filled),
-        "steps": -(-len(packed) // max(1, cfg.batch_tokens // cfg.context)),
-        "context": cfg.context, "batch_tokens": cfg.batch_tokens,
-        "verdict": verdict(good["rows"], len(data.chats), data.left_out),
-    }
+    return good, positions, left_out, notes
 
 
-def verdict(good, chats, left_out):
-    """Whether the data set can be trained on, in one line."""
-    rows = chats + sum(found["rows"] for found in left_out.values())
-    if good == rows:
-        return f"all {rows:,} rows are good: this can be trained on as it is"
-    hint = "; look at the reasons first" if good < 0.9 * rows else ""
-    return f"{good:,} of {rows:,} rows are good; training leaves the others out{hint}"
-
-
-def print_figures(figures):
-    """The figures of `inspected`, aligned."""
-    good = figures["good"]
-    print(f"{figures['data']}: {figures['rows']:,} chats, {good['rows']:,} of them good, "
-          f"with {good['answers']:,} answers and {good['images']:,} images")
-    for title in "left out when prepared", "left out by training", "kept, and worth knowing":
-        print(f"\n{title}" * bool(figures[title]))
-        for reason, found in figures[title].items():
-            more = ", ..." if found["rows"] > len(found["first"]) else ""
-            print(f"{found['rows']:>8,}  {reason} ({', '.join(found['first'])}{more})")
+def print_figures(cfg, data):
+    """Print what training makes of a data set; returns whether it can be trained on, in a line."""
+    packed = Packed(data.splits, cfg.context, data.tokenizer, ImageSpec(cfg.patches, 0))
+    good, positions, left_out, notes = inspected(cfg, data, packed)
+    print(f"{data.name}: {len(data.chats):,} chats, {good['rows']:,} of them good, with "
+          f"{good['answers']:,} answers and {good['images']:,} images")
+    for title, table in {"left out when prepared": data.left_out, "left out by training":
+                         left_out.table(), "kept, and worth knowing": notes.table()}.items():
+        print(f"\n{title}" * bool(table))
+        show(table)
+    percentiles = np.percentile(positions, PERCENTILES, method="nearest")
     print(f"\n{'percentile':<20}" + "".join(f"{q:>8}" for q in PERCENTILES))
-    print(f"{'positions per chat':<20}" + "".join(f"{n:>8,}" for n in figures["positions"]))
-    print(f"\nan epoch: {figures['steps']:,} steps of {figures['batch_tokens']:,} positions "
-          f"({figures['training_rows']:,} packed rows of {figures['context']:,}, "
-          f"{figures['filled']:.1%} filled)")
+    print(f"{'positions per chat':<20}" + "".join(f"{n:>8,}" for n in percentiles))
+    steps = -(-len(packed) // max(1, cfg.batch_tokens // cfg.context))
+    print(f"\nan epoch: {steps:,} steps of {cfg.batch_tokens:,} positions ({len(packed):,} packed "
+          f"rows of {cfg.context:,}, {packed.filled:.1%} filled)")
+    n_rows = len(data.chats) + sum(entry["rows"] for entry in data.left_out.values())
+    if good["rows"] == n_rows:
+        return f"all {n_rows:,} rows are good: this can be trained on as it is"
+    hint = "; look at the reasons first" if good["rows"] < 0.9 * n_rows else ""
+    return f"{good['rows']:,} of {n_rows:,} rows are good; training leaves the others out{hint}"
 
 
 # ------------------------------------------------------------------------------------ single chats
 
 
-def print_tokens(data, chat, patches):
+def print_tokens(data, name, split, number, patches):
     """The ids of a chat one per line: position, id, whether it is supervised, text (special
     tokens without quotes)."""
-    (name, split, i), tokenizer = chat, data.tokenizer
-    ids, supervised = data.splits[split].chat(i)
+    tokenizer = data.tokenizer
     print(f"{name}\n{'position':>9}  {'id':>6}  {'supervised':<10}  token")
     at, special = 0, set(tokenizer.specials.values())
-    for i, mask in zip(ids.tolist(), supervised.tolist(), strict=True):
+    for i, mask in zip(*data.splits[split].chat(number), strict=True):
         text = tokenizer.decode([i])
         text = text if i in special else repr(text)
         width = patches if i == tokenizer.image else 1
@@ -272,22 +172,18 @@ def draw_sheet(path, data, seed):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 15))
-    axes = figure.subplots(TILES // COLUMNS, COLUMNS)
+    axes = figure.subplots(4, 4)
     figure.subplots_adjust(0.01, 0.12, 0.99, 0.98, wspace=0.05, hspace=0.8)
     for ax in axes.flat:
         ax.set_axis_off()
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(data.chats))[:TILES])
-    for ax, number in zip(axes.flat, chosen.tolist(), strict=False):
-        name, split, i = data.chats[number]
-        text = data.tokenizer.decode(data.splits[split].chat(i)[0].tolist())
-        try:
-            images = data.splits[split].images(i)
-        except ImageError as error:
-            images, text = [], f"{error.reason}: {text}"
-        if images:
-            ax.imshow(images[0])
+    chosen = np.random.default_rng(seed).permutation(len(data.chats))[:16]
+    for ax, i in zip(axes.flat, np.sort(chosen), strict=False):
+        name, split, number = data.chats[i]
+        ids, _ = data.splits[split].chat(number)
+        for image in data.splits[split].images(number)[:1]:
+            ax.imshow(image)
         ax.set_title(name, fontsize=8, color="grey", loc="left")
-        lines = textwrap.wrap(text, LINE_WIDTH, max_lines=LINES)
+        lines = textwrap.wrap(data.tokenizer.decode(ids), 44, max_lines=10)
         ax.text(0, -0.02, "\n".join(lines), transform=ax.transAxes, fontsize=8, va="top",
                 parse_math=False)
     figure.savefig(path, format="png", dpi=100)

@@ -13,9 +13,10 @@ import shutil
 import sqlite3
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import chain
+from functools import partial
+from typing import NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -25,163 +26,116 @@ from common.config import UserError
 from common.device import cores
 from common.images import ImageError
 from prep.schema import MAX_IMAGES
-from prep.sources import Refused, parsed
+from prep.sources import Refused, parsed, show
 
 BATCH_ROWS, BATCH_BYTES = 128, 1 << 20  # a batch is full at either
 COMMIT_SECONDS, PROGRESS_SECONDS = 1.0, 10.0
-# Keys are numbers of rows: a document begins in its row, and ends before the next document's.
+# The images of record i have the numbers MAX_IMAGES * i, MAX_IMAGES * i + 1, ...
 TABLES = """PRAGMA page_size = 16384;
-CREATE TABLE IF NOT EXISTS progress (key INTEGER PRIMARY KEY, state TEXT);
-CREATE TABLE IF NOT EXISTS documents (row INTEGER PRIMARY KEY);
-CREATE TABLE IF NOT EXISTS records (row INTEGER PRIMARY KEY, ids BLOB, supervised BLOB);
-CREATE TABLE IF NOT EXISTS images (number INTEGER PRIMARY KEY, content BLOB);
-CREATE TABLE IF NOT EXISTS image_keys (number INTEGER PRIMARY KEY, key INTEGER)"""
+CREATE TABLE IF NOT EXISTS state (key INTEGER PRIMARY KEY, content TEXT);
+CREATE TABLE IF NOT EXISTS records (number INTEGER PRIMARY KEY, name TEXT, image_keys BLOB,
+                                    ids BLOB, supervised BLOB);
+CREATE TABLE IF NOT EXISTS images (number INTEGER PRIMARY KEY, content BLOB)"""
 
 
-@dataclass
-class Record:
-    """What is kept of a row: a document, the continuation of one (goes_on), or a chat."""
+class Record(NamedTuple):
+    """What is kept of a row: a document or a chat."""
 
     ids: np.ndarray  # uint16
-    supervised: list = field(default_factory=list)  # of a chat, as long as ids
-    images: list = field(default_factory=list)  # encoded images
-    goes_on: bool = False
-
-
-def digest(value):
-    """The sha256 of a value that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    supervised: Sequence = ()  # of a chat, as long as ids
+    images: Sequence = ()  # encoded images
 
 
 class Records:
-    """The records of one source, in a SQLite file; len() counts documents or chats."""
+    """The records of one source, in a SQLite file."""
 
     def __init__(self, path):
-        """Open the file, or make it; sqlite3.Error or a KeyError if it is damaged."""
+        """Open the file, or make it; sqlite3.Error or a ValueError if it is damaged."""
         # Without SQLite's locks, which network disks may lack: NewFolder has locked the folder.
         self.db = sqlite3.connect(f"file:{quote(os.fsencode(path))}?nolock=1", uri=True)
         self.db.executescript(TABLES)
-        state = self.db.execute("SELECT state FROM progress").fetchone()
-        state = json.loads(state[0]) if state else {"counts": {}, "refused": {}}
-        self.rows, self.bytes = state.get("rows", 0), state.get("bytes", 0)
-        self.documents, self.n_ids = state.get("documents", 0), state.get("n_ids", 0)
-        self.complete = state.get("complete", False)
-        self.refused = Refused(state["counts"], state["refused"])
+        self.state = {"rows": 0, "bytes": 0, "records": 0, "complete": False, "refused": {}}
+        for (content,) in self.db.execute("SELECT content FROM state"):
+            self.state |= json.loads(content)
+        self.state["refused"] = self.refused = Refused(self.state["refused"])
         self.committed = time.monotonic()
 
     def __len__(self):
-        return self.documents
+        return self.state["records"]
 
     def add(self, results, n_bytes):
-        """Add what a batch of rows gave: for each row a Record, or (reason, where) of a refusal."""
-        for result in results:
-            if isinstance(result, Record):
-                self._insert(result)
-            else:
-                self.refused.add(*result)
-            self.rows += 1
-        self.bytes += n_bytes
+        """Add what a batch of rows gave: (name of a row, Record or reason of its refusal) pairs."""
+        for name, result in results:
+            if not isinstance(result, Record):
+                self.refused.add(result, [name])
+                continue
+            n, images = len(self), result.images
+            keys = b"".join(hashlib.blake2b(image, digest_size=8).digest() for image in images)
+            self.db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?)", (
+                n, name, keys, result.ids.tobytes(), bytes(result.supervised)))
+            self.db.executemany("INSERT INTO images VALUES (?, ?)",
+                                enumerate(images, MAX_IMAGES * n))
+            self.state["records"] += 1
+        self.state["rows"] += len(results)
+        self.state["bytes"] += n_bytes
         if time.monotonic() - self.committed >= COMMIT_SECONDS:
             self.commit()
 
-    def _insert(self, record):
-        supervised = np.array(record.supervised, np.bool_).tobytes()
-        self.db.execute("INSERT INTO records VALUES (?, ?, ?)",
-                        (self.rows, record.ids.tobytes(), supervised))
-        self.n_ids += len(record.ids)
-        if not record.goes_on:
-            self.db.execute("INSERT INTO documents VALUES (?)", (self.rows,))
-            self.documents += 1
-        for number, image in enumerate(record.images, MAX_IMAGES * self.rows):
-            key = hashlib.blake2b(image, digest_size=8).digest()
-            self.db.execute("INSERT INTO images VALUES (?, ?)", (number, image))
-            self.db.execute("INSERT INTO image_keys VALUES (?, ?)",
-                            (number, int.from_bytes(key, "little", signed=True)))
-
     def commit(self, complete=False):
         """Force everything added so far to the disk. complete: the source has no more rows."""
-        state = {"rows": self.rows, "bytes": self.bytes, "documents": self.documents,
-                 "n_ids": self.n_ids, "complete": complete, "counts": self.refused.counts,
-                 "refused": self.refused.first}
-        self.db.execute("REPLACE INTO progress VALUES (0, ?)", (json.dumps(state),))
+        self.state["complete"] = complete
+        self.db.execute("REPLACE INTO state VALUES (0, ?)", (json.dumps(self.state),))
         self.db.commit()
         self.committed = time.monotonic()
 
-    # ------------------------------------------------------------- reading, when it is complete
+    def __getitem__(self, i):
+        query = "SELECT ids, supervised FROM records WHERE number = ?"
+        ids, supervised = self.db.execute(query, [int(i)]).fetchone()
+        numbers = [MAX_IMAGES * int(i), MAX_IMAGES * (int(i) + 1)]
+        images = self.db.execute("SELECT content FROM images WHERE number >= ? AND number < ?",
+                                 numbers)
+        return Record(np.frombuffer(ids, np.uint16), np.frombuffer(supervised, np.bool_),
+                      [content for content, in images])
 
-    def open(self):
-        """Make ready for the methods below. starts: the row that every document begins with, and
-        the number of rows."""
-        starts = self.db.execute("SELECT row FROM documents ORDER BY row")
-        self.starts = np.fromiter(chain((row for row, in starts), [self.rows]), np.int64)
-
-    def _select(self, query, i, scale=1):
-        """The one column of a query's rows that belong to document i."""
-        limits = (self.starts[i : i + 2] * scale).tolist()
-        return [value for value, in self.db.execute(query, limits)]
-
-    def ids(self, i):
-        parts = self._select("SELECT ids FROM records WHERE row >= ? AND row < ?", i)
-        return np.frombuffer(b"".join(parts), np.uint16)
-
-    def supervised(self, i):
-        parts = self._select("SELECT supervised FROM records WHERE row >= ? AND row < ?", i)
-        return np.frombuffer(b"".join(parts), np.bool_)
-
-    def images(self, i):
-        """The encoded images of chat i."""
-        query = "SELECT content FROM images WHERE number >= ? AND number < ?"
-        return self._select(query, i, MAX_IMAGES)
-
-    def blocks(self, start, end):
-        """Yield the ids of all documents, end to end, from position start to end, in blocks."""
-        at = 0
-        for (block,) in self.db.execute("SELECT ids FROM records ORDER BY row"):
-            ids = np.frombuffer(block, np.uint16)
-            yield ids[max(0, start - at) : max(0, end - at)]
-            at += len(ids)
-
-    def image_keys(self, n):
-        """(chat, key) arrays, an element per image of the first n chats; equal images or names
-        have equal keys."""
-        found = self.db.execute("SELECT number, key FROM image_keys ORDER BY number").fetchall()
-        numbers, keys = np.array(found, np.int64).reshape(-1, 2).T
-        chats = np.searchsorted(self.starts, numbers // MAX_IMAGES)
-        return chats[chats < n], keys[chats < n]
+    def column(self, name):
+        """A column of all records, in order: name, or image_keys (8 bytes per image; equal images
+        have equal keys)."""
+        return [value for value, in self.db.execute(f"SELECT {name} FROM records ORDER BY number")]
 
 
-# --------------------------------------------------------------------------------- filling them
+def in_order(job, items, workers=None):
+    """Yield job(item) of all items, in order, computed in threads ahead of time."""
+    workers, waiting = workers or cores(), deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for item in items:
+            waiting.append(pool.submit(job, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def fill(records, source, make, limit=0, workers=None):
     """Add make(row) of all rows of `source` that the Records lack, in order.
 
-    make runs in threads, on all cores unless workers says otherwise: decoding and tokenizing
-    release Python's lock. It refuses a row by a ValueError or ImageError with the reason. With
-    a limit, reading ends soon after there are more records than that.
+    make runs in threads, as decoding and tokenizing release Python's lock; a ValueError or
+    ImageError of it is the reason to refuse a row. With a limit, reading ends soon after there are
+    so many records.
     """
-    if records.complete:
+    if records.state["complete"]:
         return
-    workers = workers or cores()
-    pool, waiting = ThreadPoolExecutor(workers), deque()
-    bar = tqdm(total=source.total or None, initial=records.bytes, unit="B", unit_scale=True,
-               mininterval=PROGRESS_SECONDS, delay=PROGRESS_SECONDS)
-
-    def take(left):
-        """Add results until `left` batches wait, or there are records enough: one more than the
-        limit, as the last may continue."""
-        while len(waiting) > left and not (limit and len(records) > limit):
-            results, n_bytes = waiting.popleft().result()
-            records.add(results, n_bytes)
-            bar.update(n_bytes)
-
+    done = in_order(partial(convert, make), batches(source.rows(records.state["rows"])), workers)
     try:
-        for batch in batches(source.rows(records.rows)):
-            waiting.append(pool.submit(convert, make, batch))
-            take(2 * workers)
-            if limit and len(records) > limit:
-                break
-        take(0)
+        with tqdm(total=source.total or None, initial=records.state["bytes"], unit="B",
+                  unit_scale=True, mininterval=PROGRESS_SECONDS, delay=PROGRESS_SECONDS) as bar:
+            for results, n_bytes in done:
+                records.add(results, n_bytes)
+                bar.update(n_bytes)
+                if limit and len(records) >= limit:
+                    break
         records.commit(complete=True)
     except UserError:  # of the source, or of a row: what came before it is kept
         records.commit()
@@ -189,8 +143,7 @@ def fill(records, source, make, limit=0, workers=None):
     except sqlite3.Error as error:
         raise OSError(f"cannot store records: {error}") from None
     finally:
-        pool.shutdown(cancel_futures=True)
-        bar.close()
+        done.close()
 
 
 def batches(rows):
@@ -206,15 +159,16 @@ def batches(rows):
 
 
 def convert(make, batch):
-    """([Record or (reason, where) of each row of a batch], bytes of the rows)."""
+    """([(where, Record or reason of its refusal) of each row of a batch], bytes of the rows)."""
     results = []
     for where, row, _ in batch:
         try:
-            results.append(make(parsed(row)))
+            result = make(parsed(row))
         except (ImageError, ValueError) as error:
-            results.append((getattr(error, "reason", str(error)), where))
+            result = getattr(error, "reason", str(error))
         except TypeError:
-            results.append(("a row of another form", where))
+            result = "a row of another form"
+        results.append((where, result))
     return results, sum(int(size) for _, _, size in batch)
 
 
@@ -223,31 +177,31 @@ def open_records(folder, name, settings):
 
     settings: everything that decides what the records are, as JSON can hold it.
     """
-    path = folder / f"{name}-{digest(settings)[:16]}.sqlite"
+    key = hashlib.sha256(json.dumps([TABLES, settings], sort_keys=True).encode()).hexdigest()
+    path = folder / f"{name}-{key[:16]}.sqlite"
     for other in folder.glob(f"{name}-*.sqlite"):
         if other != path:
             print(f"{other} was begun with other settings or files: starting over")
             other.unlink()
     try:
         records = Records(path)
-    except (sqlite3.Error, ValueError, KeyError, TypeError):
+    except (sqlite3.Error, ValueError, TypeError):
         print(f"{path} is damaged: starting over")
         path.unlink()
         records = Records(path)
-    if records.rows:
-        print(f"resuming after {records.rows:,} completed rows", flush=True)
+    if records.state["rows"]:
+        print(f"resuming after {records.state['rows']:,} completed rows", flush=True)
     return records
 
 
 def read_all(work, cfg, sources, tokenizer, make, limit, workers=None, archives=()):
-    """Records of all sources, filled: {name: Records}, and which rows were left out, printed.
+    """({name: filled Records} of all sources, the table of the rows left out, which is printed).
 
     work: a folder for them, where an earlier start may have left some; cfg: its settings.
     archives: the identities of the files that images come from, as records depend on them too.
     """
     later = ("out", "files", "val_files", "val_share", "seed", "shard_tokens", "shard_bytes")
-    kept = {name: value for name, value in vars(cfg).items()
-            if name not in later}  # those change no record
+    kept = {name: value for name, value in vars(cfg).items() if name not in later}
     found, refused = {}, Refused()
     try:
         for name, source in sources.items():
@@ -255,11 +209,11 @@ def read_all(work, cfg, sources, tokenizer, make, limit, workers=None, archives=
                         "archives": archives}
             found[name] = open_records(work, name, settings)
             fill(found[name], source, make, limit if name == "rows" else 0, workers)
-            found[name].open()
     finally:
         for records in found.values():
-            refused.add_all(records.refused)
-        refused.show()
+            for reason, entry in records.refused.items():
+                refused.add(reason, entry["first"], entry["rows"])
+        show(refused.table(), "left out ")
     if len(found["rows"]) == 0:
         shutil.rmtree(work)  # nothing in it is worth keeping
-    return found, refused
+    return found, refused.table()

@@ -1,6 +1,5 @@
 """What a row means: a text, a chat, images. A ValueError says why a row cannot be used."""
 
-from prep.sources import Piece
 from tokenizer import IMAGE_MARK
 
 QUALITIES = ("very poor", "poor", "average", "good", "excellent")
@@ -10,12 +9,8 @@ SHORT_WORDS = 3
 
 
 def text_of(row, field):
-    """The text of a row or a piece."""
-    if isinstance(row, Piece):
-        if not (row or row.goes_on):
-            raise ValueError("an empty file")
-        return row
-    text = row.get(field) if isinstance(row, dict) else None
+    """The text of a row, which is in a field of it, or is the row itself (of a .txt file)."""
+    text = row.get(field) if isinstance(row, dict) else row
     if not (isinstance(text, str) and text.strip()):
         raise ValueError(f"no text in the field {field}")
     return text
@@ -28,12 +23,12 @@ def messages_of(row):
     turns = row.get("conversations") or row.get("messages") or instruction_turns(row)
     if not (isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)):
         raise ValueError("turns of another form")
-    roles = [turn.get("from") or turn.get("role") for turn in turns]
-    if not all(isinstance(role, str) for role in roles):
+    messages = [{"role": turn.get("from") or turn.get("role"),
+                 "content": turn.get("value") or turn.get("content")} for turn in turns]
+    if not all(isinstance(m["role"], str) for m in messages):
         raise ValueError("turns of another form")
-    names = {"human": "user", "gpt": "assistant"}
-    messages = [{"role": names.get(role, role), "content": turn.get("value") or turn.get("content")}
-                for role, turn in zip(roles, turns, strict=True)]
+    for m in messages:
+        m["role"] = {"human": "user", "gpt": "assistant"}.get(m["role"], m["role"])
     if messages[-1]["role"] == "user" and len(messages) > 1:
         messages.pop()  # a question without an answer
     body = messages[1:] if messages[0]["role"] == "system" else messages
@@ -99,10 +94,8 @@ def image_of(item):
 
 
 def ask_shortly(messages):
-    """The messages; if all answers are short, the first question asks for a short answer."""
+    """If all answers are short, let the first question ask for a short answer."""
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
-    if any(len(answer.split()) > SHORT_WORDS for answer in answers):
-        return messages
-    first = next(i for i, m in enumerate(messages) if m["role"] == "user")
-    question = "\n".join(filter(None, (messages[first]["content"], SHORT_ANSWER)))
-    return [*messages[:first], {"role": "user", "content": question}, *messages[first + 1 :]]
+    if all(len(answer.split()) <= SHORT_WORDS for answer in answers):
+        first = next(m for m in messages if m["role"] == "user")
+        first["content"] = "\n".join(filter(None, (first["content"], SHORT_ANSWER)))

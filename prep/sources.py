@@ -6,51 +6,37 @@ names the row for the user. A line of JSON stays bytes until `parsed`, in the th
 
 import json
 import re
-from collections import Counter, defaultdict
 from itertools import islice
 from pathlib import Path
 
 from common.archives import identity_of, local_paths
 from common.config import UserError, one_line
 
-BLOCK = 1 << 20  # how much of a long file is read at once
+BLOCK = 1 << 20  # how much of a long file is read, or tokenized, at once
 # GPT-2's pre-tokenizer never puts the start of white space inside a token: a long text that is cut
 # there has the same ids as the complete text.
 CUT = re.compile(r"(?<=\S)(?=\s)")
 SEPARATORS = re.compile(r"[\s,]*")
 
 
-class Refused:
-    """Counts the rows left out, by reason, and keeps the names of the first five of each."""
+class Refused(dict):
+    """The rows left out: {reason: {"rows": count, "first": names of the first five}}."""
 
-    def __init__(self, counts=(), first=()):
-        self.counts, self.first = Counter(counts), defaultdict(list, first)
-
-    def add(self, reason, where):
-        self.counts[reason] += 1
-        if len(self.first[reason]) < 5:
-            self.first[reason].append(where)
-
-    def add_all(self, other):
-        self.counts.update(other.counts)
-        for reason, where in other.first.items():
-            self.first[reason] = (self.first[reason] + where)[:5]
+    def add(self, reason, names, n=1):
+        entry = self.setdefault(reason, {"rows": 0, "first": []})
+        entry["rows"] += n
+        entry["first"] = (entry["first"] + names)[:5]
 
     def table(self):
-        """{reason: {"rows": count, "first": names}}, the most frequent reason first."""
-        return {reason: {"rows": n, "first": self.first[reason]}
-                for reason, n in self.counts.most_common()}
-
-    def show(self):
-        for reason, n in self.counts.most_common():
-            more = ", ..." if n > len(self.first[reason]) else ""
-            print(f"left out {n} rows: {reason} ({', '.join(self.first[reason])}{more})")
+        """The same as a plain dict, the most frequent reason first."""
+        return dict(sorted(self.items(), key=lambda item: -item[1]["rows"]))
 
 
-class Piece(str):
-    """A part of a .txt file; goes_on: it continues the piece before it."""
-
-    goes_on = False
+def show(table, prefix=""):
+    """Print a line for each reason of a Refused.table()."""
+    for reason, entry in table.items():
+        more = ", ..." if entry["rows"] > len(entry["first"]) else ""
+        print(f"{prefix}{entry['rows']:,} rows: {reason} ({', '.join(entry['first'])}{more})")
 
 
 def parsed(row):
@@ -67,13 +53,10 @@ def parsed(row):
 
 
 class Files:
-    """The rows of .jsonl, .json and .parquet files; a .txt file is one row, in pieces."""
+    """The rows of .jsonl, .json and .parquet files; a .txt file is one row, its text."""
 
     def __init__(self, patterns):
         self.name, self.paths = patterns, local_paths(patterns)
-        for path in self.paths:
-            if path.is_dir():
-                raise UserError(f"{path} is a folder; name files, like {path}/*.jsonl")
         self.identity = identity_of(self.paths)
         self.total = sum(size for _, size, _ in self.identity)
 
@@ -84,46 +67,49 @@ class Files:
     def _all_rows(self):
         for path in self.paths:
             try:
-                for number, row, size in READERS.get(path.suffix, read_lines)(path):
-                    yield f"{one_line(path.name)}:{number}", row, size
+                rows = READERS.get(path.suffix, read_lines)(path)
+                for number, (row, size) in enumerate(rows, 1):
+                    if row != b"":  # a blank line
+                        yield f"{one_line(path.name)}:{number}", row, size
             except (OSError, ValueError, RecursionError) as error:
                 raise UserError(f"cannot read {one_line(path)}: {one_line(error)}") from None
 
 
 def read_lines(path):
-    """Yield (number, line, bytes) of the lines of a file that are not blank."""
+    """Yield (line, bytes) of a file, the lines stripped of white space."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, line, len(line)
+        for line in file:
+            yield line.strip(), len(line)
+
+
+def read_text(path):
+    """Yield (text, bytes) of a file, once."""
+    yield path.read_text(encoding="utf-8", errors="replace"), path.stat().st_size
 
 
 def read_parquet(path):
-    """Yield (number, row, bytes) of a .parquet file."""
+    """Yield (row, bytes) of a .parquet file."""
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            size, number = path.stat().st_size / max(1, file.metadata.num_rows), 0
+            size = path.stat().st_size / max(1, file.metadata.num_rows)
             for batch in file.iter_batches(max(1, min(256, int(16 * BLOCK / size)))):
                 for row in batch.to_pylist():
-                    number += 1
-                    yield number, row, size
+                    yield row, size
     except pyarrow.ArrowException as error:
         raise ValueError(error) from None
 
 
 def read_list(path):
-    """Yield (number, row, bytes) of a JSON file that is one list, holding one row at a time.
+    """Yield (row, bytes) of a JSON file that is one list, holding one row at a time.
 
     Not by ijson, which changes numbers and lone surrogates, and whose memory explodes on deeply
     nested lists.
     """
-    decoder, number, at = json.JSONDecoder(), 0, 1
+    decoder, at = json.JSONDecoder(), 1
     with open(path, encoding="utf-8") as file:
-        buffer = ""
-        while not buffer and (block := file.read(BLOCK)):
-            buffer = block.lstrip()
+        buffer = file.read(BLOCK).lstrip()
         if not buffer.startswith("["):
             raise ValueError("it is not a JSON list of rows")
         while True:
@@ -136,37 +122,24 @@ def read_list(path):
             except ValueError as error:
                 end, problem = len(buffer), error
             if end < len(buffer):
-                number += 1
-                yield number, row, end - at
+                yield row, end - at
                 at = end
-                continue
-            block = file.read(max(BLOCK, len(buffer) - at))  # the row may continue in it
-            if not block:
+            elif block := file.read(max(BLOCK, len(buffer) - at)):  # the row may continue in it
+                buffer, at = buffer[at:] + block, 0
+            else:
                 raise problem
-            buffer, at = buffer[at:] + block, 0
-
-
-def read_text(path):
-    """Yield (1, Piece, bytes) of a text file."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for i, part in enumerate(pieces(iter(lambda: file.read(BLOCK), ""))):
-            piece = Piece(part)
-            piece.goes_on = i > 0
-            yield 1, piece, len(piece)
 
 
 READERS = {".json": read_list, ".txt": read_text, ".parquet": read_parquet}
 
 
-def pieces(blocks):
-    """The text of some blocks in pieces of about BLOCK characters, cut where no token is cut."""
-    buffer, start = "", 0
-    for block in blocks:
-        buffer, start = buffer[start:] + block, 0
-        while cut := CUT.search(buffer, start + BLOCK):
-            yield buffer[start : cut.start()]
-            start = cut.start()
-    yield buffer[start:]
+def pieces(text):
+    """A text in pieces of about BLOCK characters, cut where no token is cut."""
+    start = 0
+    while cut := CUT.search(text, start + BLOCK):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
 
 
 # ----------------------------------------------------------------------------- data sets of the hub
@@ -205,28 +178,14 @@ def size_of(value):
     """Approximate number of bytes of text and images in a row."""
     if isinstance(value, str | bytes):
         return len(value)
-    values = value.values() if isinstance(value, dict) else value
-    return sum(map(size_of, values)) if isinstance(values, list | type({}.values())) else 0
-
-
-# ----------------------------------------------------------------------------------------- settings
-
-
-def at_least(cfg, **lowest):
-    """UserError if a setting is below its lowest valid value."""
-    for name, low in lowest.items():
-        if getattr(cfg, name) < low:
-            raise UserError(f"--{name}={getattr(cfg, name)} is too small: {low} at least")
-
-
-def source_of(cfg):
-    """The source that --files or --dataset names."""
-    if bool(cfg.files) == bool(cfg.dataset):
-        raise UserError("say which rows to read: either --files='books/*.jsonl' or --dataset=NAME")
-    return Dataset(cfg.dataset, cfg.subset, cfg.split) if cfg.dataset else Files(cfg.files)
+    values = list(value.values()) if isinstance(value, dict) else value
+    return sum(map(size_of, values)) if isinstance(values, list) else 0
 
 
 def sources_of(cfg):
-    """{name of its journal: source} of the rows, and of --val_files if given."""
-    sources = {"rows": source_of(cfg)}
-    return {**sources, "val_rows": Files(cfg.val_files)} if cfg.val_files else sources
+    """{name of its records: source} of the rows that the settings name, and of --val_files."""
+    if bool(cfg.files) == bool(cfg.dataset):
+        raise UserError("say which rows to read: either --files='books/*.jsonl' or --dataset=NAME")
+    rows = Dataset(cfg.dataset, cfg.subset, cfg.split) if cfg.dataset else Files(cfg.files)
+    val_files = getattr(cfg, "val_files", "")
+    return {"rows": rows, **({"val_rows": Files(val_files)} if val_files else {})}

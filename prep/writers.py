@@ -3,14 +3,15 @@
 Everything is appended to files as it comes, so a data set of any size takes the same memory.
 """
 
+from array import array
 from pathlib import Path
 
 import numpy as np
 
+import tokenizer as tokenizers
 from common.atomic import NewFolder
 from common.checkpoint import sums, write_json
 from common.config import UserError, seal
-from tokenizer import render
 
 
 def new_data_set(path, keep=False):
@@ -30,11 +31,13 @@ def write_manifest(folder, tokenizer, **counts):
     }))  # fmt: skip
 
 
-def check_size(tokenizer, cfg):
-    """UserError if the ids of the tokenizer that cfg names do not fit into a data set."""
+def load_tokenizer(where):
+    """tokenizer.load(where); UserError if its ids do not fit into a data set."""
+    tokenizer = tokenizers.load(where)
     if tokenizer.n_vocab > 65536:
-        raise UserError(f"the tokenizer {cfg.tokenizer} has {tokenizer.n_vocab} ids, and data sets "
-                        "hold 16-bit ids: at most 65536")
+        raise UserError(f"the tokenizer {where} has {tokenizer.n_vocab} ids, and data sets hold "
+                        "16-bit ids: at most 65536")
+    return tokenizer
 
 
 class Array:
@@ -43,110 +46,84 @@ class Array:
     def __init__(self, path, dtype):
         self.dtype, self.size = np.dtype(dtype), 0
         self.file = open(path, "wb", buffering=1 << 18)  # noqa: SIM115 (closed by close)
-        self._write_header()
+        self.file.seek(128)  # bytes of the header of a 1-D array of any length
 
     def append(self, values):
-        values = np.asarray(values, self.dtype)
-        self.file.write(values.tobytes())
+        self.file.write(np.asarray(values, self.dtype).tobytes())
         self.size += len(values)
 
     def close(self):
         self.file.seek(0)
-        self._write_header()
-        self.file.close()
-
-    def _write_header(self):  # NumPy leaves room for the length to grow in place
         np.lib.format.write_array_header_1_0(self.file, {
             "descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False,
             "shape": (self.size,)})
+        self.file.close()
 
 
-class Shards:
-    """Ids end to end in the files <split>_000000.npy, ..., of shard_tokens ids each."""
-
-    def __init__(self, folder, split, shard_tokens):
-        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
-        self.shard, self.n_shards, self.tokens = None, 0, 0
-
-    def append(self, ids):
+def write_shards(folder, split, documents, shard_tokens=100_000_000):
+    """The ids of documents, end to end, in files <split>_000000.npy, ... of shard_tokens ids each;
+    returns the number of ids."""
+    shard, n = None, 0
+    for ids in documents:
         while len(ids):
-            if self.shard is None or self.shard.size == self.shard_tokens:
-                self.close()
-                name = f"{self.split}_{self.n_shards:06d}.npy"
-                self.shard = Array(self.folder / name, np.uint16)
-                self.n_shards += 1
-            part = ids[: self.shard_tokens - self.shard.size]
-            self.shard.append(part)
-            self.tokens += len(part)
-            ids = ids[len(part) :]
-
-    def close(self):
-        if self.shard is not None:
-            self.shard.close()
+            number, used = divmod(n, shard_tokens)
+            if used == 0:
+                if shard:
+                    shard.close()
+                shard = Array(folder / f"{split}_{number:06d}.npy", np.uint16)
+            part, ids = ids[: shard_tokens - used], ids[shard_tokens - used :]
+            shard.append(part)
+            n += len(part)
+    if shard:
+        shard.close()
+    return n
 
 
-def write_text(folder, split, documents, tokenizer, shard_tokens=100_000_000):
+def write_text(folder, split, documents, tokenizer):
     """Shards of `documents` (strings), each after <|endoftext|>; returns the number of tokens."""
-    shards = Shards(folder, split, shard_tokens)
-    for document in documents:
-        shards.append([tokenizer.end_of_text, *tokenizer.encode(document)])
-    shards.close()
-    return shards.tokens
+    return write_shards(folder, split, ([tokenizer.end_of_text, *tokenizer.encode(document)]
+                                        for document in documents))
 
 
-class ChatWriter:
-    """Writes chats and the encoded bytes of their images into the files that data.Chats reads.
+def write_split(folder, chats, shard_bytes=1_000_000_000):
+    """Write chats, each (ids, supervised, encoded images), into the files that data.Chats reads;
+    returns counts for the manifest.
 
-    An image file has at most shard_bytes, but for an image that is larger: none is split.
+    A file of images has at most shard_bytes, but for an image that is larger: none is split.
     """
-
-    def __init__(self, folder, shard_bytes=1_000_000_000):
-        self.folder, self.shard_bytes = folder, shard_bytes
-        folder.mkdir(parents=True)
-        dtypes = {"ids": np.uint16, "supervised": np.bool_, "offsets": np.int64,
-                  "first_image": np.int64, "image_offsets": np.int64}
-        self.arrays = {name: Array(folder / f"{name}.npy", dtype)
-                       for name, dtype in dtypes.items()}
-        for name in "offsets", "first_image", "image_offsets":
-            self.arrays[name].append([0])
-        self.shard, self.n_shards, self.image_bytes = None, 0, 0
-
-    def append(self, ids, supervised, images=()):
-        """Append a chat: its ids, which of them are supervised, its encoded images."""
-        self.arrays["ids"].append(ids)
-        self.arrays["supervised"].append(supervised)
-        self.arrays["offsets"].append([self.arrays["ids"].size])
+    folder.mkdir(parents=True)
+    all_ids, mask = Array(folder / "ids.npy", np.uint16), Array(folder / "supervised.npy", np.bool_)
+    offsets, first_image, image_offsets = (array("q", [0]) for _ in range(3))
+    shard, n_shards = None, 0
+    for ids, supervised, images in chats:
+        all_ids.append(ids)
+        mask.append(supervised)
+        offsets.append(all_ids.size)
         for image in images:
-            self._append_image(image)
-            self.arrays["image_offsets"].append([self.image_bytes])
-        self.arrays["first_image"].append([self.arrays["image_offsets"].size - 1])
-
-    def _append_image(self, image):
-        if self.shard is None or self.shard.tell() + len(image) > self.shard_bytes:
-            if self.shard:
-                self.shard.close()
-            path = self.folder / f"images_{self.n_shards:06d}.bin"
-            self.shard = open(path, "wb")  # noqa: SIM115 (closed by close)
-            self.n_shards += 1
-        self.shard.write(image)
-        self.image_bytes += len(image)
-
-    def close(self):
-        """Complete the files; returns counts for the manifest."""
-        for file in (*self.arrays.values(), *([self.shard] if self.shard else [])):
-            file.close()
-        n_images = self.arrays["image_offsets"].size - 1
-        if n_images == 0:
-            for name in "first_image.npy", "image_offsets.npy":
-                (self.folder / name).unlink()
-        return {"chats": self.arrays["offsets"].size - 1, "tokens": self.arrays["ids"].size,
-                "images": n_images}
+            if not shard or shard.tell() + len(image) > shard_bytes:
+                if shard:
+                    shard.close()
+                shard = open(folder / f"images_{n_shards:06d}.bin", "wb")  # noqa: SIM115
+                n_shards += 1
+            shard.write(image)
+            image_offsets.append(image_offsets[-1] + len(image))
+        first_image.append(len(image_offsets) - 1)
+    arrays = {"offsets": offsets}
+    if shard:
+        shard.close()
+        arrays |= {"first_image": first_image, "image_offsets": image_offsets}
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", np.array(values))
+    for file in all_ids, mask:
+        file.close()
+    return {"chats": len(offsets) - 1, "tokens": all_ids.size, "images": len(image_offsets) - 1}
 
 
 def write_chats(folder, tokenizer, items):
     """A split folder from (messages, encoded images) pairs; returns its counts."""
-    writer = ChatWriter(folder)
-    for messages, images in items:
-        chat = render(tokenizer, messages, len(images))
-        writer.append(chat.ids, chat.supervised, images)
-    return writer.close()
+    def rendered():
+        for messages, images in items:
+            chat = tokenizers.render(tokenizer, messages, len(images))
+            yield chat.ids, chat.supervised, images
+
+    return write_split(folder, rendered())

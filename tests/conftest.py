@@ -179,6 +179,15 @@ def pipeline(world_data, shared):
     return Pipeline(world_data, shared("out", make))
 
 
+@pytest.fixture(scope="session")
+def vocabulary(shared):
+    """The folder of a small byte-level tokenizer."""
+    import tokenizer as tokenizers
+
+    texts = ["the quick brown fox jumps over the lazy dog. What is it? It is red. Story 1."] * 20
+    return shared("vocabulary", tokenizers.train(texts, 300).save)
+
+
 @pytest.fixture
 def interrupted(monkeypatch):
     """interrupted(*argv): prepare.py, ended by Ctrl-C after 64 rows; gives the Result."""

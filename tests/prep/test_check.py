@@ -1,14 +1,15 @@
 """The claims of prepare.py check: every problem is counted and named, as in training."""
 
-import io
 import json
-import shutil
+import re
 from itertools import chain
 
 import numpy as np
 import pytest
 from conftest import run
 from PIL import Image
+from test_prepare import encoded
+from test_resumable import prepared
 
 import tokenizer as tokenizers
 from common.config import seal
@@ -22,12 +23,6 @@ NO_IMAGE, SEVERAL = "no image", "more than one image"
 COPY = "a copy of an earlier chat: the same text and images"
 CUT, TOO_LONG = ("truncated after an answer to 96 positions",
                  "its first answer ends beyond 96 positions")
-
-
-def encoded(image, kind="PNG"):
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
 
 
 def row(name, *texts, **more):
@@ -66,19 +61,18 @@ def corpus(tmp_path_factory):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     (folder / "images").mkdir()
     for name, content in {
-        "red.png": encoded(Image.new("RGB", (40, 20), RED)), "text.jpg": b"not an image",
+        "red.png": encoded(Image.new("RGB", (40, 20), RED), "PNG"), "text.jpg": b"not an image",
         "empty.jpg": b"", "cut.jpg": encoded(noise, "JPEG")[:1500],
-        "large.png": encoded(Image.new("1", (8001, 7000))),
+        "large.png": encoded(Image.new("1", (8001, 7000)), "PNG"),
     }.items():
         (folder / "images" / name).write_bytes(content)
     rows = [*GOOD, *chain(*REFUSED.values(), *KEPT.values())]
     (folder / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in GOOD))
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizers.train(["what is it? red. say " * 20], 300).save(folder)
-    result = run("prepare.py", "images", f"--files={folder}/rows.jsonl", f"--tokenizer={folder}",
-                 f"--image_root={folder}/images", "--image_size=32", f"--out={folder}/made",
-                 "--val_share=0.2")
-    assert result.status == 0, result.err
+    prepared("images", f"--files={folder}/rows.jsonl", f"--tokenizer={folder}",
+             f"--image_root={folder}/images", "--image_size=32", f"--out={folder}/made",
+             "--val_share=0.2")
     return folder
 
 
@@ -88,91 +82,52 @@ def check(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def check(data, *flags):
-        return run("prepare.py", "check", data, f"--tokenizer={corpus}", "--context=96",
-                   f"--image_root={corpus}/images", "--patches=16", "--image_size=32", "--sheet=",
-                   *flags)
+        result = run("prepare.py", "check", data, f"--tokenizer={corpus}", "--context=96",
+                     f"--image_root={corpus}/images", "--patches=16", "--image_size=32", "--sheet=",
+                     *flags)
+        assert not list(tmp_path.glob(".*"))  # the temporary folder is gone
+        return result
 
     return check
 
 
-@pytest.fixture
-def figures(check, tmp_path, monkeypatch):
-    """A function that checks a file or folder; gives its figures."""
-    def figures(data, *flags):
-        found = []
-        monkeypatch.setattr("prep.check.print_figures", found.append)
-        result = check(data, *flags)
-        assert result.status == 0, result.err
-        assert not list(tmp_path.glob(".*"))  # the temporary folder is gone
-        monkeypatch.undo()
-        monkeypatch.chdir(tmp_path)
-        return found[0]
-
-    return figures
-
-
-def test_every_problem_is_counted_and_the_first_rows_are_named(corpus, check, figures):
-    found, start = figures(corpus / "rows.jsonl"), len(GOOD) + 1
-    assert set(found["left out when prepared"]) == set(REFUSED)
-    assert set(found["left out by training"]) == {TOO_LONG}
-    table = {**found["left out by training"], **found["kept, and worth knowing"]}
-    assert set(table) == set(KEPT)
-    for name, rows in {**REFUSED, **KEPT}.items():
-        places = [f"row {start + i}" if name in KEPT else f"rows.jsonl:{start + i}"
-                  for i in range(len(rows))]
-        expected = {"rows": len(rows), "first": places[:5]}
-        assert {**found["left out when prepared"], **table}[name] == expected
-        start += len(rows)
-    n_good = len(GOOD) + N_KEPT - 2
-    assert found["rows"] == len(GOOD) + N_KEPT
-    assert found["good"] == {"rows": n_good, "answers": n_good + 1, "images": n_good}
-    said = check(corpus / "rows.jsonl").out
+def test_every_problem_is_counted_and_the_first_rows_are_named(corpus, check):
+    said, start = check(corpus / "rows.jsonl").out, len(GOOD) + 1
     for reason, rows in {**REFUSED, **KEPT}.items():
-        assert f"{len(rows):>8}  {reason} (" in said
-    assert said.splitlines()[-1] == found["verdict"]
-    assert found["verdict"].startswith(f"{n_good} of {len(GOOD) + N_KEPT + N_REFUSED} rows")
+        names = ", ".join(f"rows.jsonl:{start + i}" for i in range(len(rows))[:5])
+        more = ", ..." * (len(rows) > 5)
+        assert f"\n{len(rows)} rows: {reason} ({names}{more})\n" in said
+        start += len(rows)
+    _, training = said.split("\nleft out by training\n")
+    assert training.startswith(f"2 rows: {TOO_LONG}")
+    n_good = len(GOOD) + N_KEPT - 2
+    assert (f"{len(GOOD) + N_KEPT} chats, {n_good} of them good, with {n_good + 1} answers and "
+            f"{n_good} images\n") in said
+    assert said.splitlines()[-1].startswith(
+        f"{n_good} of {len(GOOD) + N_KEPT + N_REFUSED} rows are good; training leaves")
 
 
-def test_a_prepared_folder_is_read_as_training_reads_it(corpus, figures):
-    found, tokenizer = figures(corpus / "made"), tokenizers.load(corpus)
+def test_a_prepared_folder_is_read_as_training_reads_it(corpus, check):
+    said, tokenizer = check(corpus / "made").out, tokenizers.load(corpus)
     splits = [Chats(corpus / "made", split) for split in ("train", "val")]
     packed = Packed(splits, 96, tokenizer, ImageSpec(16, 32))
-    assert found["rows"] == sum(map(len, splits)) == len(GOOD) + N_KEPT
-    assert found["good"]["rows"] == len(packed.chats) == found["rows"] - 2
-    assert found["training_rows"] == len(packed) and found["filled"] == packed.filled
-    assert set(found["left out when prepared"]) == set(REFUSED)
+    assert f"{len(GOOD) + N_KEPT} chats, {len(packed.chats)} of them good" in said
+    assert f"({len(packed)} packed rows of 96, {packed.filled:.1%} filled)" in said
+    assert all(reason in said for reason in REFUSED) and "(train:" in said
 
 
-def test_positions_and_steps_are_those_of_training(corpus, figures):
-    found, tokenizer = figures(corpus / "good.jsonl", "--batch_tokens=192"), tokenizers.load(corpus)
+def test_positions_and_steps_are_those_of_training(corpus, check):
+    said = check(corpus / "good.jsonl", "--batch_tokens=192").out
+    tokenizer = tokenizers.load(corpus)
     messages = [[{"role": role, "content": turn["value"]} for role, turn in
                  zip(("user", "assistant"), row["conversations"], strict=True)] for row in GOOD]
     lengths = [len(tokenizers.render(tokenizer, chat, 1).ids) + 15 for chat in messages]
-    assert (found["positions"][0], found["positions"][-1]) == (min(lengths), max(lengths))
+    shortest, *_, longest = re.search("positions per chat(.*)", said)[1].split()
+    assert (int(shortest), int(longest)) == (min(lengths), max(lengths))
     n_rows = -(-20 // (96 // max(lengths)))
-    assert found["training_rows"] == n_rows and found["steps"] == -(-n_rows // 2)
-    assert found["verdict"].startswith("all 20 rows are good")
-    assert figures(corpus / "good.jsonl", "--max_chats=3")["rows"] == 3
-
-
-def test_images_that_stayed_elsewhere_and_are_gone_are_named(corpus, figures, tmp_path):
-    shutil.copytree(corpus / "images", tmp_path / "images")
-    shutil.copy(corpus / "images/red.png", tmp_path / "images/blue.png")
-    (tmp_path / "a.json").write_text(json.dumps([*GOOD, row("blue.png", ASK, "Blue.")]))
-    result = run("prepare.py", "images", f"--files={tmp_path}/a.json", f"--tokenizer={corpus}",
-                 f"--image_root={tmp_path}/images", "--copy=False", f"--out={tmp_path}/out")
-    assert result.status == 0, result.err
-    (tmp_path / "images/blue.png").unlink()
-    found = figures(tmp_path / "out")
-    (name,) = found["left out by training"]["a missing image"]["first"]
-    assert found["good"]["rows"] == 20 and name.startswith(("train:", "val:"))
-
-
-def test_a_changed_file_is_named(corpus, check, tmp_path):
-    shutil.copytree(corpus / "made", tmp_path / "copy")
-    path = tmp_path / "copy/train/ids.npy"
-    path.write_bytes(path.read_bytes()[:-1] + b"\7")
-    assert "train/ids.npy" in check(tmp_path / "copy").refusal
+    assert f"{-(-n_rows // 2)} steps of 192 positions ({n_rows} packed" in said
+    assert said.splitlines()[-1].startswith("all 20 rows are good")
+    assert "3 chats, 3 of them good" in check(corpus / "good.jsonl", "--max_chats=3").out
 
 
 def test_the_contact_sheet_shows_sixteen_random_chats(corpus, check, tmp_path):
@@ -200,7 +155,7 @@ def test_a_chat_is_shown_token_by_token(corpus, check, tmp_path):
     found = row("red.png", "What <|end|>\n<image>", "Rëd.", "And now?", "Still red.")
     (tmp_path / "a.json").write_text(json.dumps([*REFUSED["a missing image"], found]))
     said = check(tmp_path / "a.json", "--show=1").out.splitlines()
-    said = said[said.index("row 8") :]
+    said = said[said.index("a.json:8") :]
     tokenizer = tokenizers.load(corpus)
     chat = tokenizers.render(tokenizer, [
         {"role": ("user", "assistant")[i % 2], "content": turn["value"]}
@@ -237,7 +192,6 @@ def test_data_that_cannot_be_checked_is_refused(name, content, word, check, tmp_
     ("--context=9", "none fits --context=9"), ("--max_chats=-1", "--max_chats=-1"),
     ("--sheet=no/such/sheet.png", "no/such/sheet.png"), ("--image_root=nowhere", "nowhere"),
     ("--tokenizer=nowhere", "nowhere"), ("--contxt=5", "context"), ("--dataset=x", "--dataset"),
-    ("--files=x", "--files"),
 ])
 def test_a_setting_that_cannot_be_used_is_refused(flag, word, corpus, check):
     assert word in check(corpus / "rows.jsonl", flag).refusal

@@ -1,8 +1,6 @@
 """The claims of prepare.py images: images from any container, used or counted by reason."""
 
 import io
-import json
-import os
 import struct
 import tarfile
 import zipfile
@@ -12,27 +10,18 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import logged, run
+from conftest import run
 from PIL import Image, PngImagePlugin
 from test_prepare import asked, chats, encoded, left_out, manifest, prepared, write_rows
 
 import tokenizer as tokenizers
-from common import archives
+from common.archives import open_images
 from common.checkpoint import sums
-from common.config import UserError
 from common.images import ImageError
-from data import Chats, ImageSpec, read_manifest
-from prep.convert import unpacked
+from data import Chats, ImageSpec
 from train.packing import Captions
 
 RED, BLUE, GREY, WHITE = (250, 10, 10), (10, 10, 250), (122, 116, 104), (255, 255, 255)
-
-
-@pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vocabulary")
-    tokenizers.train(["What is it? It is red. <image>"] * 9, 280).save(folder)
-    return folder
 
 
 def red(width=40, height=20, mode="RGB"):
@@ -222,27 +211,13 @@ def test_images_inside_parquet(kind, wild, vocabulary, tmp_path):
 @pytest.mark.parametrize("form", ["folder", "a.zip", "a.tar"])
 def test_the_path_decides_among_files_with_the_same_base_name(form, tmp_path):
     names = ["vg/1.jpg", "train/1.jpg", "val/1.jpg", "1.jpg", "val/2.jpg"]
-    find = archives.open_images(str(store(tmp_path, form, [(n, n.encode()) for n in names])))
+    find = open_images(str(store(tmp_path, form, [(n, n.encode()) for n in names])))
     for wanted, found in {"coco/train/1.jpg": "train/1.jpg", "/x/val/1.jpg": "val/1.jpg",
                           "1.jpg": "1.jpg", "x/2.jpg": "val/2.jpg", "x\\2.jpg": "val/2.jpg",
                           "/content/val/./2.jpg": "val/2.jpg"}.items():
-        assert (find(wanted), find.name_of(wanted)) == (found.encode(), found)
+        assert find(wanted) == found.encode()
     with pytest.raises(ImageError, match="x/3"):
         find("x/3.jpg")
-
-
-def test_parts_are_sorted_by_their_numbers(tmp_path):
-    for i in (1, 2, 10):
-        (tmp_path / f"part-{i}").write_text("x")
-    assert [path.name for path in archives.local_paths(f"{tmp_path}/part-*")] == [
-        "part-1", "part-2", "part-10"]
-
-
-def test_an_archive_is_indexed_once_until_it_is_replaced(tmp_path):
-    root = str(store(tmp_path, "a.zip", ONE))
-    first, again = (archives.open_images(root).sources[0] for _ in range(2))
-    store(tmp_path, "a.zip", ONE * 2)
-    assert first is again is not archives.open_images(root).sources[0]
 
 
 def numbered(n=12):
@@ -292,16 +267,6 @@ def test_a_flipped_byte_in_an_archive_loses_one_image(form, after, reason, vocab
     convert(tmp_path, vocabulary, [asked(name) for name, _ in numbered()], root)
     assert left_out(tmp_path / "out") == {reason: 1}
     assert len(Chats(tmp_path / "out", "train")) == 11
-
-
-def test_a_compressed_tar_is_unpacked_once(tmp_path):
-    root = store(tmp_path, "a.tar.zst", numbered())
-    done = unpacked([root], "zstd", tmp_path / "unpacked")
-    assert done.read_bytes() == packed_tar(numbered())
-    done.with_suffix(".part").write_bytes(b"left by a kill")
-    assert unpacked([root], "zstd", tmp_path / "unpacked") == done
-    done.unlink()
-    assert unpacked([root], "zstd", tmp_path / "unpacked").read_bytes() == packed_tar(numbered())
 
 
 def test_files_of_the_hub(vocabulary, tmp_path, monkeypatch):
@@ -381,55 +346,16 @@ BROKEN = {
     "a turn without text": {"image": "red.png", "prompt": "What?", "output": None},
     "turns of another form": {"image": "red.png", "conversations": ["What?"]},
     "row is not a JSON object": ["red.png"],
-    "not a line of JSON": b'{"image": "red.png", "conv',
 }
 
 
-@pytest.fixture(scope="module")
-def corpora(pipeline, tmp_path_factory):
-    """A folder with data sets: `clean`, of 50 good rows, and `mixed`, with 5 broken rows of every
-    kind too; `order` has the numbers of the rows in `mixed`."""
-    folder = tmp_path_factory.mktemp("corpora")
-    shades = [(f"{i}.png", encoded(Image.new("RGB", (9, 9), (25 * i, 0, 0)), "PNG"))
-              for i in range(10)]
-    root = store(folder, "a.zip", [*shades, *((name, WILD[name][0]) for name in WILD)])
-    good = [*(asked(f"{i % 10}.png", f"<image>\nWhat {i}?") for i in range(30)),
-            *(asked("rotated.jpg", f"No. {i}?") for i in range(15)),
-            *(asked("", f"{i}?") for i in range(5))]
-    mixed = [*good, *(row for row in BROKEN.values() for _ in range(5))]
-    order = np.random.default_rng(0).permutation(len(mixed))
-    kept = [i for i in order if i < len(good)]
-    for name, numbers in ("clean", kept), ("mixed", order):
-        lines = [row if isinstance(row, bytes) else json.dumps(row).encode()
-                 for row in (mixed[i] for i in numbers)]
-        (folder / f"{name}.jsonl").write_bytes(b"\n".join(lines))
-        prepared("images", f"--files={folder}/{name}.jsonl", f"--image_root={root}",
-                 "--image_size=32", f"--tokenizer={pipeline.data}/captions", "--val_share=0.2",
-                 f"--out={folder}/{name}")
-    np.save(folder / "order.npy", order)
-    return folder
-
-
-def test_broken_rows_are_counted_by_reason_and_change_nothing(corpora):
-    order = np.load(corpora / "order.npy")
-    assert left_out(corpora / "clean") == {}
-    assert left_out(corpora / "mixed") == dict.fromkeys(BROKEN, 5)
-    for reason, found in manifest(corpora / "mixed")["left_out"].items():
-        lines = [int(where.removeprefix("mixed.jsonl:")) for where in found["first"]]
-        assert {list(BROKEN)[(order[n - 1] - 50) // 5] for n in lines} == {reason}
-    assert sums(corpora / "clean") == sums(corpora / "mixed")
-
-
-def test_training_with_broken_rows_gives_the_same_losses_and_reports_them(corpora, pipeline,
-                                                                          tmp_path):
-    for name in "clean", "mixed":
-        pipeline.run_stage("vision_pretrain", tmp_path / name, "--batch_tokens=512",
-                           f"--data={corpora}/{name}")
-    losses = [logged(tmp_path / name, "loss", "val_loss") for name in ("clean", "mixed")]
-    assert losses[0] == losses[1] and len(losses[0]) > 6
-    report = (tmp_path / "mixed/report.md").read_text().replace("\\<", "<")  # escaped
-    assert all(f"5 {reason}" in report for reason in BROKEN)
-    assert not any(f"5 {reason}" in (tmp_path / "clean/report.md").read_text() for reason in BROKEN)
+def test_broken_rows_are_counted_and_change_nothing(wild, vocabulary, tmp_path):
+    good = [asked(GOOD[i % len(GOOD)], f"<image>\nWhat {i}?") for i in range(3 * len(BROKEN))]
+    mixed = [row for pair in zip(good, [*BROKEN.values()] * 3, strict=True) for row in pair]
+    for name, rows in ("clean", good), ("mixed", mixed):
+        convert(tmp_path, vocabulary, rows, wild / "images", out=name)
+    assert left_out(tmp_path / "mixed") == dict.fromkeys(BROKEN, 3)
+    assert sums(tmp_path / "clean") == sums(tmp_path / "mixed")
 
 
 # ---------------------------------------------------------------------------- how images are stored
@@ -458,61 +384,7 @@ def test_the_short_side_is_stored_for_training_to_crop(vocabulary, tmp_path):
     convert(tmp_path, vocabulary, map(asked, sizes), root, "--fit=short")
     assert [image.shape[:2] for (image,) in images_in(tmp_path / "out")] == [
         (32, 72), (80, 32), (32, 256), (32, 48)]
-    assert manifest(tmp_path / "out")["stored_images"] == {
-        "size": 32, "fit": "short", "copied": True}
-
-
-@pytest.mark.parametrize("form", ["folder", "a.zip", "many_*.tar", "one.zip,two"])
-def test_images_can_stay_where_they_are(form, vocabulary, tmp_path, monkeypatch):
-    root = store(tmp_path, form, [(f"in/{name}", content) for name, (content, *_) in WILD.items()])
-    monkeypatch.chdir(tmp_path)
-    root = str(root).replace(f"{tmp_path}/", "").replace(f"{tmp_path}", ".")
-    convert(tmp_path, vocabulary, map(asked, WILD), root, "--copy=False")
-    monkeypatch.chdir("/")
-    stored = (tmp_path / "out/train/images_000000.bin").read_bytes()
-    assert stored.decode() == "".join(f"in/{name}" for name in GOOD)
-    assert sum(left_out(tmp_path / "out").values()) == len(WILD) - len(GOOD)
-    entry = manifest(tmp_path / "out")["stored_images"]
-    assert entry["copied"] is False and entry["root"].startswith(str(tmp_path))
-    assert [images[0].shape[:2] for images in images_in(tmp_path / "out")][:4] == [
-        (20, 40), (20, 40), (1, 1), (10, 20000)]
-
-
-def test_what_cannot_stay_where_it_is_is_refused(vocabulary, tmp_path):
-    compressed = store(tmp_path, "a.tar.zst", ONE)
-    folder = store(tmp_path / "images", "folder", ONE)
-    path = write_rows(tmp_path / "rows.jsonl", [asked("red.png")] * 300)
-    items = [{"path": "red.png", "bytes": None}] * 299 + [{"bytes": ONE[0][1]}]
-    inside = write_rows(tmp_path / "rows.parquet", [about(item) for item in items])
-    argv = ("images", f"--tokenizer={vocabulary}", f"--out={tmp_path}/out", "--copy=False")
-    for files, root, message in ((path, compressed, "is compressed"), (path, "", "--image_root"),
-                                 (inside, folder, "inside the rows"),
-                                 (inside, folder, "inside the rows")):  # also when resumed
-        refusal = run("prepare.py", *argv, f"--files={files}", f"--image_root={root}").refusal
-        assert message in refusal
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("stored, message", [
-    ({"copied": False}, "root"), ({"copied": False, "root": 7}, "like"),
-    ({"size": "32", "fit": "pad"}, "like"), ([32, "pad"], "like"), (None, "like")])
-def test_an_invalid_manifest_is_refused(stored, message, tmp_path):
-    write_rows(tmp_path / "manifest.json", {"stored_images": stored})
-    with pytest.raises(UserError, match=message) as error:
-        read_manifest(tmp_path / "manifest.json")
-    assert str(tmp_path / "manifest.json") in str(error.value)
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are counted on Linux")
-def test_unused_chats_keep_no_file_open(wild):
-    def files():
-        found = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
-        return [path for path in map(os.path.realpath, found) if str(wild) in path]
-
-    before, chats = len(files()), Chats(wild / "out", "train")
-    assert len(chats.images(0)) == 1 and len(files()) > before
-    del chats
-    assert len(files()) == before
+    assert manifest(tmp_path / "out")["stored_images"] == {"size": 32, "fit": "short"}
 
 
 # ---------------------------------------------------------------------------- resume, held-out rows
@@ -541,14 +413,13 @@ def test_a_replaced_archive_restarts_the_conversion(vocabulary, tmp_path, interr
 
 
 def stored(folder, split):
-    """What is stored of the images of each chat: their bytes, or their names."""
+    """The encoded images of each chat."""
     found = Chats(folder, split)
     return [{found._bytes(n) for n in range(*found.first_image[i : i + 2])}
             for i in range(len(found))]
 
 
-@pytest.mark.parametrize("copied", [True, False])
-def test_no_image_is_both_in_training_and_in_validation(copied, vocabulary, tmp_path):
+def test_no_image_is_both_in_training_and_in_validation(vocabulary, tmp_path):
     shades = [encoded(Image.new("RGB", (9, 9), (4 * i, 200, 0)), "BMP") for i in range(60)]
     files = [(f"{i}.bmp", shade) for i, shade in enumerate(shades)]
     files += [(f"copy{i}.bmp", shade) for i, shade in enumerate(shades[:10])]
@@ -562,8 +433,7 @@ def test_no_image_is_both_in_training_and_in_validation(copied, vocabulary, tmp_
     for seed in range(2):
         out = tmp_path / f"{seed}"
         prepared("images", f"--files={rows}", f"--image_root={root}", "--image_size=9",
-                 f"--tokenizer={vocabulary}", f"--out={out}", f"--seed={seed}", "--val_share=0.2",
-                 f"--copy={copied}")
+                 f"--tokenizer={vocabulary}", f"--out={out}", f"--seed={seed}", "--val_share=0.2")
         train, val = stored(out, "train"), stored(out, "val")
         assert (len(train), len(val)) == (120, 30) and sum(map(len, val)) > 10
         assert not set().union(*train) & set().union(*val)

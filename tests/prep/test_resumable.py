@@ -9,16 +9,7 @@ import pytest
 from conftest import run
 from PIL import Image
 
-import tokenizer as tokenizers
 from common.checkpoint import sums
-
-
-@pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory):
-    """A folder with a tokenizer.json."""
-    folder = tmp_path_factory.mktemp("vocabulary")
-    tokenizers.train(["Story 1. say 1 it is 1"] * 9, 300).save(folder)
-    return folder
 
 
 def many_rows(path, n=400):
@@ -46,9 +37,9 @@ def many_images(folder, n=120):
 
 
 def prepared(*argv):
-    """What prepare.py prints."""
+    """The output of a successful command of prepare.py."""
     result = run("prepare.py", *argv)
-    assert result.status == 0, result.err
+    assert (result.status, result.err) == (0, "")
     return result.out
 
 
@@ -63,7 +54,8 @@ def test_interrupted_and_resumed_it_makes_the_same_bytes(command, vocabulary, tm
         many_rows(tmp_path / "in/a.parquet")
         source = [f"--dataset={tmp_path}/in"]
     else:
-        source = [f"--files={many_rows(tmp_path / 'in/a.jsonl')}"]
+        files = [many_rows(tmp_path / f"in/{name}", 50) for name in ("a.jsonl", "b.parquet")]
+        source = [f"--files={files[0]},{files[1]},{many_rows(tmp_path / 'in/c.jsonl')}"]
     argv = ["text" if command == "dataset" else command, *source, f"--tokenizer={vocabulary}"]
     said = prepared(*argv, f"--out={tmp_path}/complete")
     stopped = interrupted(*argv, f"--out={tmp_path}/out")
@@ -77,7 +69,7 @@ def test_interrupted_and_resumed_it_makes_the_same_bytes(command, vocabulary, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["complete", "in", "out"]
 
 
-def test_only_settings_and_files_that_change_records_start_over(vocabulary, tmp_path, interrupted):
+def test_what_changes_records_or_damages_them_starts_over(vocabulary, tmp_path, interrupted):
     path = many_rows(tmp_path / "a.jsonl")
     argv = ["text", f"--tokenizer={vocabulary}", f"--files={path}", f"--out={tmp_path}/out"]
     interrupted(*argv)
@@ -85,21 +77,16 @@ def test_only_settings_and_files_that_change_records_start_over(vocabulary, tmp_
     assert "starting over" in said and "resuming" not in said
     interrupted(*argv)
     assert "resuming after 64" in prepared(*argv, "--val_share=0.5", "--seed=3")
+    for size in 100, 20_000:
+        interrupted(*argv)
+        (records,) = (tmp_path / ".writing-out").glob("rows-*.sqlite")
+        os.truncate(records, size)
+        said = prepared(*argv)
+        assert "damaged: starting over" in said and "394 documents" in said
     interrupted(*argv)
     many_rows(path, 100)  # another file of the same name
     said = prepared(*argv)
     assert "starting over" in said and "97 documents" in said
-
-
-@pytest.mark.parametrize("size", [100, 20_000])
-def test_damaged_records_start_over(size, vocabulary, tmp_path, interrupted):
-    argv = ["text", f"--tokenizer={vocabulary}", f"--files={many_rows(tmp_path / 'a.jsonl')}",
-            f"--out={tmp_path}/out"]
-    interrupted(*argv)
-    (records,) = (tmp_path / ".writing-out").glob("rows-*.sqlite")
-    os.truncate(records, size)
-    said = prepared(*argv)
-    assert "damaged: starting over" in said and "394 documents" in said
 
 
 def test_an_error_keeps_completed_rows(vocabulary, tmp_path):
