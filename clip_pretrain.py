@@ -19,7 +19,7 @@ from clip import CLIP, CLIPConfig, feature_pulls, normalise
 from common.config import TrainSettings, UserError, parse, run_main
 from common.report import Sample
 from data import Chats, check_tokenizer
-from evals.zero_shot import Labelled, caption_choice, zero_shot
+from evals.zero_shot import Labelled, caption_choice, features_of, zero_shot
 from train.optim import make_optimizer
 from train.packing import Captions
 from train.run import Run
@@ -101,10 +101,12 @@ def main():
         run.optimizer_step(step)
         run.progress(step)
         if run.due(step, cfg.eval_every):
-            accuracy, val_loss = caption_choice(model, val, run.machine, cfg.val_pairs)
-            figures = {"val_loss": val_loss, "choice32": accuracy}
+            features = features_of(model, val, run.machine, cfg.val_pairs)
+            marks, val_loss = caption_choice(model, *features)
+            figures = {"val_loss": val_loss, "choice32": sum(marks) / len(marks)}
             if labelled:
-                figures["zero_shot"] = zero_shot(model, tokenizer, labelled, run.machine)
+                correct, n = zero_shot(model, tokenizer, labelled, run.machine)
+                figures["zero_shot"] = correct / n
             run.record(step, **figures)
         if run.due(step, cfg.save_every):
             run.save(step)

@@ -7,12 +7,10 @@
     python eval.py out/full/pretrain --tasks=hellaswag:hellaswag_val.jsonl,piqa:piqa.jsonl
     python eval.py out/full/vision_sft --tasks=pope:coco_pope.json --image_root=val2014.zip
 
-The checkpoint determines what is scored, see evals/validation.py. Each score has its standard error
-and the value by chance. Later stages are also scored on text and chats, to show what they forgot.
---report also scores the checkpoints it was trained from and writes report.md and report.json; the
-error of the score NAME is NAME_error. --tasks=NAME:FILE,... scores public benchmarks or your own
-questions in local files instead (names: evals/tasks.py); --out keeps the answers, and the same
-command resumes a stopped evaluation.
+The checkpoint determines what is scored, see evals/validation.py. --report also scores those it was
+trained from and writes report.md and report.json; the error of the score NAME is NAME_error.
+--tasks=NAME:FILE,... scores public benchmarks or your own questions in local files instead (names:
+evals/tasks.py); --out keeps the answers, and the same command resumes a stopped evaluation.
 """
 
 import itertools
@@ -29,18 +27,12 @@ from common.checkpoint import write_json
 from common.config import parse, parse_checkpoint, read_json, run_main
 from common.device import peak_memory_gb, pick_device, setup
 from common.images import read_image
-from common.report import (
-    ReportImage,
-    Sample,
-    lineage_table,
-    sample_blocks,
-    table,
-    write_report,
-)
+from common.report import ReportImage, Sample, lineage_table, sample_blocks, table, write_report
 from evals import compare
 from evals.contamination import overlaps, sentence
+from evals.metrics import Score
 from evals.runner import TaskRunner
-from evals.validation import Score, score
+from evals.validation import scores_of
 from inference.conversation import Conversation, open_for_chat
 from train.log import duration, price
 
@@ -91,12 +83,16 @@ def main():
 
 
 def score_split(names, cfg, machine, split):
-    """{score: Score} of some checkpoints on a split."""
+    """{label: Score} of some checkpoints on a split; prints each as soon as it is known."""
     scores = {}
     for name in names:
         began = time.time()
         print(f"{name}, {'validation' if split == 'val' else 'test'} data:")
-        scores |= score(name, cfg, machine, split)
+        for found in scores_of(name, cfg, machine, split):
+            scores |= found
+            for label, (value, error, chance) in found.items():
+                guessing = "" if chance is None else f"  (guessing {chance:.3f})"
+                print(f"{label:32s} {value:.4f} ± {error:.4f}{guessing}", flush=True)
         print(f"({time.time() - began:.0f} s)", file=sys.stderr)
     return scores
 
@@ -131,13 +127,10 @@ def benchmarks(name, cfg, machine):
             "checkpoint": info["folder"], "sha256": info["sha256"], "tasks": found})
 
 
-# ----------------------------------------------------------------------------------------- report
-
-
 def report(name, cfg, by_split):
     """Write report.md, .html and .json: scores, time, price, curves, conversations about images.
 
-    by_split: {split: {score: Score}}; with a test split, names of validation scores get val_.
+    by_split: {split: {label: Score}}; with a test split, names of validation scores get val_.
     """
     folder, info = Path(cfg.report), checkpoint.read(name)[0]
     stages = [*info.get("lineage", []), info]
@@ -150,45 +143,37 @@ def report(name, cfg, by_split):
                         else costs["seconds"] + prepared.get("seconds", 0))
     costs["peak_rss_gb"] = max([prepared.get("peak_rss_gb", 0), peak_memory_gb()[1],
                                 *(stage["metrics"]["peak_rss_gb"] for stage in trained)])
-    scores = by_split.get("test", by_split["val"]) | {
-        label: Score(value) for label, value in costs.items()}
-    sections = {"Scores": [score_table(scores)], "Lineage": [lineage_table(stages)]}
+    costs = {label: Score(value) for label, value in costs.items()}
+    tables = {"Scores": by_split["val"] | costs}
     if "test" in by_split:
         tuned = {f"val_{label}": found for label, found in by_split["val"].items()}
-        sections = {"Scores on test data": [score_table(scores)],
-                    "Scores on validation data": [score_table(tuned)],
-                    "Lineage": [lineage_table(stages)]}
-        scores = tuned | scores
-    figures = {label: found.value for label, found in scores.items()}
-    figures |= {f"{label}_error": found.error for label, found in scores.items()
-                if found.error is not None}
+        tables = {"Scores on test data": by_split["test"] | costs,
+                  "Scores on validation data": tuned}
+    figures, sections = {}, {}
+    for title, scores in tables.items():
+        figures |= {label: found.value for label, found in scores.items()}
+        figures |= {f"{label}_error": found.error for label, found in scores.items()
+                    if found.error is not None}
+        sections[title] = [table(["score", "value", "±", "guessing"], [
+            [label, f"{found.value:.4g}", *("" if x is None else f"{x:.2g}" for x in found[1:])]
+            for label, found in scores.items()])]
+    sections["Lineage"] = [lineage_table(stages)]
     if info["kind"] == "vision":
-        samples = conversations(name, Path(cfg.data) / "images", cfg.device)
-        sections["Conversations about new images"] = sample_blocks(samples)
-    curves = [(stage["stage"], Path(stage["folder"]).parent / "loss.png") for stage in trained]
+        sections["Conversations about new images"] = sample_blocks(conversations(name, cfg))
+    curves = {stage["stage"]: Path(stage["folder"]).parent / "loss.png" for stage in trained}
     sections["Loss curves"] = [ReportImage(f"curves/{stage}.png", path.read_bytes(), stage)
-                               for stage, path in curves if path.is_file()]
+                               for stage, path in curves.items() if path.is_file()]
     lead = f"{duration(figures['seconds'])}, {price(figures['dollars'])}"
     write_report(folder, str(folder), lead, sections)
     write_json(folder / "report.json", figures)
     print(f"wrote {folder / 'report.html'}, report.md and report.json")
 
 
-def score_table(scores):
-    """A table of {name: Score}."""
-    def cell(figure):
-        return "" if figure is None else f"{figure:.2g}"
-
-    return table(["score", "value", "±", "guessing"], [
-        [label, f"{found.value:.4g}", cell(found.error), cell(found.chance)]
-        for label, found in scores.items()])
-
-
-def conversations(name, folder, device, n=4):
-    """A report.Sample of a conversation about each of the first images of a folder."""
-    model, tokenizer, _ = open_for_chat(name, pick_device(device))
+def conversations(name, cfg, n=4):
+    """A report.Sample of a conversation about each of the first images of the data."""
+    model, tokenizer, _ = open_for_chat(name, pick_device(cfg.device))
     samples = []
-    for path in sorted(folder.glob("*.png"))[:n]:
+    for path in sorted(Path(cfg.data, "images").glob("*.png"))[:n]:
         conversation, images, turns = Conversation(model, tokenizer), [read_image(path)], []
         for question in ("What do you see?", "How many things are there?", "Is there a red thing?"):
             answer = "".join(conversation.ask(question, [] if turns else images))

@@ -14,7 +14,6 @@ from common.config import UserError, read_json
 from common.report import code, score_texts, table, write_report
 from train import log
 
-COLOURS = ("#2f81f7", "#d9822b", "#2da44e", "#c43d7a", "#8a63d2", "#14a0a0", "#a08a14", "#d1453b")
 MISSING = "–"
 
 
@@ -22,15 +21,6 @@ MISSING = "–"
 class Config:
     # --- output
     out: str = "out/comparison"  # folder for report.md, report.html and the plot
-
-
-@dataclass
-class FinishedRun:
-    """A run's config.json, the rows of its log.jsonl, and a column {row: text} of each table."""
-
-    info: dict
-    rows: list
-    columns: dict  # of "Losses", "Cost", "Scores", "Settings that differ"
 
 
 def compare(folders, out):
@@ -42,17 +32,17 @@ def compare(folders, out):
     names = [Path(folder).resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = list(map(str, folders))
-    runs = [read_run(Path(folder)) for folder in folders]
+    infos, logs, runs = zip(*(read_run(Path(folder)) for folder in folders), strict=True)
     sections = {}
-    for title in runs[0].columns:
-        columns = [run.columns[title] for run in runs]
+    for title in runs[0]:
+        columns = [run[title] for run in runs]
         labels = dict.fromkeys(label for column in columns for label in column)
         rows = [[label, *(column.get(label, MISSING) for column in columns)] for label in labels]
         if title == "Settings that differ":
             rows = [row for row in rows if len(set(row[1:])) > 1]
         sections[title] = [table([title.lower().split()[0], *names], rows) if rows else "None."]
-    sections["Losses"] = [*plot(names, runs), *sections["Losses"]]
-    commands = [start["command"] for run in runs for start in run.info.get("origins", [])[-1:]]
+    sections["Losses"] = [*plot(names, infos, logs), *sections["Losses"]]
+    commands = [start["command"] for info in infos for start in info.get("origins", [])[-1:]]
     if commands:
         sections["Commands"] = [code(command) for command in commands]
     try:
@@ -63,7 +53,7 @@ def compare(folders, out):
 
 
 def read_run(folder):
-    """The FinishedRun in a folder; UserError if there is none."""
+    """(config.json, rows of log.jsonl, {title of a table: {label: text}}) of a finished run."""
     steps = checkpoint.steps_in(folder)
     if not steps:
         raise UserError(f"{folder} is not a run: it has no step_* folder with a checkpoint")
@@ -71,25 +61,19 @@ def read_run(folder):
     info = read_json(newest / "config.json")
     if not {"settings", "metrics", "stage", "step"} <= info.keys() or not info["metrics"]:
         raise UserError(f"{newest} was not trained here, so there is nothing to compare")
-    losses = log.losses(info["metrics"])
-    settings = {name: str(value) or "(empty)" for name, value in info["settings"].items()
-                if name not in ("out", "resume")}
-    digest = checkpoint.file_sum(newest / "manifest.json")
-    return FinishedRun(info, rows, {
-        "Losses": losses, "Cost": costs_of(info, rows), "Scores": scores_of(folder, digest),
-        "Settings that differ": settings})
-
-
-def costs_of(info, rows):
-    metrics, start = info["metrics"], (info.get("origins") or [{}])[-1]
-    unit = "img" if "batch_pairs" in info["settings"] else "tok"
-    n = info["step"] * log.per_step(info["settings"])
-    return {
-        "stage": info["stage"], "steps": f"{info['step']:,}",
-        "read": f"{n:,} {'pairs' if unit == 'img' else 'tokens'}",
-        **dict(log.speeds(rows, unit)), "peak memory": log.memory(metrics),
-        "wall time": log.duration(metrics["seconds"]), "price": log.price(metrics["dollars"]),
-        **{name: start.get(name, MISSING) for name in ("commit", "hardware")}}
+    metrics, settings, starts = info["metrics"], info["settings"], info.get("origins") or [{}]
+    unit, data = ("img", "pairs") if "batch_pairs" in settings else ("tok", "tokens")
+    return info, rows, {
+        "Losses": log.losses(metrics),
+        "Cost": {
+            "stage": info["stage"], "steps": f"{info['step']:,}",
+            "read": f"{info['step'] * log.per_step(settings):,} {data}",
+            **dict(log.speeds(rows, unit)), "peak memory": log.memory(metrics),
+            "wall time": log.duration(metrics["seconds"]), "price": log.price(metrics["dollars"]),
+            **{name: starts[-1].get(name, MISSING) for name in ("commit", "hardware")}},
+        "Scores": scores_of(folder, checkpoint.file_sum(newest / "manifest.json")),
+        "Settings that differ": {name: str(value) or "(empty)" for name, value in settings.items()
+                                 if name not in ("out", "resume")}}
 
 
 def scores_of(folder, digest):
@@ -106,16 +90,16 @@ def scores_of(folder, digest):
     return scores
 
 
-def plot(names, runs):
+def plot(names, infos, logs):
     """The losses by tokens or pairs of training."""
     lines, units = [], set()
-    for name, run, colour in zip(names, runs, COLOURS * len(runs), strict=False):
-        units.add("pairs" if "batch_pairs" in run.info["settings"] else "tokens")
+    for i, (name, info, rows) in enumerate(zip(names, infos, logs, strict=True)):
+        units.add("pairs" if "batch_pairs" in info["settings"] else "tokens")
         for loss, style in (("loss", {"alpha": 0.35}), ("val_loss", {"marker": "o"})):
-            points = [((row["step"] + 1) * log.per_step(run.info["settings"]), row[loss])
-                      for row in run.rows if loss in row]
+            points = [((row["step"] + 1) * log.per_step(info["settings"]), row[loss])
+                      for row in rows if loss in row]
             label = f"_{name}" if loss == "loss" else name  # the legend omits _
             if points:
-                lines.append((label, points, {"color": colour, "markersize": 4, **style}))
+                lines.append((label, points, {"color": f"C{i}", "markersize": 4, **style}))
     alt = "Dots: validation loss. Faint: training loss."
     return [log.curves("loss.png", lines, " or ".join(sorted(units)), alt), alt] if lines else []

@@ -1,15 +1,13 @@
 """Which questions and images of a benchmark are in the data that a model was trained on.
 
 A text is found by any 16 consecutive tokens, an image by its bytes, as they are or as prepare.py
-stores them. Not found are paraphrases, shorter texts, images in another crop, and images that were
-not copied (--copy=False).
+stores them. Not found are paraphrases, shorter texts and images in another crop.
 
 The time depends on the training data alone: 40 M tokens per second and core, so under 1 s in the
 demo and 4 minutes in 10 B tokens; of the images only those of equal size in bytes are read.
 """
 
 import contextlib
-import hashlib
 import io
 from pathlib import Path
 
@@ -25,7 +23,7 @@ WINDOW = 16  # tokens, a power of 2
 BLOCK = 1 << 18  # tokens hashed at once: they fit a CPU's cache
 BASE, MIX = 0x9E3779B97F4A7C15, np.uint64(0xD6E8FEB86659FD93)
 TABLE = 24  # bits of the hashes in a lookup table that rejects most windows
-NONE, SETTINGS = np.empty(0, np.uint64), ("data", "text_data")
+NONE = np.empty(0, np.uint64)
 
 
 def overlaps(runners, info):
@@ -34,7 +32,7 @@ def overlaps(runners, info):
 
     info: of the checkpoint, as checkpoint.read returns it.
     """
-    folders = [folder for folder in data_folders(info) if folder.is_dir()]
+    folders = data_folders(info)
     texts = [[windows_of(runner, question) for question in runner.questions] for runner in runners]
     wanted = np.unique(np.concatenate([NONE, *(found for some in texts for found in some)]))
     seen = texts_in(folders, wanted, runners[0].tokenizer) if len(wanted) else NONE
@@ -60,16 +58,15 @@ def sentence(overlap):
 
 
 def data_folders(info):
-    """The data folders that a checkpoint and its lineage were trained on, as far as known."""
+    """The data folders of a checkpoint and its lineage that are on this machine."""
     configs = [Path(stage["folder"]) / "config.json" for stage in info.get("lineage", [])]
     found = [info, *(read_json(config) for config in configs if config.is_file())]
-    names = [config.get("settings", {}).get(key) for config in found for key in SETTINGS]
-    return [Path(f"data/hub/{name.removeprefix(hub.PREFIX).strip('/').replace('/', '--')}"
-                 if name.startswith(hub.PREFIX) else name)  # where hub.stream puts it
-            for name in dict.fromkeys(names) if name]
-
-
-# -------------------------------------------------------------------------------------------- texts
+    names = [config.get("settings", {}).get(key) for config in found
+             for key in ("data", "text_data")]
+    names = [f"data/hub/{name.removeprefix(hub.PREFIX).strip('/').replace('/', '--')}"
+             if name.startswith(hub.PREFIX) else name  # where hub.stream puts it
+             for name in dict.fromkeys(names) if name]
+    return [Path(name) for name in names if Path(name).is_dir()]
 
 
 def hashes(ids):
@@ -114,9 +111,6 @@ def texts_in(folders, wanted, tokenizer):
     return np.unique(np.concatenate(found))
 
 
-# ------------------------------------------------------------------------------------------- images
-
-
 def images_in(folders, runner):
     """(how many of a TaskRunner's images are in data folders, how many are readable)."""
     contents = []
@@ -125,12 +119,13 @@ def images_in(folders, runner):
             contents.append(name if isinstance(name, bytes) else runner.find(name))
     hits = np.zeros(len(contents), bool)
     for folder in folders if contents else ():
-        if not any(folder.glob("train/images_*.bin")):
-            continue
-        chats = Chats(folder, "train")
-        if chats.stored.get("copied", True):
+        if any(folder.glob("train/images_*.bin")):
+            chats = Chats(folder, "train")
             variants = [{content, prepared(content, chats.stored)} for content in contents]
-            found = stored_in(chats, set().union(*variants))
+            wanted = set().union(*variants)
+            same_size = np.isin(np.diff(chats.image_offsets), list(map(len, wanted)))
+            stored = map(chats._bytes, np.flatnonzero(same_size))  # the others are not read
+            found = {content for content in stored if content in wanted}
             hits |= [not some.isdisjoint(found) for some in variants]
     return int(hits.sum()), len(contents)
 
@@ -144,11 +139,3 @@ def prepared(content, stored):
     with contextlib.suppress(ImageError):
         fit(read_image(content, "an image", *how), *how).save(file, "JPEG", quality=90)
     return file.getvalue() or content
-
-
-def stored_in(chats, wanted):
-    """Those of some images' bytes that are in a Chats, by sha256."""
-    sums = {hashlib.sha256(content).digest(): content for content in wanted}
-    same_size = np.isin(np.diff(chats.image_offsets), list(map(len, wanted)))  # only these are read
-    found = {hashlib.sha256(chats._bytes(n)).digest() for n in np.flatnonzero(same_size)}
-    return {sums[digest] for digest in found & sums.keys()}

@@ -4,17 +4,17 @@ A model that answers from the text alone has the same loss each time. What the c
 against a mismatched or a blank one is the vision gain.
 """
 
-import numpy as np
 import torch
 
-from common.config import UserError
 from common.images import blank
-from evals.metrics import bootstrap
+from evals.metrics import ratio, score
 from model import compute_dtype, head_loss, packed_mask
 from train.loader import validation_loss
 from train.packing import Packed
 
 LEAST_GAIN = 0.01  # nats per token that the correct image should save
+SUFFIXES = {"correct": "", "mismatched": "_mismatched_image", "text_only": "_text_only",
+            "blank": "_blank_image"}  # of the names of losses
 
 
 class AblatedChats:
@@ -52,9 +52,9 @@ class AblatedChats:
         if self.kind == "text_only":
             return []
         if self.kind == "blank":
-            return [blank(spec.size if spec else 1)] * self.chats.n_images(number)
-        return self.chats.images(self.mismatched[number] if self.kind == "mismatched" else number,
-                                 spec)
+            return [blank(spec.size)] * self.chats.n_images(number)
+        return self.chats.images(
+            self.mismatched[number] if self.kind == "mismatched" else number, spec)
 
 
 class ImageAblation:
@@ -62,53 +62,37 @@ class ImageAblation:
 
     def __init__(self, chats, n, T, tokenizer, spec=None, others=("mismatched", "text_only")):
         correct = Packed([AblatedChats(chats, n, tokenizer)], T, tokenizer, spec)
-        self.packed, lengths = {"correct": correct}, dict(
-            correct.chats[["number", "n_ids"]].tolist())
-        for kind in others:
-            ablated = AblatedChats(chats, n, tokenizer, kind, lengths)
-            self.packed[kind] = Packed([ablated], T, tokenizer, spec)
+        lengths = dict(correct.chats[["number", "n_ids"]].tolist())
+        self.packed = {"correct": correct} | {
+            kind: Packed([AblatedChats(chats, n, tokenizer, kind, lengths)], T, tokenizer, spec)
+            for kind in others}
 
     def losses(self, machine, model, micro_rows):
         """{"val_loss", "val_loss_mismatched_image", "val_loss_text_only"}, nats per token."""
-        names = ("val_loss", "val_loss_mismatched_image", "val_loss_text_only")
-        return {name: validation_loss(machine, packed, micro_rows, model, len(packed))
-                for name, packed in zip(names, self.packed.values(), strict=True)}
-
-    def nats(self, machine, model, micro_rows):
-        """{kind: what nats_by_chat returns}"""
-        return {kind: nats_by_chat(machine, model, packed, micro_rows)
-                for kind, packed in self.packed.items()}
+        return {f"val_loss{SUFFIXES[kind]}": validation_loss(
+            machine, packed, micro_rows, model, len(packed))
+            for kind, packed in self.packed.items()}
 
     def gains(self, nats):
-        """{"mismatched", "blank"}: (nats per token that the correct image saves, standard error).
+        """{"mismatched", "blank"}: Score of the nats per token that the correct image saves.
 
-        nats: what self.nats returned. Only chats with images, of which another has as many, count;
-        empty if there are none.
+        nats: {kind: what nats_by_chat returned}. Only chats with images, of which another has as
+        many, count; empty if there are none.
         """
         correct, chats, found = nats["correct"], self.packed["mismatched"].sources[0], {}
         for kind in "mismatched", "blank":
             saved = [(nats[kind][number][0] - loss, n) for number, (loss, n) in correct.items()
-                     if number in nats[kind] and chats.mismatched[number] != number
-                     and chats.chats.n_images(number)]
+                     if chats.mismatched[number] != number and chats.chats.n_images(number)]
             if saved:
-                found[kind] = per_token(saved)
+                found[kind] = score(saved, ratio, chance=0.0)
         return found
-
-
-def per_token(pairs):
-    """(nats per token, standard error by bootstrap) of items: pairs (N, 2) of nats and tokens."""
-    def mean(rows):
-        return rows[:, 0].sum() / rows[:, 1].sum()
-
-    pairs = np.array(pairs, float)
-    return float(mean(pairs)), bootstrap(pairs, statistic=mean)
 
 
 @torch.no_grad()
 def nats_by_chat(machine, model, packed, micro_rows):
     """{number: (nats, supervised tokens)} of the chats of a Packed of one AblatedChats.
 
-    Chats with unreadable images are left out. Not distributed: every process computes everything.
+    Not distributed: every process computes everything.
     """
     found, decoder, ablated = {}, getattr(model, "decoder", model), packed.sources[0]
     for start in range(0, len(packed), micro_rows):
@@ -129,8 +113,6 @@ def nats_by_chat(machine, model, packed, micro_rows):
                 place = packed.chats["number"][packed.rows[rows[row]][number - 1]]
                 nats = head_loss(states, decoder.head.weight, targets).item()
                 found[ablated.numbers[place]] = nats, len(targets)
-    if not found:
-        raise UserError(f"{packed.name}: no image is readable, so there is no loss")
     return found
 
 

@@ -2,9 +2,7 @@
 
 A question is computed once with its images. All of its answers follow in the same row, each at the
 positions right after the question and masked from the others. Logits are computed only where an
-answer token is predicted.
-
-Shapes: B rows, T positions, C width, N answer tokens in a batch, V vocabulary.
+answer token is predicted. Shapes: B rows, T positions, C width, N answer tokens, V vocabulary.
 """
 
 from dataclasses import dataclass, field
@@ -27,24 +25,6 @@ class Item:
     answers: list  # non-empty lists of ids
     images: list = field(default_factory=list)  # PIL images
 
-
-@dataclass
-class Likelihood:
-    """The probability of one answer."""
-
-    nats: float  # log-likelihood
-    greedy: bool  # whether greedy decoding would generate it
-
-
-@dataclass
-class Row:
-    """A question with as many of its answers as fit the context."""
-
-    item: int  # its number
-    prompt: list  # ids, with P times <|image|> per image
-    answers: list
-    images: list
-
     @property
     def ids(self):
         """The input: the last id of an answer predicts nothing."""
@@ -53,60 +33,55 @@ class Row:
 
 @torch.inference_mode()
 def likelihoods(model, tokenizer, items, batch=None):
-    """[[Likelihood of each answer] of each Item], in the order given.
+    """[[(log-likelihood in nats, whether greedy decoding generates it, its tokens) of each answer]
+    of each Item], in the order given. ValueError for an item longer than the model's context.
 
-    batch: rows per batch; None for the default of the device. Raises ValueError for an item longer
-    than the model's context.
+    batch: rows per batch; None for the default of the device.
     """
-    rows = [row for number, item in enumerate(items)
-            for row in rows_of(number, item, tokenizer, model)]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # little padding
+    rows, room = [], model.config.max_positions  # rows: (number of the item, the row as an Item)
+    for number, item in enumerate(items):
+        prompt = expand_images(model, tokenizer, item.prompt)
+        if len(prompt) + max(map(len, item.answers)) > room:
+            raise ValueError(f"a question of {len(prompt)} tokens and its answers do not fit the "
+                             f"context of {room}")
+        row = None
+        for answer in item.answers:  # in further rows where they exceed the context together
+            if row is None or len(row.ids) + len(answer) > room:
+                row = Item(prompt, [], item.images)
+                rows.append((number, row))
+            row.answers.append(answer)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][1].ids))  # little padding
     found = [None] * len(rows)
     batch = batch or ROWS_AT_ONCE[decoder_of(model).token_embedding.weight.device.type]
     for start in range(0, len(order), batch):
-        numbers = order[start : start + batch]
-        results = batch_likelihoods(model, tokenizer, [rows[i] for i in numbers])
-        for i, result in zip(numbers, results, strict=True):
-            found[i] = result
+        some = order[start : start + batch]
+        results = iter(batch_likelihoods(model, tokenizer, [rows[i][1] for i in some]))
+        for i in some:
+            found[i] = [next(results) for _ in rows[i][1].answers]
     by_item = [[] for _ in items]
-    for row, result in zip(rows, found, strict=True):
-        by_item[row.item] += result
+    for (number, _), result in zip(rows, found, strict=True):
+        by_item[number] += result
     return by_item
 
 
-def rows_of(number, item, tokenizer, model):
-    """The Rows of an item: one, unless its answers together are longer than the context."""
-    prompt, room = expand_images(model, tokenizer, item.prompt), model.config.max_positions
-    if len(prompt) + max(map(len, item.answers)) > room:
-        raise ValueError(f"a question of {len(prompt)} tokens and its answers do not fit the "
-                         f"context of {room}")
-    rows = [Row(number, prompt, [], item.images)]
-    for answer in item.answers:
-        if len(rows[-1].ids) + len(answer) > room:
-            rows.append(Row(number, prompt, [], item.images))
-        rows[-1].answers.append(answer)
-    return rows
-
-
 def batch_likelihoods(model, tokenizer, rows):
-    """[[Likelihood of each answer] of each Row] of one batch."""
+    """What `likelihoods` returns of all answers of one batch of Items, in a single list. Here their
+    prompts have P times <|image|> for an image of P patches."""
     images = [image for row in rows for image in row.images]
     features = encode_images(model, images).flatten(0, 1) if images else None
     x = embed(model, tokenizer, [row.ids for row in rows], features)  # (B, T, C)
     positions, mask, where = layout(rows, x.size(1))
     # The first tokens of all answers to a question are predicted by the same state.
     places, state_of = where.to(x.device).unique(return_inverse=True)
-    decoder = decoder_of(model)
+    decoder, answers = decoder_of(model), [answer for row in rows for answer in row.answers]
     states = decoder.hidden(x, positions.to(x.device), mask.to(x.device), where=places)
-    wanted = [token for row in rows for answer in row.answers for token in answer]
-    nats, greedy = score(decoder, states, state_of, torch.tensor(wanted, device=x.device))
+    wanted = torch.tensor([token for answer in answers for token in answer], device=x.device)
+    nats, greedy = token_likelihoods(decoder, states, state_of, wanted)
     found, at = [], 0
-    for row in rows:
-        found.append([])
-        for answer in row.answers:
-            here = slice(at, at + len(answer))
-            found[-1].append(Likelihood(sum(nats[here]), all(greedy[here])))
-            at += len(answer)
+    for answer in answers:
+        here = slice(at, at + len(answer))
+        found.append((sum(nats[here]), all(greedy[here]), len(answer)))
+        at = here.stop
     return found
 
 
@@ -128,7 +103,7 @@ def layout(rows, T):
     return positions, mask[:, None], torch.tensor(where)
 
 
-def score(decoder, states, state_of, wanted):
+def token_likelihoods(decoder, states, state_of, wanted):
     """(log-likelihoods of the ids wanted (N,), whether each is the likeliest) as lists.
 
     states (M, C): final states; state_of (N,): which of them predicts each id.

@@ -1,7 +1,6 @@
 """Evaluation metrics as pure functions.
 
-Marks are the scores of single items, floats (N,): a score is their mean and bootstrap(marks) its
-standard error.
+Marks (N,) are the scores of single items, 0 to 1 each.
 """
 
 import math
@@ -10,74 +9,58 @@ from collections import Counter
 from functools import reduce
 from itertools import chain
 from operator import or_
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 
-def bootstrap(values, n=1000, statistic=np.mean):
-    """Standard error of a statistic over items: its deviation over n resamples with replacement.
+class Score(NamedTuple):
+    """A value, its standard error, and the value by chance; None where it is not defined."""
 
-    values: (N, ...), one item per row; statistic: from such an array to a number. Always drawn with
-    the same seed. 0 for a single item. Source: Efron (1979), "Bootstrap Methods".
+    value: float
+    error: float | None = None
+    chance: float | None = None
+
+
+def score(items, statistic=np.mean, chance=None, n=1000):
+    """The Score of items (N, ...): a statistic of them, by default the mean of marks (N,).
+
+    Its error is the deviation over n bootstrap samples of the items, always drawn with the same
+    seed; 0 for a single item. Source: Efron (1979), "Bootstrap Methods".
     """
-    values, random = np.asarray(values), np.random.default_rng(0)
-    N = len(values)
-    return float(np.std([statistic(values[random.integers(N, size=N)]) for _ in range(n)], ddof=1))
+    items, random = np.asarray(items), np.random.default_rng(0)
+    N = len(items)
+    drawn = [statistic(items[random.integers(N, size=N)]) for _ in range(n)]
+    return Score(float(statistic(items)), float(np.std(drawn, ddof=1)), chance)
 
 
-def multiple_choice(log_likelihoods, choices, answers):
-    """Marks (N,) for picking the likeliest choice: {"acc", "acc_norm", "chance"}.
-
-    log_likelihoods: N sequences of summed log-probabilities, one per choice; choices: N lists of
-    strings without the leading space; answers: (N,) index of the correct one. acc compares the
-    sums, acc_norm the sums per *character*; the first of equals is picked. Errors: ValueError for
-    NaN. Source: process_results in api/task.py of lm_eval 0.4.13.
-    """
-    marks = []
-    for sums, texts, answer in zip(log_likelihoods, choices, answers, strict=True):
-        if np.isnan(sums).any():
-            raise ValueError("the log-likelihood of a choice is NaN")
-        per_character = np.array(sums) / [len(text) for text in texts]
-        marks.append([np.argmax(sums) == answer, per_character.argmax() == answer, 1 / len(texts)])
-    return dict(zip(("acc", "acc_norm", "chance"), np.array(marks, float).T, strict=True))
+def ratio(rows):
+    """The sum of the first column over that of the second, such as nats per token."""
+    return rows[:, 0].sum() / rows[:, 1].sum()
 
 
-def auroc(scores, labels):
-    """Area under the ROC curve of scores (N,) for labels (N,), True or False; 0.5 by chance.
-
-    Also 0.5 where all labels are equal, as in some bootstrap samples of few items.
-    """
+def auroc(rows):
+    """Area under the ROC curve of rows (N, 2), a number and its label, 0 or 1; 0.5 where all labels
+    are equal, as in some bootstrap samples of few items."""
     from sklearn.metrics import roc_auc_score
 
-    return float(roc_auc_score(labels, scores)) if len(set(labels)) > 1 else 0.5
+    numbers, labels = rows.T
+    return float(roc_auc_score(labels, numbers)) if len(set(labels)) > 1 else 0.5
 
 
-def f1(said, labels):
-    """F1 score of yes, from said (N,) and labels (N,), True for yes; 0 where undefined."""
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(labels, said, zero_division=0))
-
-
-def says_yes(answer):
-    """Whether POPE's evaluate.py reads a yes: no No, no or not in the first sentence."""
-    return not {"No", "no", "not"} & set(answer.split(".")[0].replace(",", "").split(" "))
+def f1(rows):
+    """F1 score of rows (N, 2), what was said and its label, each 0 or 1; 0 where undefined."""
+    said, labels = rows.T.astype(bool)
+    return 2 * (said & labels).sum() / max(1, said.sum() + labels.sum())
 
 
 DIGITS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4",
           "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't
-    hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am
-    mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
-    she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
-    someone'd've someone'll someone's something'd something'd've something'll that's there'd
-    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've
-    weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
-    who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've
-    you'd you'd've you'll you're you've"""
+CONTRACTIONS = Path(__file__).with_name("contractions.txt").read_text().split()
 REPAIRED = {word[: mark.start()] + word[mark.end() :]: word  # each lacks one of its apostrophes
-            for word in CONTRACTIONS.split() for mark in re.finditer("'", word)}
+            for word in CONTRACTIONS for mark in re.finditer("'", word)}
 REPAIRED |= {"somebody'd": "somebodyd"}  # a slip of the official table
 
 
@@ -85,8 +68,7 @@ def vqa_normalise(answer):
     """An answer as the VQA evaluation compares it: "The two dogs." becomes "2 dogs".
 
     Punctuation but ' and : becomes a space, or nothing where the answer has it beside a space or
-    has 1,000 in it; periods stay before a digit only. Then lower case, digits for number words to
-    ten, no articles, apostrophes in contractions. Source: vqaEval.py of GT-Vision-Lab/VQA.
+    has 1,000 in it; periods stay before a digit only. Source: vqaEval.py of GT-Vision-Lab/VQA.
     """
     text = re.sub(r"[\n\t]", " ", answer).strip()
     bare, thousands = text, re.search(r"\d,\d", text)
@@ -100,11 +82,10 @@ def vqa_normalise(answer):
 def vqa_accuracy(answer, human_answers):
     """Agreement of an answer with human ones, 0 to 1: min(people who gave it / 3, 1).
 
-    human_answers: a list of strings. From 4 on (VQA has 10) the result is the mean over leaving
-    each of them out; a single one has to match. All are normalised. Errors: ValueError for 0, 2
-    and 3 answers, with which the full score would be out of reach. Source: Antol et al.
-    (arXiv:1505.00468) and vqaEval.py of GT-Vision-Lab/VQA, which, unlike its rules and this,
-    normalises nothing where all people agree to the letter.
+    human_answers: strings. From 4 on (VQA has 10) the result is the mean over leaving each of them
+    out; a single one has to match. ValueError for 0, 2 and 3, with which the full score would be
+    out of reach. Source: Antol et al. (arXiv:1505.00468) and vqaEval.py of GT-Vision-Lab/VQA,
+    which, unlike its rules and this, normalises nothing where all people agree to the letter.
     """
     N, answer = len(human_answers), vqa_normalise(answer)
     if N in (0, 2, 3):
@@ -135,9 +116,9 @@ CLITIC = r"(?:n't|'(?:s|m|d|re|ve|ll))(?!\w)"
 def caption_words(caption):
     """The words of a caption, nearly as coco-caption has them from Stanford's PTBTokenizer.
 
-    Lower case; "isn't" is "is n't", "man's" is "man 's"; words with a hyphen, slash, period, comma
-    or colon inside stay whole (t-shirt, 3.5); all other punctuation and signs are dropped. Unlike
-    there also &, %, $, # and brackets, the period of "st.", and "cannot" stays one word.
+    "isn't" is "is n't"; words with a hyphen, slash, period, comma or colon inside stay whole
+    (t-shirt, 3.5); other punctuation is dropped. Unlike there also &, %, $, # and brackets, the
+    period of "st.", and "cannot" stays one word.
     """
     text = re.sub(rf"(?<=\w)({CLITIC})", r" \1", caption.lower().replace("’", "'"))
     return re.findall(rf"(?:(?<=\s){CLITIC}|\w+(?:[-/.,:]\w+)*)", text)
@@ -150,37 +131,34 @@ def ngrams(caption):
 
 
 def bleu_counts(candidates, references):
-    """What bleu4 takes, of N candidates (strings) with N lists of references: correct n-grams
-    (N, 4), all n-grams (N, 4), and the length of the closest reference (N,), the shorter of two."""
-    correct, total, closest = [], [], []
+    """(N, 9) of N candidates (strings) with N lists of references: correct 1- to 4-grams, all 1- to
+    4-grams, and the length of the closest reference, the shorter of two."""
+    counts = []
     for candidate, texts in zip(map(ngrams, candidates), references, strict=True):
         texts = list(map(ngrams, texts))
         most = [reduce(or_, counters) for counters in zip(*texts, strict=True)]
-        correct.append([(candidate[n] & most[n]).total() for n in range(4)])
-        total.append([candidate[n].total() for n in range(4)])
         size, sizes = candidate[0].total(), [text[0].total() for text in texts]
-        closest.append(min((abs(other - size), other) for other in sizes)[1])
-    return [np.array(column, float) for column in (correct, total, closest)]
+        closest = min((abs(other - size), other) for other in sizes)[1]
+        counts.append([*((candidate[n] & most[n]).total() for n in range(4)),
+                       *(candidate[n].total() for n in range(4)), closest])
+    return np.array(counts, float)
 
 
-def bleu4(correct, total, closest):
-    """BLEU-4 (...), 0 to 1, from the counts of bleu_counts: (..., 4), (..., 4) and (...).
-
-    The score of a corpus is made of the summed counts of its items. Source: Papineni et al. (2002),
-    bleu_scorer.py of coco-caption ("closest"); words: see caption_words.
-    """
+def bleu4(counts):
+    """BLEU-4 of a corpus, 0 to 1, from bleu_counts. Source: Papineni et al. (2002), bleu_scorer.py
+    of coco-caption ("closest"); words: see caption_words."""
+    total = counts.sum(0)
     # The tiny terms are those of coco-caption: without a match a score is nearly 0, never 0 / 0.
-    precision = ((correct + 1e-15) / (total + 1e-9)).prod(-1) ** 0.25
-    ratio = (total[..., 0] + 1e-15) / (closest + 1e-9)
-    return precision * np.exp(np.minimum(0, 1 - 1 / ratio))
+    precision = ((total[:4] + 1e-15) / (total[4:8] + 1e-9)).prod() ** 0.25
+    length = (total[4] + 1e-15) / (total[8] + 1e-9)
+    return precision * np.exp(np.minimum(0, 1 - 1 / length))
 
 
 def cider(candidates, references):
     """CIDEr-D of N candidates (strings) with N lists of references: scores (N,), 0 to 10.
 
-    An n-gram weighs log(N / items with it in a reference): a single item scores 0, and scores of
-    different sets cannot be compared. Source: Vedantam et al. (arXiv:1411.5726), cider_scorer.py
-    of coco-caption (sigma 6); words: see caption_words.
+    An n-gram weighs log(N / items with it in a reference): scores of different sets cannot be
+    compared. Source: Vedantam et al. (arXiv:1411.5726), cider_scorer.py of coco-caption (sigma 6).
     """
     references = [list(map(ngrams, texts)) for texts in references]
     N, seen = len(references), Counter(

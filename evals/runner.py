@@ -12,7 +12,7 @@ from common.atomic import append_rows, read_rows, truncate_rows
 from common.config import UserError
 from common.images import fit, read_image
 from evals.loglikelihood import Item, likelihoods
-from evals.tasks import TASKS, question_of, rows_of, text_windows, value_and_error
+from evals.tasks import TASKS, question_of, rows_of, text_windows
 from inference.conversation import answer_all, fits
 from tokenizer import render, split_at_images
 from vision import VisionLanguageModel
@@ -34,11 +34,10 @@ class TaskRunner:
             raise UserError(f"there is no task {name}: {', '.join(TASKS)}")
         self.name, self.task, self.model, self.tokenizer = name, TASKS[name], model, tokenizer
         self.find = open_images(image_root)
-        self.left_out, self.rows, self.questions = [], [], []
+        self.left_out, self.questions = [], []
         for number, row in enumerate(rows_of(path)[: None if self.task.windows else items]):
             try:
-                self.questions.append(question_of(self.task, row))
-                self.rows.append(number)
+                self.questions.append(question_of(self.task, row, number))
             except ValueError as error:
                 self.left_out.append(f"row {number}: {error}")
         if not self.questions:
@@ -46,9 +45,9 @@ class TaskRunner:
         if self.task.windows:
             T = min(WINDOW, model.config.max_positions - 1)
             self.questions = text_windows(self.questions, tokenizer, T, items)
-            self.rows = list(range(len(self.questions)))
-        self.has_images = any(question.images for question in self.questions)
-        if self.has_images and not isinstance(model, VisionLanguageModel):
+        has_images = any(question.images for question in self.questions)
+        self.kinds = ("answer", "text_only") if has_images else ("answer",)
+        if has_images and not isinstance(model, VisionLanguageModel):
             raise UserError(f"{name} asks about images, but this checkpoint is text-only")
         self.file = Path(out) / f"{name}.{Path(path).stem}.jsonl" if out else None
         asked = repr([checkpoint, str(next(model.parameters()).dtype), self.questions])
@@ -65,89 +64,77 @@ class TaskRunner:
                 append_rows(self.file, part)
             found += part
             progress(len(part))
-        asked = list(zip(self.rows, self.questions, found, strict=True))
-        self.left_out += [f"row {row}: {answer['skipped']}" for row, _, answer in asked
+        asked = list(zip(self.questions, found, strict=True))
+        self.left_out += [f"row {question.row}: {answer['skipped']}" for question, answer in asked
                           if "skipped" in answer]
-        asked = [(question, answer) for _, question, answer in asked if "skipped" not in answer]
+        asked = [pair for pair in asked if "skipped" not in pair[1]]
         if not asked:
             raise UserError(f"{self.name}: no question fits the model, or no image is readable: "
                             f"{self.left_out[-1]}")
-        scores, chance = self.scores(asked, "answer")
-        result = {"n": len(asked), "scores": scores,
-                  "chance": None if chance is None else float(chance)}
-        if self.has_images:
-            result["text_only"], _ = self.scores(asked, "text_only")
+        questions, answers = zip(*asked, strict=True)
+        result = {"n": len(asked)}
+        for kind in self.kinds:
+            scores = self.task.score(questions, [answer[kind] for answer in answers])
+            label = "scores" if kind == "answer" else kind
+            result[label] = {name: (x.value, x.error) for name, x in scores.items()}
+            result["chance"] = next(iter(scores.values())).chance
         return result
 
-    def scores(self, asked, kind):
-        """({name: (value, standard error)}, chance) of pairs of a question and its answers."""
-        questions, answers = zip(*asked, strict=True)
-        scores, chance = self.task.score(questions, [answer[kind] for answer in answers])
-        return {name: value_and_error(score) for name, score in scores.items()}, chance
-
     def ask(self, numbers):
-        """What the model answers to the questions of these numbers: {"answer"}, with "text_only"
-        where the task has images, or {"skipped": the reason}."""
-        found, items = {}, {}
+        """What the model answers to the questions of these numbers: {"answer": text, or what
+        `likelihoods` returns of the choices}, with "text_only" where the task has images, or
+        {"skipped": the reason}."""
+        found, items = {number: {} for number in numbers}, {}
         for number in numbers:
             try:
                 items[number] = self.item(self.questions[number])
             except UserError as error:
-                found[number] = {"skipped": str(error)}
-        found |= {number: {"answer": answer} for number, answer in self.answers(items).items()}
-        if self.has_images:
-            text_only = self.answers({number: self.item(self.questions[number], with_images=False)
-                                      for number in items if self.questions[number].images})
-            for number in items:
-                found[number]["text_only"] = text_only.get(number, found[number]["answer"])
-        return [found[number] for number in numbers]
-
-    def item(self, question, with_images=True):
-        """The Item of a question; UserError for an image that cannot be read, or a question longer
-        than the context."""
-        if question.ids:
-            return Item(question.ids[:1], [question.ids[1:]])
-        ids, choices = self.render(question, with_images)
-        if not fits(self.model, self.tokenizer, ids,
-                    self.task.max_tokens or max(map(len, choices))):
-            raise UserError("longer than the context")
-        return Item(ids, choices, list(map(self.image, question.images)) if with_images else [])
+                found[number]["skipped"] = str(error)
+        for number, answer in self.answers(items):
+            found[number] = dict.fromkeys(self.kinds, answer)
+        for number, answer in self.answers({
+                number: self.item(self.questions[number], with_images=False)
+                for number in items if self.questions[number].images}):
+            found[number]["text_only"] = answer
+        return list(found.values())
 
     def answers(self, items):
-        """{number: generated answer, or [log-likelihood, whether it is the greedy answer, tokens]
-        of each choice} of {number: Item}."""
-        if not items:
-            return {}
+        """Pairs of a number and the answer, of {number: Item}."""
         asked = list(items.values())
         if self.task.max_tokens:
             found = answer_all(self.model, self.tokenizer, [item.prompt for item in asked],
                                [item.images for item in asked], self.task.max_tokens)
         else:
-            found = [[[x.nats, x.greedy, len(ids)]
-                      for x, ids in zip(choices, item.answers, strict=True)] for item, choices
-                     in zip(asked, likelihoods(self.model, self.tokenizer, asked), strict=True)]
-        return dict(zip(items, found, strict=True))
+            found = likelihoods(self.model, self.tokenizer, asked)
+        return zip(items, found, strict=True)
 
-    def image(self, name):
-        content = name if isinstance(name, bytes) else self.find(name)
-        _, size, how = self.model.image_spec
-        return fit(read_image(content, str(name)[:80], size, how), size, how)
-
-    def render(self, question, with_images):
-        """(ids of the question, ids of each choice)."""
+    def item(self, question, with_images=True):
+        """The Item of a question; UserError for an image that cannot be read, or a question longer
+        than the context."""
         t, messages = self.tokenizer, question.messages
+        images = question.images if with_images else []
+        if question.ids:
+            return Item(question.ids[:1], [question.ids[1:]])
         if self.task.document:
             text = messages[0]["content"]
             start = t.encode(text.rstrip())  # as in lm_eval, a final space belongs to the choice
-            texts = [t.encode(f"{text} {choice}") for choice in question.choices]
-            return [t.end_of_text, *start], [ids[len(start):] for ids in texts]
-        if question.images and not with_images:
-            messages = [{**m, "content": "".join(filter(None, split_at_images(m["content"])))}
-                        for m in messages]
-        chat = render(t, messages, len(question.images) if with_images else 0)
-        # Among several choices, "Yes" also stands for "Yes.": only a single one has to end.
-        end = [t.end] if len(question.choices) == 1 else []
-        return [*chat.ids, t.assistant], [[*t.encode(choice), *end] for choice in question.choices]
+            ids = [t.end_of_text, *start]
+            choices = [t.encode(f"{text} {choice}")[len(start):] for choice in question.choices]
+        else:
+            if question.images and not with_images:
+                messages = [{**m, "content": "".join(filter(None, split_at_images(m["content"])))}
+                            for m in messages]
+            ids = [*render(t, messages, len(images)).ids, t.assistant]
+            # Among several choices, "Yes" also stands for "Yes.": only a single one has to end.
+            end = [t.end] if len(question.choices) == 1 else []
+            choices = [[*t.encode(choice), *end] for choice in question.choices]
+        if not fits(self.model, t, ids, self.task.max_tokens or max(map(len, choices))):
+            raise UserError("longer than the context")
+        found, spec = [], getattr(self.model, "image_spec", ())[1:]
+        for name in images:
+            content = name if isinstance(name, bytes) else self.find(name)
+            found.append(fit(read_image(content, str(name)[:80], *spec), *spec))
+        return Item(ids, choices, found)
 
     def resume(self):
         """The answers in the file of an earlier start, in complete parts: the last digits depend

@@ -16,13 +16,14 @@ from common import hub
 from common.archives import fetched
 from common.config import UserError
 from evals import metrics
+from evals.metrics import score
 from prep.schema import images_of, messages_of, text_of
 from prep.sources import parsed
 
 SHORT = "Answer the question using a single word or phrase."  # these three as in LLaVA 1.5
 LETTER = "Answer with the option's letter from the given choices directly."
 DESCRIBE = "Provide a one-sentence caption for the provided image."
-RESAMPLES = 100  # of the bootstrap for a score that is not a mean
+RESAMPLES = 100  # bootstrap samples for a score that is not a mean
 
 
 @dataclass
@@ -35,17 +36,14 @@ class Question:
     references: list = field(default_factory=list)  # correct answers, where one is generated
     images: list = field(default_factory=list)  # file names, or the bytes of files
     ids: list = field(default_factory=list)  # of a window of text: the first is given
+    row: int = 0  # its number in the file, or the window's
 
 
 def user(text):
     return [{"role": "user", "content": text}]
 
 
-# -------------------------------------------------------------------------------- rows to questions
-
-
 def hellaswag(row):
-    """Zellers et al. 2019, as lm_eval writes it: the beginning of a scene, four endings."""
     def clean(text):
         text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
         return text.replace("  ", " ")
@@ -56,7 +54,6 @@ def hellaswag(row):
 
 
 def arc(row):
-    """Clark et al. 2018, in the form of AI2's files or the hub's."""
     question, choices = row["question"], row.get("choices")
     if isinstance(question, dict):
         question, choices = question["stem"], question["choices"]
@@ -68,13 +65,11 @@ def arc(row):
 
 
 def piqa(row):
-    """Bisk et al. 2020, the label in the row."""
     return Question(user(f"Question: {row['goal']}\nAnswer:"), [row["sol1"], row["sol2"]],
                     int(row["label"]))
 
 
 def lambada(row):
-    """Paperno et al. 2016: the last word of a passage."""
     start, _, word = row["text"].strip().rpartition(" ")
     if not start:
         raise ValueError("no passage before the last word")
@@ -82,63 +77,46 @@ def lambada(row):
 
 
 def gsm(row):
-    """Cobbe et al. 2021: a sum in words."""
     if metrics.gsm_answer(row["answer"]) is None:
         raise ValueError("an answer without a number")
     return Question(user(row["question"]), references=[row["answer"]])
 
 
 def pope(row):
-    """Li et al. 2023: is there a ... in the image?"""
     correct = ["yes", "no"].index(row["label"].lower())
-    return Question(user(f"{row['text']}\n{SHORT}"), ["Yes", "No"], correct,
-                    images=images_of(row, []))
+    return Question(user(f"{row['text']}\n{SHORT}"), ["Yes", "No"], correct)
 
 
 def vqa(row):
-    """Goyal et al. 2017: a question, and what ten people answered, or one."""
     answers = row.get("answers") or [row["answer"]]
     answers = [answers] if isinstance(answers, str) else answers
     answers = [a["answer"] if isinstance(a, dict) else a for a in answers]
     metrics.vqa_accuracy("", answers)  # raises ValueError for 2 or 3
-    return Question(user(f"{row['question']}\n{SHORT}"), references=answers,
-                    images=images_of(row, []))
+    return Question(user(f"{row['question']}\n{SHORT}"), references=answers)
 
 
 def captions(row):
-    """An image and one or more captions, as in COCO (Chen et al. 2015)."""
     found = row.get("captions") or row["caption"]
-    return Question(user(DESCRIBE), references=[found] if isinstance(found, str) else found,
-                    images=images_of(row, []))
+    return Question(user(DESCRIBE), references=[found] if isinstance(found, str) else found)
 
 
 def mmstar(row):
-    """Chen et al. 2024: the options stand in the question, the answer is a letter."""
     options = set(re.findall(r"\b([A-H])[:.)]", row["question"].rpartition("Options:")[2]))
     letters = list(takewhile(options.__contains__, "ABCDEFGH")) or list("ABCD")
-    return Question(user(f"{row['question']}\n{LETTER}"), letters, letters.index(row["answer"]),
-                    images=images_of(row, []))
+    return Question(user(f"{row['question']}\n{LETTER}"), letters, letters.index(row["answer"]))
 
 
 def scienceqa(row):
-    """Lu et al. 2022, with or without an image."""
     letters = [chr(ord("A") + i) for i in range(len(row["choices"]))]
     options = [f"{letter}. {text}" for letter, text in zip(letters, row["choices"], strict=True)]
     hint = [f"Context: {row['hint']}"] if row.get("hint") else []
     text = "\n".join([*hint, row["question"], *options, LETTER])
-    return Question(user(text), letters, int(row["answer"]), images=images_of(row, []))
+    return Question(user(text), letters, int(row["answer"]))
 
 
 def own(row):
-    """A chat in any form that prepare.py reads; its last answer is the reference."""
-    messages = messages_of(row)
-    return Question(messages[:-1], [messages[-1]["content"]], 0, [messages[-1]["content"]],
-                    images_of(row, messages))
-
-
-def text(row):
-    """A text of which every token is predicted; text_windows cuts the texts of all rows."""
-    return Question(user(text_of(row, "text")))
+    *messages, last = messages_of(row)
+    return Question(messages, [last["content"]], references=[last["content"]])
 
 
 def text_windows(questions, tokenizer, T, most):
@@ -152,11 +130,11 @@ def text_windows(questions, tokenizer, T, most):
         if len(ids) > T * most:
             break
     parts = [ids[start : start + T + 1] for start in range(0, len(ids) - 1, T)][:most]
-    return [Question(user(tokenizer.decode([i for i in part[1:] if i != end])), ids=part)
-            for part in parts]
+    return [Question(user(tokenizer.decode([i for i in part[1:] if i != end])), ids=part, row=row)
+            for row, part in enumerate(parts)]
 
 
-def question_of(task, row):
+def question_of(task, row, number=0):
     """The Question of a row, which may be a line of JSON; ValueError with the reason if it has
     another form."""
     row = parsed(row)
@@ -164,11 +142,13 @@ def question_of(task, row):
         raise ValueError("not a JSON object")
     try:
         question = task.read(row)
+        question.images = images_of(row, question.messages) if task.image else []
+        question.row = number
     except KeyError as error:
         raise ValueError(f"no field {error}") from None
     except (AttributeError, TypeError) as error:
         raise ValueError(f"a field of the wrong type ({error})") from None
-    if task.image and not question.images:
+    if task.image == "required" and not question.images:
         raise ValueError("no image")
     texts = [*question.choices, *question.references]
     if not all(isinstance(text, str) and text.strip() for text in texts):
@@ -179,83 +159,79 @@ def question_of(task, row):
 
 
 # ------------------------------------------------------------------------------------------- scores
-# Each function returns ({name: score}, chance). A score is an array of marks with the mean as its
-# value, or (an array with one item per row, the statistic that computes the value from it).
-
-
-def value_and_error(score):
-    """(value, standard error by bootstrap over the questions) of a score."""
-    if isinstance(score, tuple):
-        rows, statistic = score
-        return float(statistic(rows)), metrics.bootstrap(rows, RESAMPLES, statistic)
-    return float(np.mean(score)), metrics.bootstrap(score)
+# Each function takes questions and what the model gave to each, a text or what `likelihoods`
+# returns of its choices, and returns {name: Score}.
 
 
 def choice_scores(questions, found):
-    """found: of each question [log-likelihood, is it the greedy answer, tokens] of each choice."""
-    marks = metrics.multiple_choice([[x[0] for x in choices] for choices in found],
-                                    [question.choices for question in questions],
-                                    [question.answer for question in questions])
-    return {"acc": marks["acc"], "acc_norm": marks["acc_norm"]}, marks["chance"].mean()
+    """How often the correct choice is the likeliest (acc), or the likeliest per character
+    (acc_norm); the first of equals counts. Source: process_results in api/task.py of lm_eval."""
+    marks = []
+    for question, choices in zip(questions, found, strict=True):
+        sums = np.array([x[0] for x in choices])
+        if np.isnan(sums).any():
+            raise ValueError("the log-likelihood of a choice is NaN")
+        per_character = sums / [len(text) for text in question.choices]
+        marks.append((sums.argmax() == question.answer, per_character.argmax() == question.answer))
+    acc, acc_norm = np.array(marks).T
+    chance = float(np.mean([1 / len(question.choices) for question in questions]))
+    return {"acc": score(acc, chance=chance), "acc_norm": score(acc_norm, chance=chance)}
 
 
-def yes_no_scores(questions, found):
-    """Accuracy, and what POPE reports beside it."""
-    marks, chance = choice_scores(questions, found)
+def yes_no_scores(questions, said):
+    """What POPE reports. said: whether each answer is yes."""
+    rows = np.stack((said, [question.answer == 0 for question in questions]), 1)
+    return {"acc": score(rows[:, 0] == rows[:, 1], chance=0.5),
+            "f1": score(rows, metrics.f1, n=RESAMPLES), "yes_share": score(rows[:, 0])}
+
+
+def generated_yes_scores(questions, answers):
+    """A yes is, as in POPE's evaluate.py, a first sentence without No, no and not."""
+    return yes_no_scores(questions, [
+        {"No", "no", "not"}.isdisjoint(answer.split(".")[0].replace(",", "").split(" "))
+        for answer in answers])
+
+
+def likelier_yes_scores(questions, found):
     margins = np.array([yes[0] - no[0] for yes, no in found])
     rows = np.stack((margins, [question.answer == 0 for question in questions]), 1)
-    return {"acc": marks["acc"], "f1": (rows, lambda x: metrics.f1(x[:, 0] > 0, x[:, 1] > 0)),
-            "yes_share": (margins > 0).astype(float),
-            "auroc": (rows, lambda x: metrics.auroc(x[:, 0], x[:, 1]))}, chance
-
-
-def generated_yes_no_scores(questions, answers):
-    rows = np.array([(metrics.says_yes(answer), question.answer == 0)
-                     for question, answer in zip(questions, answers, strict=True)])
-    return {"acc": (rows[:, 0] == rows[:, 1]).astype(float),
-            "f1": (rows, lambda x: metrics.f1(x[:, 0], x[:, 1])),
-            "yes_share": rows[:, 0].astype(float)}, 0.5
+    return {**yes_no_scores(questions, margins > 0), "acc": choice_scores(questions, found)["acc"],
+            "auroc": score(rows, metrics.auroc, n=RESAMPLES)}
 
 
 def word_scores(questions, found):
     """Whether the last word is the greedy answer, and its perplexity."""
-    nats = np.array([choices[0][0] for choices in found])
-    return {"acc": np.array([float(choices[0][1]) for choices in found]),
-            "perplexity": (nats, lambda x: np.exp(-x.mean()))}, 0.0
+    nats, greedy, _ = zip(*(choices[0] for choices in found), strict=True)
+    return {"acc": score(greedy, chance=0.0),
+            "perplexity": score(nats, lambda x: np.exp(-x.mean()), n=RESAMPLES)}
 
 
 def loss_scores(questions, found):
     """Loss in nats per token of the references, or of the windows of a text."""
-    rows = np.array([(choices[0][0], choices[0][2]) for choices in found])
-    return {"nats": (rows, lambda x: -x[:, 0].sum() / x[:, 1].sum())}, None
+    rows = np.array([(-choices[0][0], choices[0][2]) for choices in found])
+    return {"nats": score(rows, metrics.ratio, n=RESAMPLES)}
 
 
 def text_scores(questions, found):
     """The loss, and bits per byte of UTF-8 (The Pile, arXiv:2101.00027)."""
     n_bytes = [len(question.messages[0]["content"].encode()) for question in questions]
-    rows = np.stack(([choices[0][0] for choices in found], n_bytes), 1)
-    bits = (rows, lambda x: -x[:, 0].sum() / x[:, 1].sum() / np.log(2))
-    return {**loss_scores(questions, found)[0], "bits_per_byte": bits}, None
+    rows = np.stack(([-choices[0][0] for choices in found], n_bytes), 1)
+    bits = score(rows, lambda x: metrics.ratio(x) / np.log(2), n=RESAMPLES)
+    return {**loss_scores(questions, found), "bits_per_byte": bits}
 
 
 def marked_by(name, metric):
     """The scoring of generated answers by metric(answer, references), from 0 to 1."""
-    def scores(questions, answers):
-        pairs = zip(questions, answers, strict=True)
-        return {name: np.array([float(metric(a, q.references)) for q, a in pairs])}, 0.0
-
-    return scores
+    return lambda questions, answers: {name: score(
+        [float(metric(a, q.references)) for q, a in zip(questions, answers, strict=True)],
+        chance=0.0)}
 
 
 def caption_scores(questions, answers):
     references = [question.references for question in questions]
-    counts = metrics.bleu_counts(answers, references)  # once, not for every resample
-
-    def bleu(rows):
-        return metrics.bleu4(*(column[rows].sum(0) for column in counts))
-
-    return {"cider": metrics.cider(answers, references),
-            "bleu4": (np.arange(len(answers)), bleu)}, 0.0
+    counts = metrics.bleu_counts(answers, references)
+    return {"cider": score(metrics.cider(answers, references), chance=0.0),
+            "bleu4": score(counts, metrics.bleu4, n=RESAMPLES)}
 
 
 @dataclass
@@ -266,27 +242,27 @@ class Task:
     score: callable
     max_tokens: int = 0  # of a generated answer; 0 for choosing by likelihood
     document: bool = False  # the question is the beginning of a document, not a chat
-    image: bool = False  # every question needs one
+    image: str = ""  # whether rows have images: "required", "optional", or not
     windows: bool = False  # the rows are texts of which every token is predicted
 
 
 TASKS = {
-    "hellaswag": Task(hellaswag, choice_scores, document=True),
-    "arc": Task(arc, choice_scores, document=True),
-    "piqa": Task(piqa, choice_scores, document=True),
-    "lambada": Task(lambada, word_scores, document=True),
-    "gsm": Task(gsm, marked_by("exact", lambda a, references: (
+    "hellaswag": Task(hellaswag, choice_scores, document=True),  # Zellers et al. 2019
+    "arc": Task(arc, choice_scores, document=True),  # Clark et al. 2018: AI2's files or the hub's
+    "piqa": Task(piqa, choice_scores, document=True),  # Bisk et al. 2020, the label in the row
+    "lambada": Task(lambada, word_scores, document=True),  # Paperno et al. 2016
+    "gsm": Task(gsm, marked_by("exact", lambda a, references: (  # Cobbe et al. 2021
         metrics.gsm_answer(a) == metrics.gsm_answer(references[0]))), 320),
-    "pope": Task(pope, yes_no_scores, image=True),
-    "pope_generate": Task(pope, generated_yes_no_scores, 16, image=True),
-    "vqa": Task(vqa, marked_by("vqa", metrics.vqa_accuracy), 16, image=True),
-    "captions": Task(captions, caption_scores, 64, image=True),
-    "mmstar": Task(mmstar, choice_scores, image=True),
-    "scienceqa": Task(scienceqa, choice_scores),
-    "likelihood": Task(own, loss_scores),
+    "pope": Task(pope, likelier_yes_scores, image="required"),  # Li et al. 2023
+    "pope_generate": Task(pope, generated_yes_scores, 16, image="required"),
+    "vqa": Task(vqa, marked_by("vqa", metrics.vqa_accuracy), 16, image="required"),  # Goyal 2017
+    "captions": Task(captions, caption_scores, 64, image="required"),  # Chen et al. 2015
+    "mmstar": Task(mmstar, choice_scores, image="required"),  # Chen et al. 2024
+    "scienceqa": Task(scienceqa, choice_scores, image="optional"),  # Lu et al. 2022
+    "likelihood": Task(own, loss_scores, image="optional"),  # chats in any form of prepare.py
     "exact": Task(own, marked_by(
-        "exact", lambda a, references: a.strip() == references[0].strip()), 64),
-    "text": Task(text, text_scores, windows=True),
+        "exact", lambda a, references: a.strip() == references[0].strip()), 64, image="optional"),
+    "text": Task(lambda row: Question(user(text_of(row, "text"))), text_scores, windows=True),
 }
 
 

@@ -3,25 +3,22 @@
 Text: loss and bits per byte. Chats: loss and exact answers. CLIP: the correct caption of 32,
 retrieval and, with --zero_shot, classification. Images: the loss with the correct image, a
 mismatched one, a blank one and none; the caption that the decoder finds likeliest of 32; and exact
-answers, also with the images shuffled among the questions and without. Generated answers are
-greedy. Standard errors are by bootstrap over windows, chats, images or answers.
+answers, also with the images shuffled among the questions and without. All answers are greedy.
 """
 
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from common.config import UserError, read_json
-from common.images import ImageError
 from data import Chats, Text, check_tokenizer
 from evals import zero_shot
-from evals.image_ablation import AblatedChats, ImageAblation, nats_by_chat, per_token
+from evals.image_ablation import SUFFIXES, AblatedChats, ImageAblation, nats_by_chat
 from evals.loglikelihood import Item, likelihoods
-from evals.metrics import bootstrap, retrieval_ranks
+from evals.metrics import ratio, retrieval_ranks, score
 from inference.conversation import answer_all, fits, ready_to_chat, turns_of
 from model import head_loss
 from train.packing import Captions, Packed
@@ -32,59 +29,15 @@ CHOICES = 32  # captions to choose from
 CHOOSERS = 256  # most images of caption_choice: each is scored with 32 captions
 
 
-@dataclass
-class Score:
-    """A value, its standard error, and the value by chance; None where it is not defined."""
+def scores_of(name, cfg, machine, split):
+    """Yield {label: Score} of all that a checkpoint and the data's `split` allow, in parts.
 
-    value: float
-    error: float | None = None
-    chance: float | None = None
-
-    def line(self, label):
-        error = "" if self.error is None else f" ± {self.error:.4f}"
-        chance = "" if self.chance is None else f"  (guessing {self.chance:.3f})"
-        return f"{label:32s} {self.value:.4f}{error}{chance}"
-
-    def cells(self):
-        """For a table, with "" for None."""
-        return [f"{self.value:.4g}", *("" if figure is None else f"{figure:.2g}"
-                                       for figure in (self.error, self.chance))]
-
-
-def share(marks, chance=None):
-    """The Score of marks, a number or truth value per item: their mean."""
-    marks = np.array(marks, float)
-    return Score(float(marks.mean()), bootstrap(marks), chance)
-
-
-def score(name, cfg, machine, split):
-    """All scores that a checkpoint and the data's `split` allow, as {name: Score}; prints each as
-    soon as it is known."""
-    scores = {}
-    for found in groups_of_scores(name, cfg, machine, split):
-        for label, figure in found.items():
-            print(figure.line(label), flush=True)
-        scores |= found
-    return scores
-
-
-def groups_of_scores(name, cfg, machine, split):
-    """Yield what `score` returns, one kind of score at a time."""
+    cfg: an eval.Config.
+    """
     model, tokenizer, info = open_model(name, machine.device)
     data, items, stage = Path(cfg.data), cfg.items, info["stage"]
-    vision = info["kind"] == "vision"
-
-    def opened(kind):
-        check_tokenizer(data / kind, tokenizer)
-        return Chats(data / kind, split)
-
     if info["kind"] == "clip":
-        if (data / "captions").is_dir() or not cfg.zero_shot:
-            yield caption_scores(model, tokenizer, opened("captions"), items, machine)
-        if cfg.zero_shot:
-            labelled = zero_shot.Labelled(cfg.zero_shot, cfg.prompt)
-            correct, n = zero_shot.count_correct(model, tokenizer, labelled, machine)
-            yield {"clip_zero_shot": share(np.arange(n) < correct, 1 / len(labelled.captions))}
+        yield from clip_scores(model, tokenizer, cfg, machine, split)
         return
     if cfg.zero_shot and not cfg.report:
         raise UserError(f"--zero_shot={cfg.zero_shot} is for a CLIP, which {name} is not")
@@ -93,27 +46,32 @@ def groups_of_scores(name, cfg, machine, split):
         check_tokenizer(data / "text", tokenizer)
         found = text_loss(model, tokenizer, data / "text", items, machine, split=split)
         yield {label + f"/{stage}" * (stage != "pretrain"): x for label, x in found.items()}
+    log_V, T = math.log(tokenizer.n_vocab), model.config.max_positions
     if stage in ("sft", "vision_sft"):
-        packed = Packed([AblatedChats(opened("chats"), items, tokenizer)],
-                        model.config.max_positions, tokenizer)
-        nats = nats_by_chat(machine, model, packed, 8)
-        yield {"chat_loss": loss_score([*nats.values()], tokenizer)}
-    if vision:
-        kind, label = ("scenes", "answer") if stage == "vision_sft" else ("captions", "caption")
-        yield ablation_scores(model, tokenizer, opened(kind), items, machine, label)
+        chats = AblatedChats(opened(data / "chats", split, tokenizer), items, tokenizer)
+        nats = nats_by_chat(machine, model, Packed([chats], T, tokenizer), 8)
+        yield {"chat_loss": score([*nats.values()], ratio, log_V)}
+    if info["kind"] == "vision":
+        folder, label = ("scenes", "answer") if stage == "vision_sft" else ("captions", "caption")
+        ablation = ImageAblation(opened(data / folder, split, tokenizer), items, T, tokenizer,
+                                 model.image_spec, others=("mismatched", "text_only", "blank"))
+        nats = {kind: nats_by_chat(machine, model, packed, 8)
+                for kind, packed in ablation.packed.items()}
+        yield {f"{label}_loss{SUFFIXES[kind]}": score([*pairs.values()], ratio, log_V)
+               for kind, pairs in nats.items()}
+        names = {"mismatched": "vision_gain_shuffled", "blank": "vision_gain_blank"}
+        yield {names[kind]: gain for kind, gain in ablation.gains(nats).items()}
     # Answers, in the precision of inference
     ready_to_chat(model)
-    if vision and (data / "captions" / split).is_dir():
-        yield {"caption_choice32": caption_choice(model, tokenizer, opened("captions"), items)}
+    if info["kind"] == "vision" and (data / "captions" / split).is_dir():
+        chats = opened(data / "captions", split, tokenizer)
+        yield {"caption_choice32": caption_choice(model, tokenizer, chats, items)}
     yield from answer_scores(model, tokenizer, data, stage, items, split)
 
 
-# ------------------------------------------------------------------------------------------- losses
-
-
-def loss_score(pairs, tokenizer):
-    """The Score, in nats per token, of items: pairs (N, 2) of nats and tokens."""
-    return Score(*per_token(pairs), math.log(tokenizer.n_vocab))
+def opened(folder, split, tokenizer):
+    check_tokenizer(folder, tokenizer)
+    return Chats(folder, split)
 
 
 @torch.inference_mode()
@@ -131,41 +89,20 @@ def text_loss(model, tokenizer, folder, items, machine, batch=32, split="val"):
         for row in rows.targets.tolist():
             text = tokenizer.decode([i for i in row if i != tokenizer.end_of_text])
             n_bytes.append(len(text.encode()))
-    by_token = np.stack((nats, np.full(n, val.T)), 1)
-    by_byte = np.stack((np.array(nats) / math.log(2), n_bytes), 1)
-    return {"text_val_loss": loss_score(by_token, tokenizer),
-            "text_bits_per_byte": Score(*per_token(by_byte), 8.0)}
-
-
-def ablation_scores(model, tokenizer, chats, items, machine, label):
-    """Loss of captions, or of answers about images, with each kind of image; the vision gains."""
-    ablation = ImageAblation(chats, items, model.config.max_positions, tokenizer, model.image_spec,
-                             others=("mismatched", "text_only", "blank"))
-    nats = ablation.nats(machine, model, 8)
-    names = {"correct": f"{label}_loss", "mismatched": f"{label}_loss_mismatched_image",
-             "text_only": f"{label}_loss_text_only", "blank": f"{label}_loss_blank_image"}
-    gains = {"mismatched": "vision_gain_shuffled", "blank": "vision_gain_blank"}
-    return {names[kind]: loss_score([*pairs.values()], tokenizer)
-            for kind, pairs in nats.items()} | {
-        gains[kind]: Score(*found, 0.0) for kind, found in ablation.gains(nats).items()}
-
-
-# ------------------------------------------------------------------------------------------ answers
+    log_V, bits = math.log(tokenizer.n_vocab), np.array(nats) / math.log(2)
+    return {"text_val_loss": score(np.stack((nats, np.full(n, val.T)), 1), ratio, log_V),
+            "text_bits_per_byte": score(np.stack((bits, n_bytes), 1), ratio, 8.0)}
 
 
 def turns(model, tokenizer, chats, n, max_tokens=None):
     """Yield (number of the chat, prompt, answer as ids, images) of every assistant turn in the
-    first n chats, without those whose images are unreadable or that exceed the context.
+    first n chats that fits the context.
 
     max_tokens: room for a generated answer; None for just the reference.
     """
     spec, too_long = getattr(model, "image_spec", None), 0
     for i in range(min(n, len(chats))):
-        try:
-            images = chats.images(i, spec)
-        except ImageError as error:
-            print(f"(left out: {error})", file=sys.stderr)
-            continue
+        images = chats.images(i, spec)
         for prompt, answer in turns_of(chats, i):
             if fits(model, tokenizer, prompt, max_tokens or len(answer) + 1):
                 yield i, prompt, answer, images[: prompt.count(tokenizer.image)]
@@ -173,23 +110,6 @@ def turns(model, tokenizer, chats, n, max_tokens=None):
                 too_long += 1
     if too_long:
         print(f"({chats.folder}: {too_long} turns too long for the context)", file=sys.stderr)
-
-
-def exact_answers(model, tokenizer, chats, items, images="correct"):
-    """(whether each generated answer equals its reference, the group of each question or "").
-
-    Each turn follows the reference turns before it. images: see AblatedChats.
-    """
-    ablated = AblatedChats(chats, items, tokenizer, images)
-    asked = list(turns(model, tokenizer, ablated, items, ANSWER_TOKENS))
-    if not asked:
-        raise UserError(f"no chat of {chats.folder} fits the model's context")
-    numbers, prompts, references, shown = zip(*asked, strict=True)
-    answers = answer_all(model, tokenizer, prompts, shown, ANSWER_TOKENS)
-    file = chats.folder / "groups.json"
-    groups = read_json(file) if file.is_file() else [""] * len(chats)
-    return [answer == tokenizer.decode(reference) for answer, reference
-            in zip(answers, references, strict=True)], [groups[i] for i in numbers]
 
 
 def answer_scores(model, tokenizer, data, stage, items, split):
@@ -204,19 +124,35 @@ def answer_scores(model, tokenizer, data, stage, items, split):
              ("vqa_heldout_pairs", "scenes", f"{split}_pairs", "correct")]
     if not (data / "scenes" / f"{split}_pairs").is_dir():  # only the demo has held-out pairs
         table.pop()
-    chance = {}
+    shuffled = {}
     for label, kind, part, images in table[: {"sft": 1, "vision_sft": 5}.get(stage, 0)]:
-        marks, groups = exact_answers(model, tokenizer, Chats(data / kind, part), items, images)
-        found = {"": share(marks)}
-        for group in sorted(set(groups) - {""}):
-            found[f"/{group}"] = share([mark for mark, other in zip(marks, groups, strict=True)
-                                        if other == group])
-        for name, figure in found.items():
-            if label == "vqa_shuffled":
-                chance[name] = figure.value
-            elif label == "vqa_exact":
-                figure.chance = chance.get(name)
-        yield {label + name: figure for name, figure in found.items()}
+        marks = exact_answers(model, tokenizer, Chats(data / kind, part), items, images)
+        chances = shuffled if label == "vqa_exact" else {}
+        found = {group: score(some, chance=chances.get(group)) for group, some in marks.items()}
+        if label == "vqa_shuffled":
+            shuffled = {group: x.value for group, x in found.items()}
+        yield {label + group: x for group, x in found.items()}
+
+
+def exact_answers(model, tokenizer, chats, items, images):
+    """{"": whether each generated answer equals its reference, "/GROUP": of each group in it}.
+
+    Each turn follows the reference turns before it. images: see AblatedChats.
+    """
+    ablated = AblatedChats(chats, items, tokenizer, images)
+    asked = list(turns(model, tokenizer, ablated, items, ANSWER_TOKENS))
+    if not asked:
+        raise UserError(f"no chat of {chats.folder} fits the model's context")
+    numbers, prompts, references, shown = zip(*asked, strict=True)
+    answers = answer_all(model, tokenizer, prompts, shown, ANSWER_TOKENS)
+    marks = [answer == tokenizer.decode(reference)
+             for answer, reference in zip(answers, references, strict=True)]
+    file, found = chats.folder / "groups.json", {}
+    if file.is_file():
+        groups = read_json(file)
+        for number, mark in zip(numbers, marks, strict=True):
+            found.setdefault(f"/{groups[number]}", []).append(mark)
+    return {"": marks, **dict(sorted(found.items()))}
 
 
 def caption_choice(model, tokenizer, chats, items):
@@ -237,24 +173,25 @@ def caption_choice(model, tokenizer, chats, items):
     groups = zero_shot.groups_of_different([tuple(answer) for _, answer, _ in asked], CHOICES)
     questions = [Item(asked[i][0], [asked[k][1] for k in group], asked[i][2])
                  for group in groups for i in group]
-    marks, size = [], len(groups[0])
-    for number, found in enumerate(likelihoods(model, tokenizer, questions)):
-        answers = questions[number].answers
-        losses = [-x.nats / len(ids) for x, ids in zip(found, answers, strict=True)]
-        marks.append(int(np.argmin(losses)) == number % size)
-    return share(marks, 1 / size)
+    size, found = len(groups[0]), likelihoods(model, tokenizer, questions)
+    likeliest = [int(np.argmax([nats / n for nats, _, n in answers])) for answers in found]
+    return score([k == i % size for i, k in enumerate(likeliest)], chance=1 / size)
 
 
-# --------------------------------------------------------------------------------------------- CLIP
-
-
-def caption_scores(model, tokenizer, chats, items, machine):
-    """How often the correct caption of 32 is chosen, and retrieval."""
-    pairs = Captions(chats, tokenizer, image_spec(model.config), model.config.context)
-    images, texts, keys = zero_shot.features_of(model, pairs, machine, max(items, 2048))
-    marks, _ = zero_shot.choose_captions(model, images[:2048], texts[:2048], keys[:2048], CHOICES)
-    choice = share(marks, 1 / min(CHOICES, len(set(keys[:2048]))))
-    return {"clip_choice32": choice, **retrieval(images[:items], texts[:items], keys[:items])}
+def clip_scores(model, tokenizer, cfg, machine, split):
+    """Yield how often the correct caption of 32 is chosen, retrieval, and zero-shot accuracy."""
+    folder, n, most = Path(cfg.data) / "captions", cfg.items, 2048  # most: of the first score
+    if folder.is_dir() or not cfg.zero_shot:
+        pairs = Captions(opened(folder, split, tokenizer), tokenizer, image_spec(model.config),
+                         model.config.context)
+        images, texts, keys = zero_shot.features_of(model, pairs, machine, max(n, most))
+        marks, _ = zero_shot.caption_choice(model, images[:most], texts[:most], keys[:most])
+        yield {"clip_choice32": score(marks, chance=1 / min(CHOICES, len(set(keys[:most]))))}
+        yield retrieval(images[:n], texts[:n], keys[:n])
+    if cfg.zero_shot:
+        labelled = zero_shot.Labelled(cfg.zero_shot, cfg.prompt)
+        correct, n = zero_shot.zero_shot(model, tokenizer, labelled, machine)
+        yield {"clip_zero_shot": score(np.arange(n) < correct, chance=1 / len(labelled.captions))}
 
 
 def retrieval(images, texts, keys):
@@ -267,7 +204,7 @@ def retrieval(images, texts, keys):
         ranks = retrieval_ranks(scores, matches)
         for k in 1, 5, 10:
             chance = np.mean([recall_by_chance(len(keys), int(n), k) for n in matches.sum(1)])
-            found[f"clip_{way}_r{k}"] = share(ranks < k, float(chance))
+            found[f"clip_{way}_r{k}"] = score(ranks < k, chance=float(chance))
     return found
 
 

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from clip import normalise
 from common.config import UserError
 from common.device import cores
-from common.images import ImageError, read_image, to_pixels
+from common.images import ImageError, fit, read_image, to_pixels
+from vision import image_spec
 
 NAMED = 10  # unreadable images that are named; more are counted
 
@@ -30,51 +31,46 @@ class Labelled:
         self.folder = Path(folder)
         if "{}" not in prompt:
             raise UserError(f"--prompt={prompt!r} needs {{}} in the place of the class name")
-        if not self.folder.is_dir():
-            raise UserError(f"there is no folder --zero_shot={folder}")
-        classes = sorted(p for p in self.folder.iterdir() if p.is_dir() and p.name[0] != ".")
+        classes = sorted(p for p in self.folder.glob("*") if p.is_dir() and p.name[0] != ".")
         self.captions = [prompt.replace("{}", path.name.replace("_", " ")) for path in classes]
         self.images = [(path, label) for label, of_class in enumerate(classes)
                        for path in sorted(of_class.rglob("*"))
                        if path.is_file() and path.name[0] != "."]
         if len(classes) < 2 or not self.images:
             raise UserError(f"--zero_shot={folder} has {len(classes)} classes with "
-                            f"{len(self.images)} images: it needs a subfolder of images for each "
-                            "class, and at least two classes")
-
-
-def zero_shot(model, tokenizer, labelled, machine, batch=256):
-    """The share of a Labelled's images that are most similar to the caption of their class."""
-    correct, total = count_correct(model, tokenizer, labelled, machine, batch)
-    return correct / total
+                            f"{len(self.images)} images: it has to be a folder with a subfolder of "
+                            "images for each class, and at least two classes")
 
 
 @torch.no_grad()
-def count_correct(model, tokenizer, labelled, machine, batch=256):
-    """(correctly classified images of a Labelled, all its images).
+def zero_shot(model, tokenizer, labelled, machine, batch=256):
+    """(images of a Labelled that are most similar to the caption of their class, all its images).
 
-    The images are divided among the processes. Unreadable ones are reported and not counted.
+    The images are divided among the processes. Unreadable ones are named and not counted.
     """
     ids = caption_ids(tokenizer, labelled.captions, model.config.context).to(machine.device)
     with machine.autocast():
         texts = torch.cat([model.text_features(part) for part in ids.split(batch)])  # (classes, E)
-    mine, errors = labelled.images[machine.rank :: machine.ranks], []
-    counts = torch.zeros(2, dtype=torch.long, device=machine.device)  # correct, all
+    mine, spec = labelled.images[machine.rank :: machine.ranks], image_spec(model.config)[1:]
+    counts, errors = torch.zeros(2, dtype=torch.long, device=machine.device), []  # correct, all
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # that share the cores
     with ThreadPoolExecutor(max(1, cores() // processes)) as pool:
         for start in range(0, len(mine), batch):
-            part = mine[start : start + batch]
-            pixels = list(pool.map(lambda item: pixels_of(item[0], model.config), part))
-            errors += [str(error) for error in pixels if isinstance(error, ImageError)]
-            readable = [i for i, x in enumerate(pixels) if isinstance(x, torch.Tensor)]
-            if not readable:
-                continue
-            labels = torch.tensor([part[i][1] for i in readable], device=machine.device)
-            with machine.autocast():
-                images = model.image_features(normalise(
-                    torch.cat([pixels[i] for i in readable]).to(machine.device)))
-            correct = ((images @ texts.T).argmax(-1) == labels).sum()
-            counts += torch.stack((correct, labels.new_tensor(len(readable))))
+            part, images, labels = mine[start : start + batch], [], []
+            loading = [pool.submit(fitted, path, spec) for path, _ in part]
+            for image, (_, label) in zip(loading, part, strict=True):
+                try:
+                    images.append(image.result())
+                    labels.append(label)
+                except ImageError as error:
+                    errors.append(str(error))
+            if images:
+                with machine.autocast():
+                    images = model.image_features(normalise(
+                        to_pixels(images, *spec).to(machine.device)))
+                nearest = (images @ texts.T).argmax(-1)
+                counts[0] += (nearest == nearest.new_tensor(labels)).sum()
+                counts[1] += len(labels)
     if errors:
         more = f" and {len(errors) - NAMED} more" if len(errors) > NAMED else ""
         print(f"({labelled.folder}: {len(errors)} images left out: {'; '.join(errors[:NAMED])}"
@@ -85,13 +81,8 @@ def count_correct(model, tokenizer, labelled, machine, batch=256):
     return correct, total
 
 
-def pixels_of(path, config):
-    """An image as uint8 pixels (1, S, S, 3), or the ImageError why it is unreadable."""
-    size, how = config.image_size, config.fit
-    try:
-        return to_pixels([read_image(path, size=size, how=how)], size, how)
-    except ImageError as error:
-        return error
+def fitted(path, spec):
+    return fit(read_image(path, None, *spec), *spec)
 
 
 def caption_ids(tokenizer, captions, context):
@@ -100,9 +91,6 @@ def caption_ids(tokenizer, captions, context):
             for text in captions]
     longest = max(map(len, rows))
     return torch.tensor([ids + [tokenizer.end] * (longest - len(ids)) for ids in rows])
-
-
-# ------------------------------------------------------------------------------- caption retrieval
 
 
 @torch.no_grad()
@@ -119,14 +107,8 @@ def features_of(model, pairs, machine, n, batch=256):
     return torch.cat(images), torch.cat(texts), keys
 
 
-def caption_choice(model, pairs, machine, n=2048, choices=32, batch=256):
-    """(accuracy, loss) of choose_captions over the first n pairs of a Captions."""
-    marks, loss = choose_captions(model, *features_of(model, pairs, machine, n, batch), choices)
-    return sum(marks) / len(marks), loss
-
-
 @torch.no_grad()
-def choose_captions(model, images, texts, keys, choices=32):
+def caption_choice(model, images, texts, keys, choices=32):
     """(marks whether each image is most similar to its caption among `choices` different ones,
     the cross-entropy of that choice in nats), of what features_of returned."""
     marks, losses = [], []

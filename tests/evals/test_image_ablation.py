@@ -1,5 +1,5 @@
-"""evals/image_ablation.py, and training on chats with any number of images: on several processes,
-with workers that decode, and with images that are gone."""
+"""evals/image_ablation.py, and training on chats with any number of images: on several processes
+and with workers that decode."""
 
 import io
 import multiprocessing
@@ -20,13 +20,8 @@ from test_stages import assert_close
 from common.config import UserError
 from common.device import Machine
 from data import Chats, ImageSpec
-from evals.image_ablation import (
-    AblatedChats,
-    ImageAblation,
-    ignored_images_warning,
-    nats_by_chat,
-    per_token,
-)
+from evals.image_ablation import AblatedChats, ImageAblation, ignored_images_warning, nats_by_chat
+from evals.metrics import ratio, score
 from evals.validation import caption_choice
 from prep.writers import write_chats, write_manifest
 from tokenizer import load
@@ -70,30 +65,25 @@ MACHINE = Machine(torch.device("cpu"), torch.float32)
 # ------------------------------------------------------------------------------------- the losses
 
 
-def test_each_kind_of_image(mixed):
-    chats, tokenizer = Chats(mixed[0], "train"), mixed[1]
-    images = {kind: [AblatedChats(chats, 48, tokenizer, kind).images(i, SPEC) for i in range(48)]
-              for kind in ("correct", *KINDS)}
-    counts = [chats.n_images(i) for i in range(48)]
-    assert not any(images["text_only"])
-    for kind in "correct", "mismatched", "blank":
-        assert list(map(len, images[kind])) == counts
-    for correct, mismatched, blank in zip(
-            images["correct"], images["mismatched"], images["blank"], strict=True):
-        if correct:
-            assert correct[0].tobytes() != mismatched[0].tobytes()
-            assert blank[0].size == (SIZE, SIZE) and len(blank[0].getcolors()) == 1
-
-
-def test_text_only_chats_have_the_same_targets(mixed):
+def test_each_kind_of_image_with_the_same_targets(mixed):
     folder, tokenizer = mixed
-    ablation = ImageAblation(Chats(folder, "val"), 12, 128, tokenizer, SPEC)
-    targets = {kind: sorted(packed.batch([*range(len(packed))]).targets.tolist())
-               for kind, packed in ablation.packed.items()}
-    assert targets["correct"] == targets["mismatched"] == targets["text_only"]
-    text_only = ablation.packed["text_only"]
-    assert text_only.batch([*range(len(text_only))]).pixels is None
-    assert text_only.chats["length"].sum() < ablation.packed["correct"].chats["length"].sum()
+    ablation = ImageAblation(Chats(folder, "val"), 12, 128, tokenizer, SPEC, others=KINDS)
+    sources = {kind: packed.sources[0] for kind, packed in ablation.packed.items()}
+    for i in range(12):
+        shown = {kind: chats.images(i, SPEC) for kind, chats in sources.items()}
+        n = sources["correct"].chats.n_images(i)
+        assert [len(shown[kind]) for kind in ("correct", *KINDS)] == [n, n, 0, n]
+        for correct, mismatched, blank in zip(
+                shown["correct"], shown["mismatched"], shown["blank"], strict=True):
+            assert correct.tobytes() != mismatched.tobytes()
+            assert blank.size == (SIZE, SIZE) and len(blank.getcolors()) == 1
+    targets, lengths = {}, {}
+    for kind, packed in ablation.packed.items():
+        batch, lengths[kind] = packed.batch([*range(len(packed))]), packed.chats["length"].sum()
+        targets[kind] = sorted(batch.targets.tolist())
+        assert targets[kind] == targets["correct"]
+        assert (batch.pixels is None) == (kind == "text_only")
+    assert lengths["text_only"] < lengths["correct"] == lengths["blank"]
 
 
 @pytest.mark.parametrize("stage", ["vision_pretrain", "vision_sft"])
@@ -121,16 +111,21 @@ def vision_model(pipeline):
     return open_model(pipeline.folder / "vision_sft")[:2]
 
 
+def nats_of(ablation, model, micro_rows):
+    return {kind: nats_by_chat(MACHINE, model, packed, micro_rows)
+            for kind, packed in ablation.packed.items()}
+
+
 def test_the_nats_of_the_chats_sum_up_to_the_loss(vision_model, mixed):
     folder, tokenizer = mixed
     model = vision_model[0]
     ablation = ImageAblation(Chats(folder, "val"), 12, 128, tokenizer, model.image_spec,
                              others=KINDS)
-    nats = ablation.nats(MACHINE, model, 3)
+    nats = nats_of(ablation, model, 3)
     for kind, packed in ablation.packed.items():
         assert len(nats[kind]) == len(packed.chats)
         loss = validation_loss(MACHINE, packed, 3, model, len(packed))
-        assert per_token(list(nats[kind].values()))[0] == pytest.approx(loss, rel=1e-5)
+        assert score([*nats[kind].values()], ratio).value == pytest.approx(loss, rel=1e-5)
     for number, (_, tokens) in nats["correct"].items():
         assert tokens == nats["text_only"][number][1] == nats["blank"][number][1]
     alone = Packed([AblatedChats(Chats(folder, "val"), 12, tokenizer, lengths={3: None})], 128,
@@ -147,9 +142,9 @@ def test_gains_by_hand(mixed):
     other = {number: (3.0 * tokens, tokens) for number, (_, tokens) in correct.items()}
     text = {number: pair for number, pair in other.items() if number % 2 == 0}
     gains = ablation.gains({"correct": correct, "mismatched": other, "blank": {**correct, **text}})
-    assert gains["mismatched"] == pytest.approx((1.0, 0.0), abs=1e-9)
-    assert gains["blank"] == (0.0, 0.0)  # chats 0, 2, 4 ... have no images
-    assert per_token([(1, 1), (0, 1)])[1] == pytest.approx(0.5 / 2**0.5, rel=0.1)
+    assert gains["mismatched"] == pytest.approx((1.0, 0.0, 0.0), abs=1e-9)
+    assert gains["blank"] == (0.0, 0.0, 0.0)  # chats 0, 2, 4 ... have no images
+    assert score([(1, 1), (0, 1)], ratio).error == pytest.approx(0.5 / 2**0.5, rel=0.1)
     few = {number: correct[number] for number in (0, 2, 4)}
     assert ablation.gains(dict.fromkeys(("correct", "mismatched", "blank"), few)) == {}
 
@@ -163,10 +158,10 @@ def test_untrained_models_gain_nothing_and_choose_captions_by_chance(vision_mode
         torch.manual_seed(seed)
         for name, p in model.named_parameters():
             torch.nn.init.normal_(p, float("norm" in name and "weight" in name), 0.1)
-        gains = ablation.gains(ablation.nats(MACHINE, model.eval(), 8))
-        gain, error = gains["mismatched"]
+        gains = ablation.gains(nats_of(ablation, model.eval(), 8))
+        gain, error, _ = gains["mismatched"]
         assert error > 0 and abs(gain) <= 3 * error
-        blank.append(gains["blank"][0])
+        blank.append(gains["blank"].value)
     assert abs(np.mean(blank)) <= 3 * np.std(blank, ddof=1) / len(blank) ** 0.5
     found = caption_choice(model, tokenizer, chats, 64)
     assert found.chance == 1 / 32
@@ -178,7 +173,11 @@ def test_untrained_models_gain_nothing_and_choose_captions_by_chance(vision_mode
 
 def test_two_processes_train_on_rows_with_and_without_images(pipeline, mixed, tmp_path):
     """Some micro-batches of one process have no images while those of the other have some."""
-    folder, _ = mixed
+    folder, tokenizer = mixed
+    packed = Packed([Chats(folder, "train")], 128, tokenizer, SPEC)
+    n_images = {0 if pixels is None else len(pixels) for pixels in (
+        packed.batch([row]).pixels for row in range(len(packed)))}
+    assert min(n_images) == 0 and max(n_images) >= 4
     common = [*ADAMW, f"--data={folder}", "--context=128", "--batch_tokens=512", "--micro_rows=1",
               "--val_chats=12", "--max_steps=2"]
     settings = {"vision_pretrain": common, "vision_sft": [*common, "--text_data="]}
@@ -188,14 +187,6 @@ def test_two_processes_train_on_rows_with_and_without_images(pipeline, mixed, tm
         assert [job.wait() for job in jobs] == [0, 0], jobs[0].said
         pipeline.run_stage(stage, tmp_path / f"one_{stage}", *flags)
         assert_close(tmp_path / f"two_{stage}", tmp_path / f"one_{stage}")
-
-
-def test_some_of_those_batches_have_no_images(mixed):
-    folder, tokenizer = mixed
-    packed = Packed([Chats(folder, "train")], 48, tokenizer, SPEC)
-    found = [packed.batch([row]).pixels for row in range(len(packed))]
-    assert any(pixels is None for pixels in found)
-    assert max(len(pixels) for pixels in found if pixels is not None) >= 4
 
 
 # ------------------------------------------------------------------------------------------ workers
@@ -233,49 +224,24 @@ def test_a_run_with_workers_is_identical(pipeline, tmp_path):
     assert not multiprocessing.active_children()
 
 
-# ------------------------------------------------------------------------------- missing images
+# ------------------------------------------------------------------------------- damaged images
 
 
-def test_a_damaged_image_excludes_its_chat_and_no_other(mixed):
-    folder, tokenizer = mixed
-    chats = Chats(folder, "train")
-    complete = Packed([chats], 64, tokenizer, SPEC)
-    expected = complete.batch([0])
-    victim = next(c for c in complete.rows[0] if chats.n_images(complete.chats["number"][c]))
-    at = int(chats.image_offsets[chats.first_image[complete.chats["number"][victim]]])
-    with open(folder / "train/images_000000.bin", "r+b") as file:
-        file.seek(at)
+def test_damaged_and_truncated_images_are_refused(mixed):
+    chats, path = Chats(mixed[0], "train"), mixed[0] / "train/images_000000.bin"
+    with open(path, "r+b") as file:
         file.write(b"\0" * 20)
-    found = next(Loader(Only(complete, 0), 1, 1, MACHINE, seed=0).step(0))
-    assert len(found.lost) == 1 and "readable" in found.lost[0]
-    assert len(found.targets) == len(expected.targets) - complete.chats["n_targets"][victim]
-    assert found.ids.equal(expected.ids) and found.pixels.shape == expected.pixels.shape
-
-
-class Only:
-    """One row of a data set."""
-
-    name = "one row"
-
-    def __init__(self, dataset, row):
-        self.batch, self.n_targets = lambda rows: dataset.batch([row]), lambda rows: 1
-
-    def __len__(self):
-        return 1
-
-
-def test_truncated_image_files_are_refused(mixed):
-    folder, _ = mixed
-    path = folder / "train/images_000000.bin"
+    with pytest.raises(UserError, match=r"damaged|not a readable image"):
+        chats.images(1)
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(UserError, match="prepare"):
-        Chats(folder, "train")
+    with pytest.raises(UserError, match="prepare it again"):
+        Chats(mixed[0], "train")
 
 
 def test_padded_images_are_not_cropped(mixed):
     folder, tokenizer = mixed
     chats = Chats(folder, "train")
-    chats.manifest["stored_images"] = {"size": 16, "fit": "pad", "copied": True}
+    chats.manifest["stored_images"] = {"size": 16, "fit": "pad"}
     with pytest.raises(UserError, match="--fit=short"):
         Packed([chats], 64, tokenizer, ImageSpec(PATCHES, SIZE, "crop"))
 

@@ -15,7 +15,7 @@ from common.config import UserError
 from common.device import Machine
 from evals import runner, tasks
 from evals.runner import TaskRunner
-from evals.tasks import DESCRIBE, LETTER, SHORT, TASKS, question_of
+from evals.tasks import DESCRIBE, LETTER, SHORT, TASKS, Question, question_of
 from evals.validation import text_loss
 from export.to_transformers import write_folder
 from model import GPT
@@ -45,6 +45,9 @@ SCIENCE = {"question": "What melts ice?", "choices": ["cold", "heat"], "answer":
 OWN = {"conversations": [
     {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A"},
     {"from": "human", "value": "And?"}, {"from": "gpt", "value": "A star."}], "image": "red.png"}
+GOOD = {"hellaswag": HELLASWAG, "arc": AI2, "piqa": PIQA, "lambada": LAMBADA, "gsm": GSM,
+        "pope": POPE, "vqa": VQA, "captions": CAPTION, "mmstar": MMSTAR, "scienceqa": SCIENCE,
+        "exact": OWN, "text": {"text": "ring " * 300}}
 WORDS = ["red", "blue", "ring", "star", "big", "small", "cold", "ice", "heat", "man", "shovel"]
 
 TASK = """task: local
@@ -118,9 +121,6 @@ def uniform_model(context=256):
     ("scienceqa", {"question": "What?", "choices": ["cold", "heat"], "answer": 0},
      (f"What?\nA. cold\nB. heat\n{LETTER}", ["A", "B"], "A", [])),
     ("text", {"text": "A man.", "id": 3}, ("A man.", [], [], [])),
-    ("exact", OWN, ("And?", ["A star."], ["A star."], ["red.png"])),
-    ("likelihood", {"prompt": "What?", "response": "A star."},
-     ("What?", ["A star."], ["A star."], [])),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_row_in_its_public_format_asks_what_the_reference_asks(name, row, expected):
     """(text of the last turn, choices, the correct one or the references, images)"""
@@ -153,32 +153,33 @@ def test_a_row_in_its_public_format_asks_what_the_reference_asks(name, row, expe
     ("text", {"text": " "}, "no text in the field text"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_broken_row_is_left_out_with_the_reason(name, row, why, tmp_path):
-    good = {"hellaswag": HELLASWAG, "arc": AI2, "piqa": PIQA, "lambada": LAMBADA, "gsm": GSM,
-            "pope": POPE, "vqa": VQA, "captions": CAPTION, "mmstar": MMSTAR, "scienceqa": SCIENCE,
-            "exact": OWN, "text": {"text": "ring " * 300}}[name]
-    found = task_runner(name, tmp_path, [good, row, good], new_model(512))
+    found = task_runner(name, tmp_path, [GOOD[name], row, GOOD[name]], new_model(512))
     assert (len(found.questions) == 2 or name == "text") and len(found.left_out) == 1
     assert found.left_out[0].startswith("row 1: ") and why in found.left_out[0]
 
 
-@pytest.mark.parametrize("row, question, n_images", [
-    ({"conversations": [{"from": "human", "value": "<image>\nWhat?"},
-                        {"from": "gpt", "value": "A ring."}], "image": "red.png"}, "What?", 1),
+@pytest.mark.parametrize("row, prompt, answer", [
+    (OWN, "<|image|>What?<|end|><|assistant|>A<|end|><|user|>And?", "A star."),
     ({"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"},
-                   {"role": "assistant", "content": "A ring."}]}, "What?", 0),
-    ({"instruction": "What?", "input": "Here.", "output": "A ring."}, "What?\nHere.", 0),
-    ({"id": "1", "image_path": "/content/drive/red.png", "caption": "A ring."}, "", 1),
+                   {"role": "assistant", "content": "A ring."}]}, "What?", "A ring."),
+    ({"instruction": "What?", "input": "Here.", "output": "A ring."}, "What?\nHere.", "A ring."),
+    ({"id": "1", "image_path": "/content/drive/red.png", "caption": "A ring."}, "<|image|>",
+     "A ring."),
 ], ids=["LLaVA", "messages", "instruction", "caption"])
-def test_own_files_in_any_format_of_the_data(row, question, n_images, tmp_path):
-    """By likelihood and exact match; text-only as well where there are images, which are found by
-    the end of a path."""
+def test_own_files_in_any_format_of_the_data(row, prompt, answer, tmp_path):
+    """By likelihood and exact match, in the chat template; text-only as well where there are
+    images, which are found by the end of a path."""
     for name in "likelihood", "exact":
         found = task_runner(name, tmp_path, [row] * 3)
-        text = TOKENIZER.decode(found.item(found.questions[0]).prompt)
-        assert text.endswith(f"<|user|>{'<|image|>' * n_images}{question}<|end|><|assistant|>")
-        assert found.questions[0].references == ["A ring."]
-        result = found.run()
-        assert result["n"] == 3 and not found.left_out and ("text_only" in result) == bool(n_images)
+        question = found.questions[0]
+        with_image, text_only = (TOKENIZER.decode(found.item(question, given).prompt)
+                                 for given in (True, False))
+        assert with_image.startswith("<|endoftext|>")
+        assert with_image.endswith(f"<|user|>{prompt}<|end|><|assistant|>")
+        assert text_only == with_image.replace("<|image|>", "")
+        result, has_image = found.run(), "<|image|>" in prompt
+        assert question.references == [answer] and result["n"] == 3 and not found.left_out
+        assert ("text_only" in result) == has_image
 
 
 @pytest.mark.parametrize("name, text, model, why", [
@@ -206,24 +207,6 @@ def test_json_lists_and_files_of_the_hub_are_read_like_lines(tmp_path, monkeypat
         assert len(TaskRunner("piqa", path, text_model(), TOKENIZER).questions) == 2
 
 
-def test_unreadable_images_are_left_out_and_named(tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    rows = [POPE, POPE | {"image": "gone.png"}, POPE | {"image": "broken.png"}, POPE]
-    found = task_runner("pope", tmp_path, rows)
-    assert found.run()["n"] == 2
-    assert [text[:7] for text in found.left_out] == ["row 1: ", "row 2: "]
-    assert "gone.png" in found.left_out[0] and "broken.png" in found.left_out[1]
-
-
-def test_a_question_about_an_image_is_asked_in_the_chat_template_with_and_without_it(tmp_path):
-    found = task_runner("exact", tmp_path, [OWN])
-    with_image, text_only = (TOKENIZER.decode(found.item(found.questions[0], given).prompt)
-                             for given in (True, False))
-    assert with_image == ("<|endoftext|><|user|><|image|>What?<|end|><|assistant|>A<|end|>"
-                          "<|user|>And?<|end|><|assistant|>")
-    assert text_only == with_image.replace("<|image|>", "")
-
-
 # ------------------------------------------------------------------------------------------- scores
 
 
@@ -247,11 +230,7 @@ def synthetic(name, rng, n):
     return found
 
 
-CHOSEN = [name for name, task in TASKS.items()
-          if task.score in (tasks.choice_scores, tasks.yes_no_scores)]
-
-
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("name", ["hellaswag", "arc", "piqa", "pope", "mmstar", "scienceqa"])
 def test_an_untrained_model_scores_chance(name, tmp_path):
     """As initialised, where it uses the last token alone, and with weights that mix all tokens."""
     torch.manual_seed(1)
@@ -337,10 +316,33 @@ YES, NO = [[-1.0, True, 1], [-2.0, False, 1]], [[-3.0, False, 1], [-2.0, True, 1
 ])
 def test_scores_by_hand(name, rows, answers, expected):
     questions = [question_of(TASKS[name], row) for row in rows]
-    scores, _ = TASKS[name].score(questions, answers)
-    found = {label: tasks.value_and_error(score) for label, score in scores.items()}
-    assert {label: value for label, (value, _) in found.items()} == pytest.approx(expected)
-    assert all(0 < error < 5 for _, error in found.values())
+    scores = TASKS[name].score(questions, answers)
+    assert {label: score.value for label, score in scores.items()} == pytest.approx(expected)
+    assert all(0 < score.error < 5 for score in scores.values())
+
+
+def test_sums_and_characters_pick_differently():
+    """-9 over 3 characters of 9 bytes, -15 over 12, -4 over 2, by hand."""
+    def marks(choices, nats):
+        scores = [tasks.choice_scores([Question([], choices, answer)], [[(x,) for x in nats]])
+                  for answer in range(len(choices))]
+        assert all(score.chance == 1 / len(choices) for score in scores[0].values())
+        return [[found[name].value for found in scores] for name in ("acc", "acc_norm")]
+
+    # -4 is the largest sum, -1.25 the largest of -3, -1.25, -2 per character
+    assert marks(["日本語", "hippopotamus", "ox"], [-9, -15, -4]) == [[0, 0, 1], [0, 1, 0]]
+    assert marks(["a", "b"], [-1, -1]) == [[1, 0]] * 2  # the first of equals
+    assert marks(["a", "b"], [-np.inf, -7]) == [[0, 1]] * 2
+    with pytest.raises(ValueError, match="NaN"):
+        marks(["a", "b"], [-1, np.nan])
+
+
+def test_generated_answers_are_read_as_pope_reads_them():
+    yes = ["Yes, there is a dog. It is not brown.", "There is a dog.", "", "Nothing there", "NO"]
+    no = ["No, there is none", "there is no dog", "There is not."]
+    for answer in yes + no:
+        found = TASKS["pope_generate"].score([question_of(TASKS["pope"], POPE)], [answer])
+        assert found["yes_share"].value == (answer in yes)
 
 
 @pytest.fixture
@@ -396,27 +398,6 @@ def test_only_questions_about_images_are_asked_text_only(tmp_path):
     assert [a["answer"] == a["text_only"] for a in answers] == [i != 2 for i in range(6)]
 
 
-# ------------------------------------------------------------------------------------------ lm_eval
-
-
-def by_lm_eval(folder, file, model):
-    """The samples of lm_eval's own HellaSwag for an exported model."""
-    lm_eval = pytest.importorskip("lm_eval", reason="pip install lm_eval")
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    utils = Path(next(iter(lm_eval.__path__))) / "tasks/hellaswag/utils.py"
-    (folder / "tasks").mkdir()
-    (folder / "tasks/utils.py").write_text(utils.read_text())
-    (folder / "tasks/local.yaml").write_text(TASK.replace("FILE", file))
-    write_folder(model, TOKENIZER, "pretrain", folder / "export")
-    theirs = HFLM(str(folder / "export"), device="cpu", batch_size=4, add_bos_token=True)
-    found = lm_eval.simple_evaluate(
-        theirs, tasks=["local"], log_samples=True, bootstrap_iters=0,
-        task_manager=TaskManager(include_path=str(folder / "tasks"), include_defaults=False))
-    return sorted(found["samples"]["local"], key=lambda sample: sample["doc_id"])
-
-
 @pytest.mark.slow
 def test_hellaswag_picks_what_lm_eval_picks(tmp_path, monkeypatch):
     """With the same model, 20 rows, and an <|endoftext|> in front, which lm_eval has to be told.
@@ -426,22 +407,36 @@ def test_hellaswag_picks_what_lm_eval_picks(tmp_path, monkeypatch):
     for name in "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE":
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    lm_eval = pytest.importorskip("lm_eval", reason="pip install lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     rng, model = random.Random(8), text_model(512)
     rows = [{"activity_label": some(rng, 1, 2), "ctx_a": f"[header] {some(rng, 3, 9)} [title] Then",
              "ctx_b": ["the man", "", "the man [step]"][i % 3], "label": str(rng.randrange(4)),
              "endings": [f"{some(rng, 1, 9)}[substeps] {some(rng, 1, 5)}." for _ in range(4)]}
             for i in range(20)]
     file = written(tmp_path, rows)
-    samples = by_lm_eval(tmp_path, file, model)
+    utils = Path(next(iter(lm_eval.__path__))) / "tasks/hellaswag/utils.py"
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/utils.py").write_text(utils.read_text())
+    (tmp_path / "tasks/local.yaml").write_text(TASK.replace("FILE", file))
+    write_folder(model, TOKENIZER, "pretrain", tmp_path / "export")
+    samples = lm_eval.simple_evaluate(
+        HFLM(str(tmp_path / "export"), device="cpu", batch_size=4, add_bos_token=True),
+        tasks=["local"], log_samples=True, bootstrap_iters=0, task_manager=TaskManager(
+            include_path=str(tmp_path / "tasks"), include_defaults=False))["samples"]["local"]
+    samples = sorted(samples, key=lambda sample: sample["doc_id"])
     found = TaskRunner("hellaswag", file, model, TOKENIZER)
     answers = [answer["answer"] for answer in found.ask(range(20))]
     for ours, theirs in zip(answers, samples, strict=True):
         assert [x[0] for x in ours] == pytest.approx(
             [nats for nats, _ in theirs["filtered_resps"]], abs=1e-2)
-    marks, _ = TASKS["hellaswag"].score(found.questions, answers)
-    for metric in "acc", "acc_norm":
-        assert marks[metric].tolist() == [sample[metric] for sample in samples]
-    assert 0 < marks["acc"].sum() < 20 and (marks["acc"] != marks["acc_norm"]).any()
+    marks = [tasks.choice_scores([question], [answer])
+             for question, answer in zip(found.questions, answers, strict=True)]
+    acc, acc_norm = ([scores[name].value for scores in marks] for name in ("acc", "acc_norm"))
+    assert acc == [sample["acc"] for sample in samples] and 0 < sum(acc) < 20
+    assert acc_norm == [sample["acc_norm"] for sample in samples] and acc != acc_norm
 
 
 # ----------------------------------------------------------------------------------------- resuming
@@ -454,7 +449,8 @@ def test_a_stopped_run_resumes_and_asks_nothing_twice(name, tmp_path, monkeypatc
     rows = synthetic("pope", random.Random(4), 10)
     for number, row in enumerate(rows):
         row["label"] = "yes" if number in (3, 4, 5, 6) else "no"
-    rows[1]["image"] = "gone.png"
+    rows[1]["image"], rows[2]["image"] = "gone.png", "broken.png"
+    (tmp_path / "broken.png").write_bytes(b"no image")
     rows[9]["text"] = "too long " * 99
     complete = task_runner(name, tmp_path, rows)
     result = complete.run()
@@ -474,8 +470,11 @@ def test_a_stopped_run_resumes_and_asks_nothing_twice(name, tmp_path, monkeypatc
         ask = resumed.ask
         resumed.ask = lambda some, ask=ask, numbers=numbers: numbers.extend(some) or ask(some)
         assert resumed.run() == result and numbers == asked
-        assert resumed.left_out == complete.left_out and len(complete.left_out) == 2
-        assert resumed.left_out[1] == "row 9: longer than the context"
+        assert resumed.left_out == complete.left_out
+        gone, broken, too_long = resumed.left_out
+        assert gone.startswith("row 1: ") and "gone.png" in gone
+        assert broken.startswith("row 2: ") and "broken.png" in broken
+        assert too_long == "row 9: longer than the context"
         assert len(stopped.file.read_text().splitlines()) == 11
 
 

@@ -156,13 +156,13 @@ def colours(tokenizer, monkeypatch):
 def test_images_are_classified_by_the_names_of_their_folders(
         labelled, tokenizer, colours, tmp_path, capsys):
     images = Labelled(labelled, "one {}")
-    assert zero_shot(colours, tokenizer, images, MACHINE, batch=2) == 1
-    assert zero_shot(colours, tokenizer, images, MACHINE) == 1
+    assert zero_shot(colours, tokenizer, images, MACHINE, batch=2) == (5, 5)
+    assert zero_shot(colours, tokenizer, images, MACHINE) == (5, 5)
     assert "broken.jpg" in capsys.readouterr().err
     shutil.copytree(labelled, tmp_path / "labelled")
     (tmp_path / "labelled/red_circle/red.png").rename(tmp_path / "labelled/blue_square/red.png")
     assert zero_shot(colours, tokenizer, Labelled(tmp_path / "labelled", "one {}"),
-                     MACHINE) == pytest.approx(4 / 5)
+                     MACHINE) == (4, 5)
 
 
 def test_class_names_are_tokenized_as_captions_in_training(pipeline):
@@ -183,7 +183,7 @@ def test_images_are_fitted_as_in_training(labelled, tokenizer, colours, monkeypa
         seen.append(how), to_pixels(images, size, how))[1])
     monkeypatch.setattr(TINY, "fit", how)
     zero_shot(colours, tokenizer, Labelled(labelled, "one {}"), MACHINE)
-    assert seen == [how] * 5
+    assert set(seen) == {how}
 
 
 @pytest.mark.parametrize(("files", "prompt", "message"), [
