@@ -148,20 +148,6 @@ OFTEN = (partial(assign, "prep.resumable.COMMIT_SECONDS", 0),  # as in long work
          partial(assign, "prep.resumable.BATCH_ROWS", 16))
 
 
-@pytest.fixture(params=scale(["chat"], ["demo", "text", "chat", "images"]))
-def making(request, world_data, tmp_path):
-    """A command of prepare.py, without --out."""
-    if request.param == "demo":
-        return ["prepare.py", "demo", *DEMO]
-    (tmp_path / "in").mkdir()
-    source = [many_rows(tmp_path / "in/rows.jsonl", 100)]
-    if request.param == "images":
-        source = [many_images(tmp_path / "in", 60), f"--image_root={tmp_path}/in/images",
-                  "--image_size=32"]
-    return ["prepare.py", request.param, f"--tokenizer={world_data}/text", f"--files={source[0]}",
-            *source[1:]]
-
-
 def made(*argv, **more):
     """A Job of prepare.py that has ended well."""
     job = start(*argv, before=OFTEN, **more)
@@ -169,18 +155,24 @@ def made(*argv, **more):
     return job
 
 
+@pytest.mark.parametrize("kind", scale(["chat"], ["demo", "text", "chat", "images"]))
 def test_prepare_killed_at_any_change_keeps_the_older_data_and_makes_the_same_bytes(
-        making, tmp_path):
+        kind, world_data, tmp_path):
     """And at random times, which also hits SQLite, whose changes Python does not see."""
-    folder, out = tmp_path / "data", tmp_path / "data/out"
-    making = [*making, f"--out={out}"]
+    source, folder, out = tmp_path / "in", tmp_path / "data", tmp_path / "data/out"
+    source.mkdir()
+    files = (many_images(source, 60) if kind == "images" else
+             many_rows(source / "rows.jsonl", 100))
+    flags = [f"--tokenizer={world_data}/text", f"--files={files}"]
+    flags += [f"--image_root={source}/images", "--image_size=32"] * (kind == "images")
+    making = ["prepare.py", kind, *(DEMO if kind == "demo" else flags), f"--out={out}"]
     made(*making, "--seed=1")
     shutil.copytree(folder, tmp_path / "older")
     began = time.monotonic()
     changes, seconds = made(*making, die_at=0).changes, time.monotonic() - began
     new, older = checkpoint.sums(out), checkpoint.sums(tmp_path / "older/out")
     assert older != new
-    luck = random.Random(making[1])
+    luck = random.Random(kind)
     last = [number for number, change in enumerate(changes, 1)  # the new one takes its place
             if change.startswith("os.rename") or change.endswith(str(out))]
     sample = luck.sample(range(1, len(changes)), scale(1, min(20, len(changes) - 1)))

@@ -23,60 +23,52 @@ MOUNT = 'mount -t tmpfs -o size=8m tmpfs "$0" && echo && exec sleep 1d'
 FULL_DISK = "No space left on device"
 
 
-class Disk:
-    """A disk of 8 MB that processes see that have joined the name space of `holder`."""
-
-    def __init__(self, folder):
-        self.place = folder / "disk"  # for the processes
-        self.place.mkdir()
-        self.holder = subprocess.Popen(["unshare", "-rm", "bash", "-c", MOUNT, self.place],
-                                       stdout=subprocess.PIPE)
-        self.holder.stdout.readline()
-        self.here = Path(f"/proc/{self.holder.pid}/root{self.place}")  # for the tests
-
-    def leave(self, kilobytes):
-        """Fill the disk up to so much."""
-        (self.here / "others").unlink(missing_ok=True)
-        free = shutil.disk_usage(self.here).free // 1000
-        (self.here / "others").write_bytes(bytes(1000 * max(0, free - kilobytes)))
-
-
 @pytest.fixture
 def disk(tmp_path):
+    """A process with a disk of 8 MB at tmp_path, which others see that join its name space."""
     may = subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False)
     if may.returncode:
         pytest.skip(f"no disk of its own: {may.stderr.decode()}")
-    disk = Disk(tmp_path)
-    yield disk
-    disk.holder.kill()
-    disk.holder.communicate()
+    with subprocess.Popen(["unshare", "-rm", "bash", "-c", MOUNT, tmp_path],
+                          stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        yield holder.pid
+        holder.kill()
 
 
 class OnDisk(Tries):
     """Tries of pretrain whose run is on the disk."""
 
-    def __init__(self, pipeline, disk, ranks=1):
-        super().__init__(pipeline, "pretrain", ranks, disk.here, "--eval_every=0")
-        self.command.append(f"--out={disk.place}/run")
-        self.before = [partial(join_namespace, disk.holder.pid)]
+    def __init__(self, pipeline, disk, place, ranks=1):
+        self.disk, self.place = disk, place
+        super().__init__(pipeline, "pretrain", ranks, Path(f"/proc/{disk}/root{place}"),
+                         "--eval_every=0")
 
     def start(self):
-        return start_together(self.ranks, *self.command, before=self.before)
+        return start_together(self.ranks, *self.command, f"--out={self.place}/run",
+                              before=[partial(join_namespace, self.disk)])
+
+    def leave(self, kilobytes):
+        """Fill the disk up to so much."""
+        others = self.out.with_name("others")
+        others.unlink(missing_ok=True)
+        free = shutil.disk_usage(others.parent).free // 1000
+        others.write_bytes(bytes(1000 * max(0, free - kilobytes)))
 
 
 @pytest.mark.parametrize("fault", scale(["room for two", "full"], ["room for two", "full", "gone"]))
-def test_older_checkpoints_make_room_or_the_folder_is_made_anew(pipeline, disk, fault):
+def test_older_checkpoints_make_room_or_the_folder_is_made_anew(pipeline, disk, tmp_path, fault):
     """A disk with room for two checkpoints, or one that fails in the middle of the run."""
-    run = OnDisk(pipeline, disk)
+    run = OnDisk(pipeline, disk, tmp_path)
     if fault == "room for two":
-        disk.leave(1700)
+        run.leave(1700)
     [job] = run.start()
     if fault != "room for two":
         until_logged(run.out, random.Random(fault).randrange(4, 12))
         job.kill(signal.SIGSTOP)
         status = Path(f"/proc/{job.process.pid}/status")
         until(lambda: "T (stopped)" in status.read_text())
-        disk.leave(0) if fault == "full" else shutil.rmtree(run.out)
+        run.leave(0) if fault == "full" else shutil.rmtree(run.out)
         job.kill(signal.SIGCONT)
     assert job.wait() == 0, job.said
     assert fault != "room for two" or "cannot write" not in job.said
@@ -84,9 +76,9 @@ def test_older_checkpoints_make_room_or_the_folder_is_made_anew(pipeline, disk, 
 
 
 @pytest.mark.parametrize("ranks", scale([1], [1, 2]))
-def test_on_a_disk_with_room_for_one_checkpoint_that_one_stays(pipeline, disk, ranks):
-    run = OnDisk(pipeline, disk, ranks)
-    disk.leave(1000)
+def test_on_a_disk_with_room_for_one_checkpoint_that_one_stays(pipeline, disk, tmp_path, ranks):
+    run = OnDisk(pipeline, disk, tmp_path, ranks)
+    run.leave(1000)
     jobs = run.start()
     assert 0 not in {job.wait() for job in jobs}, jobs[0].said
     said, last = jobs[0].said, jobs[0].said.splitlines()[-1]
@@ -94,7 +86,7 @@ def test_on_a_disk_with_room_for_one_checkpoint_that_one_stays(pipeline, disk, r
     assert f"{FULL_DISK}; the one before is complete; training continues" in said
     assert said.count("error: ") == 1 and "Traceback" not in said
     assert list(checkpoint.steps_in(run.out)) == [3] and not list(run.out.glob(".writing*"))
-    disk.leave(8000)
+    run.leave(8000)
     run.finish()
 
 
