@@ -2,23 +2,17 @@
 
     python bench.py configs/full/pretrain.py                     # a training step of any stage
     torchrun --standalone --nproc_per_node=8 bench.py configs/full/sft.py --micro_rows=16
-    python bench.py configs/full/sft.py --profile=True           # the most expensive operations
     python bench.py plan configs/demo                            # minutes of every stage
     python bench.py decode configs/full/vision_sft.py            # generation
-    python bench.py --peer=nanoGPT/model.py                      # beside nanoGPT's model.py
-    python bench.py configs/full/vision_pretrain.py --peer=transformers
-    python bench.py decode configs/small/pretrain.py --peer=transformers
 
-The data are random, but packed and decoded like real ones. The last line of the output is JSON.
-The settings below are those of bench.py; all settings of the config's stage can be given too.
+More commands are in docs/performance.md. The data are random, but packed and decoded like real
+ones. Settings of the config's stage can be given too. The output ends with the figures as JSON.
 """
 
 import dataclasses
-import functools
 import importlib
 import json
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,21 +42,16 @@ def main():
         plan(argv[0] if argv else "configs/demo", bench.vocabulary)
     elif bench.peer not in ("", "transformers"):
         show(beside_nanogpt(bench.peer))
+    elif command == "decode":
+        show(decode_speeds(*read_config(argv, STAGES[1:]), bench.peer))
+    elif bench.peer:
+        show(beside_transformers(*read_config(argv, STAGES[3:])))
     else:
-        stages = STAGES[1:] if command == "decode" else STAGES[3:] if bench.peer else STAGES
-        cfg, stage, folder = read_config(argv, stages)
-        if command == "decode":
-            return show(decode_speeds(cfg, stage, folder, bench.peer))
-        with tempfile.TemporaryDirectory() as out:
-            cfg = dataclasses.replace(cfg, out=out, resume=False, tracker="none")
-            make = functools.partial(Training, cfg, stage, folder)
-            if bench.peer:
-                return show(beside_transformers(make))
-            training = make()
-            figures = (profile if bench.profile else step_speed)(training, bench.steps)
-            if training.run.machine.is_main:
-                show(figures)
-            training.run.machine.leave()
+        training = Training(*read_config(argv, STAGES))
+        figures = (profile if bench.profile else step_speed)(training, bench.steps)
+        if training.run.machine.is_main:
+            show(figures)
+        training.run.machine.leave()
 
 
 def read_config(argv, stages):
@@ -75,12 +64,10 @@ def read_config(argv, stages):
 
 
 def show(figures):
-    """Print one figure per line, and all of them as one line of JSON."""
+    """Print the figures, rounded, as JSON with one of them per line."""
     rounded = {name: float(f"{value:.4g}") if isinstance(value, float) else value
                for name, value in figures.items()}
-    for name, value in rounded.items():
-        print(f"{name:28s} {value}")
-    print(json.dumps(rounded))
+    print("\n" + json.dumps(rounded, indent=1))
 
 
 if __name__ == "__main__":

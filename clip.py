@@ -92,6 +92,13 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Layer(width, heads, activation) for _ in range(n_layers))
 
+    def forward(self, x, causal=False, n_layers=None):
+        """The first n_layers, or all; negative: all but so many of the last."""
+        x = x.to(compute_dtype(x))
+        for layer in self.layers[:n_layers]:
+            x = layer(x, causal)
+        return x
+
 
 class VisionEmbeddings(nn.Module):
     """Patches by a strided convolution, a class token first, learned positions."""
@@ -99,9 +106,7 @@ class VisionEmbeddings(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.class_embedding = nn.Parameter(torch.zeros(c.vision_width))
-        self.patch_embedding = nn.Conv2d(
-            3, c.vision_width, c.patch_size, stride=c.patch_size, bias=False
-        )
+        self.patch_embedding = nn.Conv2d(3, c.vision_width, c.patch_size, c.patch_size, bias=False)
         self.position_embedding = nn.Embedding(c.n_patches + 1, c.vision_width)
 
     def forward(self, pixels):
@@ -120,18 +125,12 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels):
         """Normalised pixels (B, 3, S, S) -> features of the class token (B, C)."""
-        x = self.encode(pixels, self.encoder.layers)
+        x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
         return self.post_layernorm(x[:, 0])
 
     def patches(self, pixels):
         """Patch features (B, P, C) of the second-last layer, the ones LLaVA uses."""
-        return self.encode(pixels, self.encoder.layers[:-1])[:, 1:]
-
-    def encode(self, pixels, layers):
-        x = self.pre_layrnorm(self.embeddings(pixels)).to(compute_dtype(pixels))
-        for layer in layers:
-            x = layer(x)
-        return x
+        return self.encoder(self.pre_layrnorm(self.embeddings(pixels)), n_layers=-1)[:, 1:]
 
 
 class TextEmbeddings(nn.Module):
@@ -154,10 +153,7 @@ class TextTower(nn.Module):
 
     def forward(self, ids):
         """Ids (B, T), each row with an end id -> features (B, C) at the first end id."""
-        x = self.embeddings(ids)
-        x = x.to(compute_dtype(x))
-        for layer in self.encoder.layers:
-            x = layer(x, causal=True)
+        x = self.encoder(self.embeddings(ids), causal=True)
         ends = (ids == self.end_id).int().argmax(-1)
         return self.final_layer_norm(x[torch.arange(len(x), device=x.device), ends])
 
@@ -196,10 +192,9 @@ class CLIP(nn.Module):
         """Training FLOP per image-caption pair: 6 per weight and position, plus 12 C for each
         pair of positions in attention."""
         c = self.config
-        image = 72 * c.vision_layers * c.vision_width**2 + 12 * c.vision_layers * c.vision_width * (
-            c.n_patches + 1)
-        text = 72 * c.text_layers * c.text_width**2 + 12 * c.text_layers * c.text_width * c.context
-        return (c.n_patches + 1) * image + c.context * text
+        towers = ((c.vision_layers, c.vision_width, c.n_patches + 1),
+                  (c.text_layers, c.text_width, c.context))
+        return sum(n_layers * (72 * C**2 * T + 12 * C * T**2) for n_layers, C, T in towers)
 
 
 def sine_grid(n, width):

@@ -1,34 +1,25 @@
 """The GPT decoder: configuration, layers, attention and loss.
 
-20 layers of width 1280 with 10 heads are the reference size: 522 M parameters, 3.06 GFLOP per
-token. Pre-LayerNorm, rotary positions, ReLU, no dropout, untied head. Training, prefill and
-decoding use the same code. The architecture is deliberately standard: with the same weights it is
-a GPT-NeoX of `transformers` (tests/test_model.py).
+Pre-LayerNorm, rotary positions, ReLU, no dropout, untied head: deliberately standard, so that with
+the same weights it is a GPT-NeoX of `transformers` (tests/test_model.py). The default size is the
+reference: 522 M parameters, 3.06 GFLOP per token.
 
 Shapes: B batch, T positions, C width, H heads, D head size, V vocabulary, S cache slots (keys),
 N documents, L positions of the longest document.
 """
 
 import functools
-import inspect
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 
 from common.device import processor
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-
-    NEWER = "window_size" in inspect.signature(varlen_attn).parameters
-except ImportError:  # PyTorch was built without it
-    varlen_attn, NEWER = None, False
 WRITTEN_OUT = 200 if processor().instructions == "AMX" else 1024  # positions; see attend
-CAUSAL = {"window_size": (-1, 0)} if NEWER else {"is_causal": True}  # the name before PyTorch 2.11
-
 # Logits held in memory at once in training: 128 MB of bf16 on a CPU, 512 MB on a GPU.
 LOGITS_AT_ONCE = {"cpu": 2**26, "mps": 2**26, "cuda": 2**28}
 
@@ -130,18 +121,17 @@ class GPT(nn.Module):
         mask = packed_mask(segments, None, 0, compute_dtype(x))
         return self.head(self.hidden(x, positions, mask))
 
-    def hidden(self, x, positions=None, mask=None, cache=None, run=None, where=None):
+    def hidden(self, x, positions=None, mask=None, cache=None, where=None):
         """Embeddings (B, T, C) to normalised final states (B, T, C).
 
         positions: a slice shared by all rows, or (B, T), or None for 0, 1, 2 ... With a cache they
-        continue after what each row holds. run: called as run(block, ...) in place of block(...).
-        where: N flat positions (into B * T); then only their states are computed after the last
-        attention and returned as (N, C). Not for compiled blocks: each N is a new shape.
+        continue after what each row holds. where: N flat positions (into B * T); then only their
+        states are computed after the last attention and returned as (N, C). Not for compiled
+        blocks: each N is a new shape.
         """
         T, layers = x.size(1), [None] * len(self.blocks)
         if self.config.max_positions < T:
-            raise ValueError(f"{T} positions, but the model has only "
-                             f"{self.config.max_positions}")
+            raise ValueError(f"{T} positions, but the model has only {self.config.max_positions}")
         if cache is not None:
             positions, mask, layers = cache.extend(T)
         if positions is None:
@@ -152,12 +142,8 @@ class GPT(nn.Module):
             rotary = tuple(table.unsqueeze(1) for table in rotary)  # (B, 1, T, D), over heads
         x = x.to(dtype)
         for block, slots in zip(self.blocks, layers, strict=True):
-            inputs = x, rotary, mask, slots, where if block is self.blocks[-1] else None
-            x = block(*inputs) if run is None else run(block, *inputs)
+            x = block(x, rotary, mask, slots, where if block is self.blocks[-1] else None)
         return self.final_norm(x)
-
-    def n_params(self):
-        return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T):
         """Training FLOP per token at context T: 6 per weight of a matrix product (forward 2,
@@ -183,8 +169,8 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, x, weight, targets, training):
         dtype = compute_dtype(x)
         x, weight_, total = x.to(dtype), weight.to(dtype), x.new_zeros((), dtype=torch.float32)
-        want_x, want_weight = (training and needed for needed in ctx.needs_input_grad[:2])
-        dx = torch.empty_like(x) if want_x else None
+        want_weight = training and ctx.needs_input_grad[1]
+        dx = torch.empty_like(x) if training else None
         dweight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         n_chunks = max(1, -(-len(x) * len(weight) // LOGITS_AT_ONCE[x.device.type]))
         rows = max(1, -(-len(x) // n_chunks))
@@ -206,21 +192,19 @@ class HeadLoss(torch.autograd.Function):
             p[target] = -wrong
             p, wrong = p.to(dtype), wrong.float()
             total -= torch.where(wrong < 0.5, torch.log1p(-wrong), right.log()).sum()
-            if want_x:
+            if training:
                 torch.mm(p, weight_, out=dx[start : start + rows])
             if half:  # accumulated in fp32
                 dweight += torch.mm(p.T, part, out=product)
             elif want_weight:
                 dweight.addmm_(p.T, part)
         ctx.save_for_backward(dx, dweight)
-        ctx.dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx, grad):
         dx, dweight = ctx.saved_tensors
-        dx = None if dx is None else dx * grad
-        return dx, None if dweight is None else dweight.mul_(grad).to(ctx.dtype), None, None
+        return dx * grad, None if dweight is None else dweight.mul_(grad), None, None
 
 
 def init_weights(module):
@@ -275,9 +259,7 @@ def attend(q, k, v, mask=None, causal=False):
     Training in bf16 on a CPU writes the formula out: there PyTorch's fused kernel takes 1.2 to 5
     times as long, forward and backward together; in fp32 it is faster (docs/log.md).
     """
-    if isinstance(mask, Apart):
-        return attend_apart(q, k, v, mask)
-    if mask is not None and mask.dtype == torch.int32:
+    if isinstance(mask, Apart) or (mask is not None and mask.dtype == torch.int32):
         return attend_documents(q, k, v, mask)
     if (q.device.type != "cpu" or not q.requires_grad or q.dtype == torch.float32
             or q.size(-2) > WRITTEN_OUT):
@@ -298,22 +280,34 @@ def packed_mask(segments, bounds=None, longest=0, dtype=torch.float32):
     """
     if segments is None:
         return None
-    B, T = segments.shape
-    if bounds is not None and takes_bounds(segments.device, dtype):
+    (B, T), device = segments.shape, segments.device
+    if bounds is not None and takes_bounds(device, dtype):
         return bounds
     if longest and 2 * (len(bounds) - 1) * longest**2 < B * T**2:
-        return apart(bounds.long(), longest, B * T)
+        starts, positions = bounds[:-1].long(), torch.arange(B * T, device=device)
+        index = starts[:, None] + torch.arange(longest, device=device)
+        document = torch.searchsorted(starts, positions, right=True) - 1
+        back = document * longest + positions - starts[document]
+        return Apart(index.clamp_max(B * T - 1), back)
     same = segments[:, None, :, None] == segments[:, None, None, :]
-    return same & torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
+    return same & torch.ones(T, T, dtype=torch.bool, device=device).tril()
 
 
-def apart(bounds, longest, n):
-    """The Apart layout of documents with bounds (N + 1,) in n flat positions."""
-    steps = torch.arange(longest, device=bounds.device)
-    index = (bounds[:-1, None] + steps).clamp_max(n - 1)
-    positions = torch.arange(n, device=bounds.device)
-    document = torch.searchsorted(bounds, positions, right=True) - 1
-    return Apart(index, document * longest + positions - bounds[document])
+def attend_documents(q, k, v, documents):
+    """Causal attention inside documents: bounds (N + 1,) over B * T for PyTorch's kernel, or Apart,
+    one document per row, padded to the longest."""
+    B, H, T, D = q.shape
+    q, k, v = (x.transpose(1, 2).reshape(B * T, H * D) for x in (q, k, v))
+    if isinstance(documents, Apart):
+        (N, L), back = documents.index.shape, documents.back
+        q, k, v = (Take.apply(x, documents.index.flatten(), back).view(N, L, H, D).transpose(1, 2)
+                   for x in (q, k, v))
+        y = attend(q, k, v, causal=True).transpose(1, 2).reshape(N * L, H * D)
+        y = Return.apply(y, back)
+    else:
+        q, k, v = (x.view(B * T, H, D) for x in (q, k, v))
+        y = varlen_attn(q, k, v, documents, documents, T, T, window_size=(-1, 0))
+    return y.view(B, T, H, D).transpose(1, 2)
 
 
 class Take(torch.autograd.Function):
@@ -345,40 +339,21 @@ class Return(torch.autograd.Function):
         return found.index_copy_(0, ctx.saved_tensors[0], grad), None
 
 
-def attend_apart(q, k, v, documents):
-    """Causal attention inside documents, one per row, padded to the longest."""
-    B, H, T, D = q.shape
-    N, L = documents.index.shape
-    index = documents.index.flatten()
-    q, k, v = (Take.apply(x.transpose(1, 2).reshape(B * T, H * D), index, documents.back)
-               .view(N, L, H, D).transpose(1, 2) for x in (q, k, v))
-    y = attend(q, k, v, causal=True).transpose(1, 2).reshape(N * L, H * D)
-    return Return.apply(y, documents.back).view(B, T, H, D).transpose(1, 2)
-
-
-def attend_documents(q, k, v, bounds):
-    """Causal attention inside documents; q, k, v (B, H, T, D), bounds (N + 1,) over B * T."""
-    B, H, T, D = q.shape
-    q, k, v = (x.transpose(1, 2).reshape(B * T, H, D) for x in (q, k, v))
-    y = varlen_attn(q, k, v, bounds, bounds, T, T, **CAUSAL)
-    return y.view(B, T, H, D).transpose(1, 2)
-
-
 @functools.cache
 def takes_bounds(device, dtype):
-    """Whether attend_documents works here. The kernel needs half precision and an Ampere GPU or
-    newer, and is recent, so it is compared once with the mask on a small example."""
-    if varlen_attn is None or device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    """Whether PyTorch's kernel for document boundaries works here. It needs half precision and an
+    Ampere GPU or newer, and is recent, so it is compared once with the mask on a small example."""
+    if device.type != "cuda" or dtype == torch.float32:
         return False
-    q = torch.randn(3, 1, 2, 8, 64, device=device, dtype=dtype)
+    qkv = torch.randn(3, 1, 2, 8, 64, device=device, dtype=dtype, requires_grad=True)
     segments = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 0]], device=device)
     bounds = torch.tensor([0, 3, 7, 8], device=device, dtype=torch.int32)
     try:
         with torch.enable_grad():
-            found = attend_documents(*q.requires_grad_().unbind(), bounds)
+            found = attend(*qkv.unbind(), bounds)
             found.sum().backward()
     except Exception as error:  # an unsupported kernel may raise anything
         print(f"packed rows use a mask: variable-length attention fails here ({error})", flush=True)
         return False
-    expected = attend(*q.detach().unbind(), packed_mask(segments))
+    expected = attend(*qkv.unbind(), packed_mask(segments))
     return torch.allclose(found.float(), expected.float(), atol=0.05)

@@ -79,22 +79,17 @@ def image_spec(clip_config):
     return ImageSpec(clip_config.n_patches, clip_config.image_size, clip_config.fit)
 
 
-def open_model(name, device="cpu", kinds=("decoder", "vision", "clip"), dtype=None):
+def open_model(name, device="cpu", kinds=("decoder", "vision", "clip")):
     """(model, tokenizer, info) of any checkpoint, in eval mode; info from checkpoint.read."""
     info, weights, _ = checkpoint.read(name, kinds)
-    model = build(info)
-    checkpoint.load_weights(model, weights, info["folder"])
-    model = model.to(device=device, dtype=dtype).eval()
-    return model, tokenizer_of(info), info
-
-
-def build(info):
-    """A newly initialised model as described by a checkpoint's config.json."""
-    decoder = GPTConfig(**info["decoder"]) if "decoder" in info else None
-    clip = CLIPConfig(**info["clip"]) if "clip" in info else None
     if info["kind"] == "vision":
-        return VisionLanguageModel(decoder, clip)
-    return GPT(decoder) if info["kind"] == "decoder" else CLIP(clip)
+        model = VisionLanguageModel(GPTConfig(**info["decoder"]), CLIPConfig(**info["clip"]))
+    elif info["kind"] == "decoder":
+        model = GPT(GPTConfig(**info["decoder"]))
+    else:
+        model = CLIP(CLIPConfig(**info["clip"]))
+    checkpoint.load_weights(model, weights, info["folder"])
+    return model.to(device).eval(), tokenizer_of(info), info
 
 
 def tokenizer_of(info):
@@ -107,7 +102,7 @@ def tokenizer_of(info):
 
 
 def describe(model):
-    """The model's entry in config.json, from which build() makes it."""
+    """The model's entry in config.json, from which open_model makes it."""
     if isinstance(model, VisionLanguageModel):
         return dict(kind="vision", decoder=dataclasses.asdict(model.config),
                     clip=dataclasses.asdict(model.clip_config))
@@ -140,20 +135,19 @@ def join(decoder_name, clip_name, fit=""):
 
 def read_transformers_clip(folder):
     """(info, weights) of a CLIP in `transformers` format, such as OpenAI's on the hub."""
+    import transformers  # knows the values that its files leave out
+
     config = read_json(folder / "config.json")
     if config.get("model_type") != "clip":
         raise UserError(f"{folder} holds a {config.get('model_type')} model, not a CLIP")
-    vision = {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12,
-              "num_attention_heads": 12, "hidden_act": "quick_gelu"} | config["vision_config"]
-    text = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8,
-            "max_position_embeddings": 77, "vocab_size": 49408, "eos_token_id": 49407
-            } | config["text_config"]  # transformers omits default values
-    end_id = 49407 if text["eos_token_id"] == 2 else text["eos_token_id"]  # 2: old exports
+    config = transformers.CLIPConfig(**config)
+    vision, text = config.vision_config, config.text_config
+    end_id = 49407 if text.eos_token_id == 2 else text.eos_token_id  # 2: old exports
     clip = CLIPConfig(
-        vision["image_size"], vision["patch_size"], vision["hidden_size"],
-        vision["num_hidden_layers"], vision["num_attention_heads"], text["hidden_size"],
-        text["num_hidden_layers"], text["num_attention_heads"], text["max_position_embeddings"],
-        text["vocab_size"], end_id, config.get("projection_dim", 512), vision["hidden_act"])
+        vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers,
+        vision.num_attention_heads, text.hidden_size, text.num_hidden_layers,
+        text.num_attention_heads, text.max_position_embeddings, text.vocab_size, end_id,
+        config.projection_dim, vision.hidden_act)
     file = folder / "model.safetensors"
     try:
         weights = load_file(file)

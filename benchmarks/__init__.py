@@ -1,5 +1,6 @@
 """Timing, for bench.py: every figure is a median, and what is compared takes turns."""
 
+import statistics
 import time
 
 REPEATS = 5  # measurements of which a figure is the median
@@ -13,12 +14,10 @@ def elapsed(function, *args):
     return time.perf_counter() - began
 
 
-def in_turn(prepares, repeats=REPEATS, warm=WARM):
-    """{name: seconds of each repeat}: prepare(i) of every name, in turn, returns what is timed."""
+def in_turn(prepares, repeats, warm):
+    """{name: median seconds}: prepare(i) of every name, in turn, returns the function to time."""
     seconds = {name: [] for name in prepares}
     for i in range(warm + repeats):
         for name, prepare in prepares.items():
-            taken = elapsed(prepare(i))
-            if i >= warm:
-                seconds[name].append(taken)
-    return seconds
+            seconds[name].append(elapsed(prepare(i)))
+    return {name: statistics.median(times[warm:]) for name, times in seconds.items()}

@@ -2,53 +2,49 @@
 token, and `generate` of transformers in comparison.
 
     python bench.py decode configs/full/vision_sft.py
-
-Every figure is the median of five.
 """
 
 import copy
 import functools
-import statistics
 
 import torch
 
-from benchmarks import REPEATS, elapsed, in_turn
-from benchmarks.baselines import load_transformers
+from benchmarks import REPEATS, WARM, in_turn
 from benchmarks.training import build_model, jpeg, tokenizer_of
-from common.device import setup
+from common.device import PRECISIONS, precision_name, setup
 from common.images import read_image
 from export.to_transformers import their_model
-from inference.conversation import Conversation, ready_to_chat
+from inference.conversation import Conversation, decoder_of, ready_to_chat
 from inference.generate import Decoding, Sampler, Sampling, generate, pick
 from inference.quantized_linear import fastest_precision, for_decoding
 
 PROMPT, TOKENS = 128, 256
 BATCHES = (1, 8, 64)
 QUESTIONS = "What do you see in this picture?", "And what is in the middle of it?"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def decode_speeds(cfg, stage, folder, peer):
     """{name: figure} of a stage's model. peer: "transformers" to measure its `generate` too."""
     machine, tokenizer = setup(cfg.device, cfg.precision), tokenizer_of(cfg)
     torch.manual_seed(0)
-    model = build_model(cfg, stage, folder, tokenizer)
-    decoder = getattr(model, "decoder", model).to(machine.device)
+    model = build_model(cfg, stage, folder, tokenizer).to(machine.device)
+    decoder, native = decoder_of(model), precision_name(machine.dtype)
     for block in decoder.blocks:  # initially zero, so that every block would be the identity
         torch.nn.init.normal_(block.attention.out.weight, std=0.02)
         torch.nn.init.normal_(block.mlp.down.weight, std=0.02)
-    [native] = (name for name, dtype in DTYPES.items() if dtype == machine.dtype)
-    precisions = {native, "fp32", "int8"} if machine.device.type == "cpu" else {native}
+    fastest, precisions = fastest_precision(machine.device), {native}
+    if machine.device.type == "cpu":
+        precisions |= {"fp32", "int8"} if fastest == "int8" else {"fp32"}
     kinds = {name: our_generate(copy.deepcopy(decoder), name) for name in sorted(precisions)}
     if peer:
         kinds |= {f"transformers_{name}": their_generate(decoder, name)
                   for name in sorted(precisions - {"int8"})}
-    chosen = fastest_precision(machine.device) if cfg.precision == "auto" else native
-    return {"decoding": f"{decoder.n_params() / 1e6:.1f} M", "machine": machine.name,
-            "prompt": PROMPT, "tokens": TOKENS,
+    chosen = fastest if cfg.precision == "auto" else native
+    return {"decoding": f"{sum(p.numel() for p in decoder.parameters()) / 1e6:.1f} M",
+            "machine": machine.name, "prompt": PROMPT, "tokens": TOKENS,
             **single_speeds(kinds, machine.device, decoder.config.vocab_size),
             **batch_speeds(for_decoding(copy.deepcopy(decoder), chosen)),
-            **first_tokens(model.to(machine.device), tokenizer, chosen)}
+            **first_tokens(ready_to_chat(model, chosen), tokenizer)}
 
 
 def our_generate(decoder, precision):
@@ -66,8 +62,7 @@ def our_generate(decoder, precision):
 
 def their_generate(decoder, precision):
     """The same by `generate` of transformers' GPTNeoXForCausalLM with our weights."""
-    load_transformers()
-    model = their_model(decoder, None, DTYPES[precision])
+    model = their_model(decoder, None, PRECISIONS[precision])
     model.to(decoder.token_embedding.weight.device)
     model.generation_config.eos_token_id = None  # as many tokens as requested
 
@@ -83,10 +78,9 @@ def single_speeds(kinds, device, n_vocab):
     """Tokens per second of one conversation by each kind."""
     ids = torch.randint(n_vocab, (1, PROMPT), device=device)
     texts = {name: run(ids) for name, run in kinds.items()}  # also warms up
-    prepares = {name: lambda i, run=run: functools.partial(run, ids) for name, run in kinds.items()}
-    rates = {name: TOKENS / statistics.median(seconds)
-             for name, seconds in in_turn(prepares, REPEATS, warm=0).items()}
-    figures = {f"{name}_tok_per_s": rate for name, rate in rates.items()}
+    seconds = in_turn({name: lambda i, run=run: functools.partial(run, ids)
+                       for name, run in kinds.items()}, REPEATS, warm=0)
+    figures = {f"{name}_tok_per_s": TOKENS / median for name, median in seconds.items()}
     if "transformers_fp32" in texts:
         figures["same_text"] = texts["fp32"] == texts["transformers_fp32"]
     return figures
@@ -107,28 +101,26 @@ def batch_speeds(decoder):
                 token = pick(decoding.step(token))
                 token.tolist()  # as generate_batch does
 
-        seconds = [elapsed(run) for _ in range(REPEATS + 1)][1:]  # the first one warms up
-        rates[f"batch_{B}_tok_per_s"] = B * tokens / statistics.median(seconds)
+        seconds = in_turn({"run": lambda i, run=run: run}, REPEATS, warm=1)["run"]
+        rates[f"batch_{B}_tok_per_s"] = B * tokens / seconds
     return rates
 
 
-def first_tokens(model, tokenizer, precision):
+def first_tokens(model, tokenizer):
     """Milliseconds to the first token: of a question, of one about an image (a JPEG of 640 x 480),
     and of the second question about it, which reuses the cache."""
-    conversation = Conversation(ready_to_chat(copy.deepcopy(model), precision), tokenizer)
-    photo, found = jpeg(640, 480), {}
+    conversation, photo = Conversation(model, tokenizer), jpeg(640, 480)
 
     def first_token(question, files):
         next(conversation.ask(question, [read_image(file) for file in files], 1), None)
 
-    def measure(name, question, files=()):
-        found.setdefault(name, []).append(elapsed(first_token, question, files) * 1e3)
-
-    for _ in range(8 * REPEATS):  # they take milliseconds, the first ones longer
+    def new(i, files=()):
         conversation.reset()
-        measure("first_token_ms", QUESTIONS[0])
-        if hasattr(model, "vision_tower"):
-            conversation.reset()
-            measure("first_token_image_ms", QUESTIONS[0], [photo])
-        measure("second_turn_ms", QUESTIONS[1])
-    return {name: statistics.median(times) for name, times in found.items()}
+        return functools.partial(first_token, QUESTIONS[0], files)
+
+    kinds = {"first_token_ms": new}
+    if hasattr(model, "vision_tower"):
+        kinds["first_token_image_ms"] = functools.partial(new, files=[photo])
+    kinds["second_turn_ms"] = lambda i: functools.partial(first_token, QUESTIONS[1], ())
+    seconds = in_turn(kinds, 8 * REPEATS, WARM)  # they take milliseconds
+    return {name: median * 1e3 for name, median in seconds.items()}

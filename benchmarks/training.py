@@ -18,15 +18,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-import tokenizer as tokenizers
 from benchmarks import REPEATS, WARM, elapsed
 from clip import CLIP, feature_pulls
-from common import device as system
 from common.config import UserError, parse
+from common.device import peak_memory_gb, precision_name
 from common.images import read_image
 from data import Text, check_tokenizer
 from model import GPT
-from tokenizer import SPECIALS, Tokenizer
+from tokenizer import SPECIALS, Tokenizer, gpt2
 from train.log import duration
 from train.optim import make_optimizer
 from train.packing import Captions, Packed
@@ -34,13 +33,14 @@ from train.run import Run
 from vision import VisionLanguageModel, image_spec
 
 STAGES = ("clip_pretrain", "pretrain", "sft", "vision_pretrain", "vision_sft")  # in working order
-SLOW = 45 * 60  # seconds: about twice what the slowest processor in docs/processors.md needs
 
 
 class Training:
     """Training steps of `stage`; the sizes of its other parts come from the configs in `folder`."""
 
     def __init__(self, cfg, stage, folder, tokenizer=None):
+        self.out = tempfile.TemporaryDirectory()
+        cfg = dataclasses.replace(cfg, out=self.out.name, resume=False, tracker="none")
         self.run = run = Run(cfg, stage)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)  # nothing needs saving
@@ -49,19 +49,15 @@ class Training:
         self.model = build_model(cfg, stage, folder, tokenizer).to(run.device).train()
         self.dataset = random_data(cfg, stage, self.model, tokenizer)
         if stage == "clip_pretrain":
-            self.unit, self.per_step = "img", cfg.batch_pairs
             rows, micro_rows = cfg.batch_pairs, cfg.micro_pairs or cfg.batch_pairs // run.ranks
-            self.flops = self.model.flops_per_pair()
+            work = "img", cfg.batch_pairs, self.model.flops_per_pair()
         else:
             decoder = getattr(self.model, "decoder", self.model)
-            self.unit, self.per_step = "tok", cfg.batch_tokens
             rows, micro_rows = run.rows(decoder.config.max_positions), cfg.micro_rows
-            self.flops = decoder.flops_per_token(cfg.context)
-            self.flops *= 2 / 3 if stage == "vision_pretrain" else 1  # no weight gradients
+            share = 2 / 3 if stage == "vision_pretrain" else 1  # no weight gradients
+            work = "tok", cfg.batch_tokens, decoder.flops_per_token(cfg.context) * share
         self.loader = run.loader(self.dataset, rows, micro_rows)
-        self.net = run.start(self.model, make_optimizer(self.model, cfg), tokenizer, {}, self.unit,
-                             self.per_step, self.flops)
-        self.images = 0  # how many this process trained on
+        self.net = run.start(self.model, make_optimizer(self.model, cfg), tokenizer, {}, *work)
 
     def take(self, steps):
         """Train for these steps, and wait for the device."""
@@ -74,30 +70,23 @@ class Training:
                 with self.run.forward(batch):
                     loss = self.loss(self.net, batch, *pull)
                 self.run.backward(loss)
-                self.images += 0 if batch.pixels is None else len(batch.pixels)
             self.run.optimizer_step(step)
         return self.run.loss.item()
 
 
 def step_speed(training, n_steps):
     """{name: figure} of a training step: the median of five times n_steps."""
-    run, unit, per_step = training.run, training.unit, training.per_step
+    run, machine = training.run, training.run.machine
     training.take(range(WARM))  # compiles, allocates
-    training.images = 0
     seconds = [elapsed(training.take, range(first, first + n_steps)) / n_steps
                for first in range(WARM, WARM + REPEATS * n_steps, n_steps)]
-    median = statistics.median(seconds)
-    images = run.machine.sum(torch.tensor(float(training.images), device=run.device)).item()
-    images /= REPEATS * n_steps
-    image_figures = {"img_per_step": images, "img_per_s": images / median} if images else {}
-    gpu_gb, host_gb = system.peak_memory_gb(run.device)
-    return {"stage": run.stage, "machine": f"{run.ranks} x {run.machine.name}",
-            "precision": str(run.machine.dtype)[6:],
+    median, (gpu_gb, host_gb) = statistics.median(seconds), peak_memory_gb(run.device)
+    rate = run.per_step / median
+    return {"stage": run.stage, "machine": f"{run.ranks} x {machine.name}",
+            "precision": precision_name(machine.dtype),
             "parameters_M": sum(p.numel() for p in training.model.parameters()) / 1e6,
-            f"{unit}_per_step": per_step, "ms": median * 1e3, "slowest_ms": max(seconds) * 1e3,
-            f"{unit}_per_s": per_step / median,
-            "mfu": per_step * training.flops / median / run.peak,
-            "filled": getattr(training.dataset, "filled", 1.0), **image_figures,
+            f"{run.unit}_per_step": run.per_step, f"{run.unit}_per_s": rate, "ms": median * 1e3,
+            "slowest_ms": max(seconds) * 1e3, "mfu": rate * run.flops / run.peak,
             "gpu_gb": gpu_gb, "host_gb": host_gb}
 
 
@@ -119,26 +108,19 @@ def plan(folder, vocabulary):
     stages = [stage for stage in STAGES if (Path(folder) / f"{stage}.py").is_file()]
     if not stages:
         raise UserError(f"{folder} has no config of a stage, like {folder}/pretrain.py")
-    first = vocabulary - len(SPECIALS) + 1
-    tokenizer, total = Tokenizer("random", None, None, first, first - 1, ""), 0.0
+    tokenizer, total = Tokenizer("random", None, None, vocabulary - len(SPECIALS), ""), 0.0
     for stage in stages:
-        with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-            cfg = dataclasses.replace(settings_of(folder, stage), out=out, resume=False,
-                                      tracker="none")
-            training = Training(cfg, stage, folder, tokenizer)
+        with contextlib.redirect_stdout(io.StringIO()):
+            training = Training(settings_of(folder, stage), stage, folder, tokenizer)
             training.take([0])
-            step = elapsed(training.take, [1])
+            seconds, n_steps = elapsed(training.take, [1]), training.run.cfg.max_steps
             training.loader.close()
-        seconds = step * cfg.max_steps
-        print(f"{stage:16s} {cfg.max_steps:6,} steps of {step * 1e3:5,.0f} ms: "
-              f"{duration(seconds)}", flush=True)
-        total += seconds
-    print(f"{'all stages':16s} about {duration(total)} on {training.run.machine.name} in "
-          f"{str(training.run.machine.dtype)[6:]}; evaluations add about a tenth", flush=True)
-    if total > SLOW:
-        print("This machine is slower than any in docs/processors.md. A shorter run trains the "
-              "same stages to lower scores: STEPS=0.2 make demo takes about "
-              f"{duration(0.2 * total)}. A free GPU in the cloud trains configs/t4 in an evening.")
+        print(f"{stage:16s} {n_steps:6,} steps of {seconds * 1e3:5,.0f} ms: "
+              f"{duration(seconds * n_steps)}", flush=True)
+        total += seconds * n_steps
+    machine = training.run.machine
+    print(f"{'all stages':16s} about {duration(total)} on {machine.name} in "
+          f"{precision_name(machine.dtype)}; evaluations add about a tenth", flush=True)
 
 
 # ---- models and random data ----------------------------------------------------------------------
@@ -153,7 +135,7 @@ def settings_of(folder, stage):
 def tokenizer_of(cfg):
     """The tokenizer of the config's data if they are prepared, else GPT-2's."""
     prepared = (Path(cfg.data) / "manifest.json").is_file()
-    return check_tokenizer(cfg.data) if prepared else tokenizers.load("gpt2")
+    return check_tokenizer(cfg.data) if prepared else gpt2()
 
 
 def build_model(cfg, stage, folder, tokenizer):
@@ -174,14 +156,13 @@ def random_data(cfg, stage, model, tokenizer):
         ids = np.random.default_rng(0).integers(0, tokenizer.n_vocab, 10**6, dtype=np.uint16)
         np.save(Path(cfg.out) / "random.npy", ids)
         return Text(cfg.out, "random", cfg.context, tokenizer.n_vocab)
+    lengths = {"clip_pretrain": 30, "sft": cfg.context // 5, "vision_pretrain": 40,
+               "vision_sft": 200}
+    spec = (image_spec(model.config) if stage == "clip_pretrain"
+            else getattr(model, "image_spec", None))
+    chats = RandomChats(tokenizer, lengths[stage], spec.size if spec else 0)
     if stage == "clip_pretrain":
-        spec = image_spec(model.config)
-        chats = RandomChats(tokenizer, cfg.batch_pairs, 30, spec.size)
         return Captions(chats, tokenizer, spec, cfg.context)
-    spec = getattr(model, "image_spec", None)
-    length = {"sft": cfg.context // 5, "vision_pretrain": 40, "vision_sft": 200}[stage]
-    n = max(4096, 4 * cfg.batch_tokens // cfg.context)  # so many that rows fill up
-    chats = RandomChats(tokenizer, n, length, spec.size if spec else 0)
     return Packed([chats], cfg.context, tokenizer, spec)
 
 
@@ -190,36 +171,32 @@ class RandomChats:
 
     folder, has_images, manifest = "random chats", True, {}
 
-    def __init__(self, tokenizer, n, length, image_size=0):
-        self.tokenizer, self.n, self.length, self.image_size = tokenizer, n, length, image_size
-        self.jpeg = jpeg(image_size or 8, image_size or 8)
+    def __init__(self, tokenizer, length, image_size=0, n=8192):  # so many that rows fill up
+        self.tokenizer, self.length, self.n = tokenizer, length, n
+        self.files = [jpeg(image_size, image_size)] if image_size else []
 
     def __len__(self):
         return self.n
 
     def n_images(self, i):
-        return 1 if self.image_size else 0
+        return len(self.files)
 
     def images(self, i, spec=None):
-        return [read_image(self.jpeg)] if self.image_size else []
+        return [read_image(file) for file in self.files]
 
     def chat(self, i):
         rng, t = np.random.default_rng(i), self.tokenizer
         half = int(self.length * rng.uniform(0.4, 1.6)) // 2
         ids = rng.integers(0, t.end_of_text, 2 * half + 4)
         ids[[0, 1, half, half + 1, -1]] = t.end_of_text, t.user, t.end, t.assistant, t.end
-        if self.image_size:
+        if self.files:
             ids[2] = t.image
         return ids, np.arange(len(ids)) > half + 1
 
 
 def jpeg(width, height):
-    """A JPEG file of quality 90 with about as much coarse and fine detail as a photo."""
-    rng, photo = np.random.default_rng(0), np.zeros((height, width, 3), np.float32)
-    for scale in (64, 16, 4, 1):
-        shape = (-(-height // scale), -(-width // scale), 3)
-        grain = Image.fromarray(rng.integers(0, 256, shape).astype(np.uint8))
-        photo += np.asarray(grain.resize((width, height), Image.BICUBIC)) * scale**0.5
+    """A JPEG file of quality 90 with about as much detail as a photo."""
+    grain = np.random.default_rng(0).integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
     file = io.BytesIO()
-    Image.fromarray((photo / 15).astype(np.uint8)).save(file, "JPEG", quality=90)
+    Image.fromarray(grain).resize((width, height), Image.BICUBIC).save(file, "JPEG", quality=90)
     return file.getvalue()

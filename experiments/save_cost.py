@@ -4,12 +4,10 @@
         --batch_tokens=256
 """
 
-import dataclasses
 import itertools
 import json
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -24,10 +22,7 @@ from common.device import peak_memory_gb
 
 
 def main():
-    cfg, stage, folder = read_config(sys.argv[1:], STAGES)
-    with tempfile.TemporaryDirectory() as out:
-        cfg = dataclasses.replace(cfg, out=out, resume=False, tracker="none")
-        print(json.dumps(save_costs(Training(cfg, stage, folder))))
+    print(json.dumps(save_costs(Training(*read_config(sys.argv[1:], STAGES)))))
 
 
 def save_costs(training):

@@ -4,7 +4,7 @@ import pytest
 
 import tokenizer as tokenizers
 from common.config import UserError
-from tokenizer import SPECIALS, Rendered, render
+from tokenizer import SPECIALS, render
 
 TEXTS = ["the cat sat on the mat", "a dog saw the cat and the cat ran", "def f(x):\n    return x",
          "what is in the picture? a red circle above a blue star"]
@@ -65,9 +65,7 @@ def test_decode_inverts_encode(either, text):
     assert either.decode(either.encode(text)) == text
 
 
-@pytest.mark.parametrize("name", ["gpt2", "small"])
-def test_a_lone_surrogate_becomes_a_replacement_character(request, name):
-    either = request.getfixturevalue(name)
+def test_a_lone_surrogate_becomes_a_replacement_character(either):
     assert either.decode(either.encode("so \ud83d it")) == "so \ufffd it"
 
 
@@ -83,6 +81,8 @@ def test_a_trained_vocabulary_compresses_its_text(small):
 
 
 def test_save_and_load(small, gpt2, tmp_path):
+    gpt2.save(tmp_path)  # needs no file
+    assert not list(tmp_path.iterdir())
     small.save(tmp_path)
     for where in (tmp_path, tmp_path / "tokenizer.json"):
         found = tokenizers.load(where)
@@ -92,22 +92,14 @@ def test_save_and_load(small, gpt2, tmp_path):
     assert len({other.fingerprint, small.fingerprint, gpt2.fingerprint}) == 3
 
 
-def test_gpt2_needs_no_file(gpt2, tmp_path):
-    gpt2.save(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_missing_tokenizer_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"no tokenizer at .*nowhere: use gpt2"):
-        tokenizers.load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"no tokenizer at .*tokenizer\.json"):
-        tokenizers.load(tmp_path)
-
-
-@pytest.mark.parametrize("broken", [b"", b"{", b"[]", b'{"model": 3}', b"\xff\xfe\x00"], ids=repr)
-def test_a_broken_tokenizer_file_is_named(broken, tmp_path):
-    (tmp_path / "tokenizer.json").write_bytes(broken)
-    with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer file"):
+@pytest.mark.parametrize("broken", [None, b"", b"{", b"[]", b'{"model": 3}', b"\xff\xfe\x00"],
+                         ids=repr)
+def test_a_missing_or_broken_tokenizer_file_is_named(broken, tmp_path):
+    expected = r"no tokenizer at .*tokenizer\.json: use gpt2"
+    if broken is not None:
+        (tmp_path / "tokenizer.json").write_bytes(broken)
+        expected = r"tokenizer\.json is not a tokenizer file"
+    with pytest.raises(UserError, match=expected):
         tokenizers.load(tmp_path)
 
 
@@ -142,21 +134,7 @@ def test_text_cannot_forge_special_tokens(either, special):
     assert supervised == [*either.encode(special), either.end]
 
 
-def test_an_unknown_role_is_refused(gpt2):
-    for role in ("human", "", "User"):
-        with pytest.raises(ValueError, match=f"unknown role '{role}', not one of system"):
-            render(gpt2, say("user", "Hi.", role, "Hello."))
-
-
 # ------------------------------------------------------------------------------------------- images
-
-
-def pieces(tokenizer, messages, n_images):
-    """The first user turn, decoded, with an image shown as a bare @."""
-    ids = render(tokenizer, messages, n_images).ids
-    start = ids.index(tokenizer.user) + 1
-    shown = tokenizer.decode(ids[start : ids.index(tokenizer.end, start)])
-    return shown.replace("<|image|>", "@")
 
 
 @pytest.mark.parametrize(("text", "n", "expected"), [
@@ -173,32 +151,21 @@ def pieces(tokenizer, messages, n_images):
     ("Write <image> in HTML.\n", 0, "Write <image> in HTML.\n"),  # no image, no mark
 ])
 def test_an_image_replaces_its_mark(either, text, n, expected):
-    chat = render(either, say("user", text, "assistant", "Yes."), n)
-    assert chat.ids.count(either.image) == n
-    assert pieces(either, say("user", text, "assistant", "Yes."), n) == expected
+    chat = render(either, say("user", text), n)
+    assert chat.ids.count(either.image) == n and not any(chat.supervised)
+    assert either.decode(chat.ids[2:-1]).replace("<|image|>", "@") == expected
 
 
-def test_an_image_is_one_unsupervised_id(gpt2):
-    chat = render(gpt2, say("user", "<image>\nhello world", "assistant", "hello"), 1)
-    assert chat == Rendered([50256, 50258, 50261, 31373, 995, 50260, 50259, 31373, 50260],
-                            [False] * 7 + [True] * 2)
-
-
-def test_only_marks_in_user_turns_are_images(gpt2):
-    messages = say("system", "<image>", "user", "Hi.", "assistant", "<image>",
-                   "user", "<image>\nNow?")
-    chat = render(gpt2, messages, 1)
-    assert gpt2.decode(chat.ids) == (
+def test_only_user_turns_have_images_by_their_mark_or_first_in_the_first(gpt2):
+    chat = say("system", "<image>", "user", "Hi.", "assistant", "<image>", "user", "<image>\nNow?")
+    assert gpt2.decode(render(gpt2, chat, 1).ids) == (
         "<|endoftext|><|system|><image><|end|><|user|>Hi.<|end|><|assistant|><image><|end|>"
         "<|user|><|image|>Now?<|end|>")
-    assert chat.ids.count(gpt2.image) == 1
-
-
-def test_an_image_without_mark_comes_first_in_the_first_user_turn(gpt2):
-    chat = render(gpt2, say("system", "Look.", "user", "What?", "assistant", "A cat.",
-                            "user", "Sure?"), 1)
-    assert gpt2.decode(chat.ids).startswith(
-        "<|endoftext|><|system|>Look.<|end|><|user|><|image|>What?<|end|>")
+    assert render(gpt2, chat, 1).ids.count(gpt2.image) == 1
+    chat[-1] = {"role": "user", "content": "Sure?"}
+    assert gpt2.decode(render(gpt2, chat, 1).ids) == (
+        "<|endoftext|><|system|><image><|end|><|user|><|image|>Hi.<|end|><|assistant|><image>"
+        "<|end|><|user|>Sure?<|end|>")
 
 
 @pytest.mark.parametrize(("messages", "n", "complaint"), [
@@ -206,7 +173,9 @@ def test_an_image_without_mark_comes_first_in_the_first_user_turn(gpt2):
     (say("user", "<image>", "user", "<image>"), 3, r"3 image\(s\), but <image> occurs 2 time"),
     (say("user", "<image>"), 2, r"2 image\(s\), but <image> occurs 1 time"),
     (say("assistant", "<image>"), 1, "no user turn"),
+    (say("user", "Hi.", "human", "Hello."), 0, "unknown role 'human', not one of system"),
+    (say("user", "Hi.", "", "Hello."), 0, "unknown role ''"),
 ])
-def test_a_wrong_number_of_marks_is_refused(gpt2, messages, n, complaint):
+def test_unknown_roles_and_a_wrong_number_of_marks_are_refused(gpt2, messages, n, complaint):
     with pytest.raises(ValueError, match=complaint):
         render(gpt2, messages, n)

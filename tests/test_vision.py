@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_clip import new_clip
 
 import tokenizer as tokenizers
 from clip import CLIPConfig
@@ -10,7 +11,7 @@ from data import Batch
 from model import GPT, GPTConfig
 from vision import VisionLanguageModel, describe, join
 
-TEXT = GPTConfig(vocab_size=64, n_layer=2, n_head=2, n_embd=32, max_positions=64)
+TEXT = GPTConfig(vocab_size=320, n_layer=2, n_head=2, n_embd=32, max_positions=64)
 SIGHT = CLIPConfig(image_size=32, patch_size=16, vision_width=32, vision_layers=3, vision_heads=2,
                    text_width=32, text_layers=1, text_heads=2, vocab_size=64, embed_dim=32)
 IMAGE = 60  # the id of an image token here
@@ -40,16 +41,10 @@ def test_a_text_only_batch_gives_the_projector_a_zero_gradient(model):
 
 
 def test_join_opens_a_clip_of_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    theirs = transformers.CLIPModel(transformers.CLIPConfig(
-        vision_config=dict(hidden_size=32, intermediate_size=128, num_hidden_layers=3,
-                           num_attention_heads=2, image_size=32, patch_size=16),
-        text_config=dict(hidden_size=32, intermediate_size=128, num_hidden_layers=1,
-                         num_attention_heads=2), projection_dim=16)).eval()
+    _, theirs = new_clip(SIGHT)
     theirs.save_pretrained(tmp_path / "clip")
     tokenizer = tokenizers.train(["a few words"], 300)
-    decoder = GPT(GPTConfig(tokenizer.n_vocab, 2, 2, 32, 64))
+    decoder = GPT(TEXT)
     info = dict(stage="sft", **describe(decoder), tokenizer=tokenizer.fingerprint,
                 tokenizer_name=tokenizer.name, step=1, settings={}, metrics={})
     checkpoint.save(tmp_path / "sft", 1, decoder.state_dict(), info, tokenizer, {"step": 1})
