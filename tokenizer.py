@@ -54,7 +54,8 @@ class Tokenizer:
         """The text of `ids`; special tokens appear by name."""
         names, text = {i: name for name, i in self.specials.items()}, ""
         for special, run in itertools.groupby(map(int, ids), names.__contains__):
-            text += "".join(names[i] for i in run) if special else self._decode(list(run))
+            some = list(run)
+            text += "".join(names[i] for i in some) if special else self._decode(some)
         return text
 
     def save(self, folder):
