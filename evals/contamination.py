@@ -8,16 +8,17 @@ demo and 4 minutes in 10 B tokens; of the images only those of equal size in byt
 """
 
 import contextlib
-import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 from common import hub
 from common.config import UserError, read_json
-from common.images import ImageError, fit, read_image
+from common.images import ImageError
 from data import Chats, check_tokenizer, read_array
 from evals.tasks import DESCRIBE, LETTER, SHORT
+from prep.convert import resized
 
 WINDOW = 16  # tokens, a power of 2
 BLOCK = 1 << 18  # tokens hashed at once: they fit a CPU's cache
@@ -120,22 +121,15 @@ def images_in(folders, runner):
     hits = np.zeros(len(contents), bool)
     for folder in folders if contents else ():
         if any(folder.glob("train/images_*.bin")):
-            chats = Chats(folder, "train")
-            variants = [{content, prepared(content, chats.stored)} for content in contents]
+            chats, variants = Chats(folder, "train"), [{content} for content in contents]
+            if how := chats.manifest.get("stored_images"):
+                cfg = SimpleNamespace(image_size=how["size"], fit=how["fit"])
+                for content, variant in zip(contents, variants, strict=True):
+                    with contextlib.suppress(ImageError):
+                        variant.add(resized(content, None, cfg))  # as prepare.py stores it
             wanted = set().union(*variants)
             same_size = np.isin(np.diff(chats.image_offsets), list(map(len, wanted)))
             stored = map(chats._bytes, np.flatnonzero(same_size))  # the others are not read
             found = {content for content in stored if content in wanted}
-            hits |= [not some.isdisjoint(found) for some in variants]
+            hits |= [not variant.isdisjoint(found) for variant in variants]
     return int(hits.sum()), len(contents)
-
-
-def prepared(content, stored):
-    """The bytes that prepare.py makes of an image; unchanged if it is unreadable or the settings
-    are unknown."""
-    if not {"size", "fit"} <= stored.keys():
-        return content
-    file, how = io.BytesIO(), (stored["size"], stored["fit"])
-    with contextlib.suppress(ImageError):
-        fit(read_image(content, "an image", *how), *how).save(file, "JPEG", quality=90)
-    return file.getvalue() or content

@@ -14,8 +14,8 @@ from common.checkpoint import write_json
 from common.config import seal
 from evals.contamination import hashes, overlaps, sentence, texts_in
 from evals.runner import TaskRunner
-from prep.convert import prepared
-from prep.writers import write_chats, write_manifest, write_text
+from prep.convert import resized
+from prep.writers import write_chats, write_manifest, write_shards
 
 
 def encoded(color, kind="PNG"):
@@ -26,7 +26,7 @@ def encoded(color, kind="PNG"):
 
 def stored(content):
     """An image as prepare.py stores it."""
-    return prepared(content, None, types.SimpleNamespace(image_size=32, fit="pad", copy=True))
+    return resized(content, None, types.SimpleNamespace(image_size=32, fit="pad"))
 
 
 def letters(rng, n):
@@ -50,14 +50,15 @@ def trained(tmp_path):
     rng, root = random.Random(6), tmp_path / "data"
     (root / "text").mkdir(parents=True)
     texts = [letters(rng, 70) for _ in range(30)]
-    write_text(root / "text", "train", texts, TOKENIZER, 3000)  # documents continue in the next
+    documents = ([TOKENIZER.end_of_text, *TOKENIZER.encode(text)] for text in texts)
+    write_shards(root / "text", "train", documents, 3000)  # documents continue in the next
     write_manifest(root / "text", TOKENIZER)
     said = [letters(rng, 30) for _ in range(4)]
     write_chats(root / "chats/train", TOKENIZER, [
         ([{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}],
          [stored(encoded(color))])
         for text, color in zip(said, ("red", "blue", "green", "white"), strict=True)])
-    stored_images = {"size": 32, "fit": "pad", "copied": True}
+    stored_images = {"size": 32, "fit": "pad"}
     write_manifest(root / "chats", TOKENIZER, stored_images=stored_images)
     (tmp_path / "before").mkdir()
     write_json(tmp_path / "before/config.json", {"settings": {"data": str(root / "text")}})
