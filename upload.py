@@ -1,15 +1,13 @@
-"""Export a checkpoint to transformers, llama.cpp or the Hugging Face Hub; import the original's.
+"""Export a checkpoint to transformers, llama.cpp or the Hugging Face Hub.
 
     python upload.py out/demo/vision_sft --to=hf_folder             # a folder for transformers
     python upload.py out/demo/vision_sft --repo=NAME/REPO           # the same, pushed to the hub
     python upload.py out/demo/vision_sft --repo=NAME/REPO --native=True   # for sample.py NAME/REPO
     python upload.py out/demo/vision_sft --space=NAME/SPACE         # app.py with it, as a Space
     python upload.py out/demo/sft --gguf=model.gguf                 # a text model for llama.cpp
-    python upload.py --import_original=checkpoint_035000.pt --out=out/imported
 
 --dry_run=True lists what would be pushed. The token comes from the environment (HF_TOKEN) or from
-`hf auth login`. If a push fails, start the same command again: files that have arrived are not sent
-again. --to and --repo need `transformers`: pip install transformers
+`hf auth login`.
 """
 
 import importlib.metadata
@@ -20,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from common import checkpoint
 from common.atomic import NewFolder
 from common.config import UserError, one_line, parse_checkpoint, run_main
-from export.model_card import card, example, held_out_images
+from common.device import PRECISIONS
+from export.model_card import fill_template, held_out_images, write_card
+from export.to_gguf import write_gguf
 from export.to_transformers import CHAT_TEMPLATE, write_folder
 from vision import open_model
 
@@ -33,19 +31,10 @@ HERE = Path(__file__).resolve().parent
 APP = ("app.py", "clip.py", "data.py", "model.py", "tokenizer.py", "vision.py", "requirements.txt",
        "common", "export", "inference")  # files and folders that app.py needs
 RESUME_ONLY = shutil.ignore_patterns("state")  # part of a checkpoint
-REFUSALS = {401: "the token is not accepted: check HF_TOKEN",
-            402: "it wants payment, as for gradio Spaces of free accounts",
-            403: "the token may not write there: give it write access"}
-SPACE_CARD = """---
-title: {title}
-sdk: gradio
-sdk_version: {gradio}
-app_file: app.py
-license: {license}
----
-
-A small model, trained from scratch with nanoGPT-Vision. `app.py` serves `checkpoint`.
-"""
+HINTS = {401: "the token is not accepted: check HF_TOKEN",
+         402: "the hub wants payment, as for gradio Spaces of free accounts",
+         403: "the token may not write there: give it write access"}
+RETRY = "start the same command again: files that have arrived are not sent again"
 
 
 @dataclass
@@ -68,45 +57,27 @@ class Config:
     license: str = "mit"  # of the weights, for the model card; mind the data's
     image: str = ""  # example for the model card; empty: a held-out one of the demo, if any
 
-    # --- import
-    import_original: str = ""  # a checkpoint of the original nanoGPT-Vision to read, with --out
-    out: str = ""  # run folder for it
-
 
 def main():
-    name, cfg = parse_checkpoint(Config, default="")
-    targets = [cfg.to, cfg.repo, cfg.space, cfg.gguf]
-    if cfg.import_original:
-        if not cfg.out or name or any(targets):
-            raise UserError("--import_original=FILE goes with --out=FOLDER and nothing else")
-        from export.from_original import import_original
-
-        return import_original(cfg.import_original, cfg.out, cfg.overwrite)
-    if not name:
-        raise UserError("name a checkpoint: python upload.py out/demo/vision_sft --to=hf_folder")
-    if not any(targets):
+    name, cfg = parse_checkpoint(Config)
+    if not any((cfg.to, cfg.repo, cfg.space, cfg.gguf)):
         raise UserError("name a target: --to, --repo, --space or --gguf")
     if cfg.gguf:
-        write_gguf_file(name, cfg)
+        fill_file(name, Path(cfg.gguf), cfg)
     if cfg.to:
-        check_target(name, Path(cfg.to), cfg.overwrite)
-    if cfg.to or cfg.repo:
-        with NewFolder(cfg.to) if cfg.to else tempfile.TemporaryDirectory() as folder:
-            fill(name, Path(folder), cfg)
-            if cfg.repo:
-                push(Path(folder), cfg.repo, "model", cfg)
-        if cfg.to:
-            print(f"written: {cfg.to}")
-    if cfg.space:
-        with tempfile.TemporaryDirectory() as folder:
-            fill_space(name, Path(folder), cfg)
-            push(Path(folder), cfg.space, "space", cfg)
+        check_target(Path(cfg.to), cfg.overwrite)
+        with NewFolder(cfg.to) as folder:
+            fill_model(name, folder, cfg)
+        print(f"written: {cfg.to}")
+    for repo, kind, fill in (cfg.repo, "model", fill_model), (cfg.space, "space", fill_space):
+        if repo:
+            with tempfile.TemporaryDirectory() as folder:
+                fill(name, Path(folder), cfg)
+                push(Path(folder), repo, kind, cfg)
 
 
-def check_target(name, target, overwrite):
+def check_target(target, overwrite):
     """UserError if the folder `target` is neither new nor, with overwrite, an earlier export."""
-    if checkpoint.locate(name).resolve() == target.resolve():
-        raise UserError(f"{target} is the checkpoint itself; choose another folder")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
@@ -117,32 +88,27 @@ def check_target(name, target, overwrite):
                         "folder")
 
 
-def fill(name, folder, cfg):
+def fill_file(name, path, cfg):
+    """Write the file `path` for llama.cpp."""
+    if path.exists() and not cfg.overwrite:
+        raise UserError(f"{path} exists already; choose another name, or --overwrite=True")
+    model, tokenizer, info = open_model(name, kinds=("decoder", "vision"))
+    template = None if info["stage"] == "pretrain" else CHAT_TEMPLATE
+    write_gguf(model, tokenizer, path, cfg.gguf_dtype, template)
+    print(f"written: {path}")
+
+
+def fill_model(name, folder, cfg):
     """Fill `folder` with what transformers opens, or with the checkpoint as it is, and a card."""
-    kinds = None if cfg.native else ("decoder", "vision")
-    model, tokenizer, info = open_model(name, kinds=kinds)
+    model, tokenizer, info = open_model(name, kinds=None if cfg.native else ("decoder", "vision"))
     if cfg.native:
         shutil.copytree(info["folder"], folder, dirs_exist_ok=True, ignore=RESUME_ONLY)
     else:
-        try:
-            from transformers.utils.logging import disable_progress_bar
-        except ImportError:
-            raise UserError("--to and --repo need a package that is not installed: "
-                            "pip install transformers") from None
-        disable_progress_bar()
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
-        write_folder(model, tokenizer, info["stage"], folder, dtype)
+        write_folder(model, tokenizer, info["stage"], folder, PRECISIONS[cfg.dtype])
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors writes files that only their owner may read
-    if info["kind"] == "clip":
-        return
-    info["parameters"] = sum(p.numel() for p in model.parameters())
-    image, answer = example(model, tokenizer, info, cfg.image)
-    shown = f"example{Path(image).suffix}" if image else ""
-    if image:
-        shutil.copy(image, folder / shown)
-    text = card(cfg.repo or Path(cfg.to).absolute().name, info, cfg, shown, answer)
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    if info["kind"] != "clip":
+        write_card(folder, model, tokenizer, info, cfg)
 
 
 def fill_space(name, folder, cfg):
@@ -160,21 +126,8 @@ def fill_space(name, folder, cfg):
     (folder / "examples").mkdir()
     for image in held_out_images(info)[:3] if info["kind"] == "vision" else ():
         shutil.copy(image, folder / "examples")
-    text = SPACE_CARD.format(title=cfg.space.split("/")[-1], license=cfg.license,
-                             gradio=importlib.metadata.version("gradio"))
-    (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def write_gguf_file(name, cfg):
-    from export.to_gguf import write_gguf
-
-    path = Path(cfg.gguf)
-    if path.exists() and not cfg.overwrite:
-        raise UserError(f"{path} exists already; choose another name, or --overwrite=True")
-    model, tokenizer, info = open_model(name, kinds=("decoder", "vision"))
-    template = None if info["stage"] == "pretrain" else CHAT_TEMPLATE
-    write_gguf(model, tokenizer, path, cfg.gguf_dtype, template)
-    print(f"written: {path}")
+    fill_template("space_card.md", folder, title=cfg.space.split("/")[-1], license=cfg.license,
+                  gradio=importlib.metadata.version("gradio"))
 
 
 def push(folder, repo, kind, cfg):
@@ -205,24 +158,12 @@ def push(folder, repo, kind, cfg):
     except UserError:
         raise
     except Exception as error:  # the exception types depend on the library's HTTP client
-        raise UserError(explain(error, repo)) from None
+        cause = error.__cause__ or error
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        reason = one_line(f"{type(cause).__name__}: {cause}".replace(get_token(), ""))
+        hint = HINTS.get(status, RETRY)
+        raise UserError(f"the push to {repo} failed ({reason}); {hint}") from None
     print(f"pushed: {found.commit_url}")
-
-
-def explain(error, repo):
-    """Why a push failed, in a sentence that does not show the token."""
-    from huggingface_hub import get_token
-    from huggingface_hub.errors import HFValidationError
-
-    if isinstance(error, HFValidationError):
-        return f"{repo!r} cannot be the name of a repository on the hub: use NAME/REPO"
-    error = error.__cause__ or error
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in REFUSALS:
-        return f"the hub refused ({status}): {REFUSALS[status]}"
-    reason = one_line(f"{type(error).__name__}: {error}".replace(get_token() or " ", " "))
-    return (f"the push failed ({reason}); start the same command again: files that have arrived "
-            "are not sent again")
 
 
 if __name__ == "__main__":

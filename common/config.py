@@ -15,11 +15,11 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import signal
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -99,11 +99,10 @@ def parse(config_class, argv=None, usage="[CONFIG]"):
         usage=f"python {Path(sys.argv[0]).name} {usage} [--name=value ...]",
         description=about, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
-    for title, comments in described_settings(config_class).items():
+    for title, settings in described_settings(config_class).items():
         group = parser.add_argument_group(title)
-        for name, comment in comments.items():
-            group.add_argument(f"--{name}", **options_of(fields[name], comment))
+        for field, comment in settings:
+            group.add_argument(f"--{field.name}", **options_of(field, comment))
     found = vars(parser.parse_args(flags))
     return config_class(**{name: tuple(value) if isinstance(value, list) else value
                            for name, value in found.items()})
@@ -118,8 +117,7 @@ def parse_checkpoint(config_class, argv=None, default=None):
     name = default if not argv or argv[0].startswith("-") else argv.pop(0)
     settings = parse(config_class, argv, "CHECKPOINT [CONFIG]")
     if name is None:
-        script = Path(sys.argv[0]).name
-        raise UserError(f"which checkpoint? For example: python {script} out/demo/vision_sft")
+        raise UserError(f"name a checkpoint: python {Path(sys.argv[0]).name} out/demo/sft")
     return name, settings
 
 
@@ -135,7 +133,7 @@ def options_of(field, comment):
     shown = f"{comment} (default: {default})" if default not in ("", ()) else comment
     options = {"default": default, "help": shown.strip().replace("%", "%%")}
     if kind == tuple[str, ...]:
-        kind, options = str, options | {"action": "append", "default": []}
+        return options | {"action": "append", "default": [], "metavar": "STR"}
     if kind not in (bool, int, float, str):
         return options | {"choices": get_args(kind)}
     return options | {"type": functools.partial(value_of, kind), "metavar": kind.__name__.upper()}
@@ -144,21 +142,18 @@ def options_of(field, comment):
 def value_of(kind, text):
     """The value of type `kind` that `text` spells."""
     try:
-        text.encode()  # fails for half a surrogate pair
         value = ("False", "True").index(text) == 1 if kind is bool else kind(text)
-        # Beyond 2**63 nothing can be counted in arrays; NaN is not below it either.
-        if "\0" in text or (kind is not str and not abs(value) < 2**63):
+        if kind is float and not math.isfinite(value):
             raise ValueError
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a valid {kind.__name__}") from None
     return value
 
 
-@functools.cache
 def described_settings(config_class):
-    """{group: {setting: help}} from the comments in the source of a settings class."""
-    names = {field.name for field in dataclasses.fields(config_class)}
-    groups, seen = {}, set()
+    """{group: [(field, help)]} from the comments in the source of a settings class."""
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    groups = {}
     for cls in config_class.__mro__[:-1]:  # a stage's own settings first
         group, above = "settings", []
         for line in inspect.getsource(cls).splitlines():
@@ -168,10 +163,9 @@ def described_settings(config_class):
             elif comment := re.fullmatch(r"    # (.+)", line):
                 above.append(comment[1])
                 continue
-            elif setting and setting[1] in names - seen:
-                seen.add(setting[1])
+            elif setting and setting[1] in fields:
                 text = " ".join(filter(None, [*above, setting[2]]))
-                groups.setdefault(group, {})[setting[1]] = text
+                groups.setdefault(group, []).append((fields.pop(setting[1]), text))
             above = []
     return groups
 
@@ -179,31 +173,24 @@ def described_settings(config_class):
 def read_config_file(path, config_class):
     """The assignments in the file `path` as a list of flags."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python's, about invalid escapes and the like
-            tree = ast.parse(Path(path).read_text(encoding="utf-8"), filename=path)
-    except FileNotFoundError:
-        raise UserError(f"there is no config file {path}") from None
-    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        lines = ast.parse(Path(path).read_text(encoding="utf-8")).body
+    except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"cannot read the config file {path}: {one_line(error)}") from None
     flags = []
-    for node in tree.body:
+    for node in lines:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
         where = f"{path}, line {node.lineno}"
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1
-                and isinstance(node.targets[0], ast.Name)):
-            raise UserError(f"{where}: a config file holds only lines like `max_steps = 500`")
-        name = node.targets[0].id
-        check_name(name, config_class, f"in {where}")
         try:
-            value = ast.literal_eval(node.value)
+            (target,), value = node.targets, ast.literal_eval(node.value)
+            name = target.id
             if not isinstance(value, int | float | str):
                 raise TypeError
-            flags.append(f"--{name}={value}")
-        except (ValueError, TypeError, RecursionError, MemoryError):
-            raise UserError(f"{where}: the value of {name} must be a plain number, string, True or "
-                            "False") from None
+        except (AttributeError, TypeError, ValueError):
+            raise UserError(f"{where}: a config file holds only lines like `max_steps = 500`, with "
+                            "a plain number, string, True or False") from None
+        check_name(name, config_class, f"in {where}")
+        flags.append(f"--{name}={value}")
     return flags
 
 
@@ -220,10 +207,8 @@ def read_json(path):
     """The JSON value in the file `path`, or a UserError that names it."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    except RecursionError:
-        raise UserError(f"cannot read {path}: its lists are nested too deeply") from None
 
 
 def seal(content):

@@ -7,9 +7,8 @@ only process.
 import contextlib
 import ctypes
 import functools
-import inspect
-import itertools
 import os
+import re
 import resource
 import shutil
 import sys
@@ -56,17 +55,15 @@ def processor():
     onednn = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() or "ALL"
     fbgemm = os.environ.get("FBGEMM_ENABLE_INSTRUCTIONS", "").upper() or "AVX512_E1"  # E1: VNNI
     capability = torch.backends.cpu.get_cpu_capability()  # obeys ATEN_CPU_CAPABILITY
-    wide = capability == "AVX512" and onednn.startswith(("ALL", "DEFAULT", "AVX512", "AVX10"))
-    vnni = (wide and torch.cpu._is_vnni_supported() and onednn != "AVX512_CORE"
-            and "E1" in fbgemm)
-    newer = wide and onednn not in ("AVX512_CORE", "AVX512_CORE_VNNI")
+    if capability != "AVX512" or not onednn.startswith(("ALL", "DEFAULT", "AVX512", "AVX10")):
+        return Processor(capability.replace("AVX512", "AVX2"), bf16=False, vnni=False)
+    vnni = torch.cpu._is_vnni_supported() and onednn != "AVX512_CORE" and "E1" in fbgemm
+    newer = onednn not in ("AVX512_CORE", "AVX512_CORE_VNNI")
     amx = newer and torch.cpu._is_amx_tile_supported() and (onednn in ("ALL", "DEFAULT")
                                                             or "AMX" in onednn)
     bf16 = amx or (newer and torch.cpu._is_avx512_bf16_supported())
-    if capability == "AVX512" and not wide:
-        capability = "AVX2"
-    names = {"AMX": amx, "AVX512_BF16": bf16, "AVX512_VNNI": vnni}
-    return Processor(next((name for name in names if names[name]), capability), bf16, vnni)
+    name = "AMX" if amx else "AVX512_BF16" if bf16 else "AVX512_VNNI" if vnni else "AVX512"
+    return Processor(name, bf16, vnni)
 
 
 @dataclass
@@ -118,8 +115,6 @@ def setup(device="auto", precision="auto"):
     """The Machine of this process; joins the process group if torchrun started it."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device)
-    if ranks > 1 and device.type == "mps":
-        raise UserError("--device=mps works with one process only; start it without torchrun")
     if ranks > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None,
@@ -131,23 +126,19 @@ def setup(device="auto", precision="auto"):
 
 def pick_device(name):
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and torch.backends.mps.is_available():
-            name = "mps"
-    if name.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise UserError(f"--device={name}, but PyTorch sees no CUDA device; try --device=auto")
-        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        number = name.removeprefix("cuda:") if ":" in name else str(local)
-        if not number.isdecimal() or int(number) >= count:
-            raise UserError(f"there is no cuda:{number} for process {local} of this machine: "
-                            f"PyTorch sees {count} CUDA devices; check --nproc_per_node, --device")
-        device = torch.device(f"cuda:{number}")
-        torch.cuda.set_device(device)
-        return device
-    if name not in ("cpu", "mps"):
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    if name in ("cpu", "mps"):
+        return torch.device(name)
+    if not name.startswith("cuda"):
         raise UserError(f"--device={name}: expected auto, cpu, cuda or mps")
-    return torch.device(name)
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    number = name.removeprefix("cuda:") if ":" in name else str(local)
+    if not number.isdecimal() or int(number) >= count:
+        raise UserError(f"--device={name}: there is no cuda:{number} for process {local} of this "
+                        f"machine: PyTorch sees {count} CUDA devices; check --nproc_per_node")
+    torch.cuda.set_device(int(number))
+    return torch.device(f"cuda:{number}")
 
 
 def pick_dtype(device, precision="auto"):
@@ -169,13 +160,11 @@ def device_name(device):
     """The device's own name, for the report."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            models = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-        if models:
-            threads = torch.get_num_threads()
-            return f"{models[0]} ({processor().instructions}, {threads} threads)"
-    return device.type
+    cpu = Path("/proc/cpuinfo")
+    models = re.findall("model name\\s*: (.*)", cpu.read_text("utf-8")) if cpu.is_file() else []
+    if device.type != "cpu" or not models:
+        return device.type
+    return f"{models[0]} ({processor().instructions}, {torch.get_num_threads()} threads)"
 
 
 def cores():
@@ -202,9 +191,7 @@ def compile_blocks(model):
 
 def averaging(model, device):
     """`model` in DistributedDataParallel, which averages gradients over processes."""
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    newer = "forward_sync_buffers" in known  # the name since PyTorch 2.13
-    name = "forward_sync_buffers" if newer else "broadcast_buffers"
+    name = "forward_sync_buffers" if torch.__version__ >= "2.13" else "broadcast_buffers"
     return DistributedDataParallel(
         model, device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True, **{name: False})  # our buffers are constants
@@ -212,20 +199,19 @@ def averaging(model, device):
 
 def peak_flops(machine):
     """FLOP/s of one device at best: from GPU_PEAKS, or measured for half a second."""
-    if machine.device.type == "cuda":
-        for name, peak in GPU_PEAKS.items():
-            if name in machine.name:
-                return peak
+    for name, peak in GPU_PEAKS.items():
+        if name in machine.name and machine.device.type == "cuda":
+            return peak
     # Small squares stay in the cache (a fifth faster on a CPU), large ones keep many cores busy.
     squares = [torch.full((n, n), 0.5, device=machine.device, dtype=machine.dtype)
                for n in (512, 1024, 2048)]
-    best, began = 0.0, time.perf_counter()
-    for a in itertools.cycle(squares):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # .item() waits for the product
-        best = max(best, 2 * len(a) ** 3 / (time.perf_counter() - start))
-        if time.perf_counter() - began > 0.5:
-            return best
+    best, end = 0.0, time.perf_counter() + 0.5
+    while time.perf_counter() < end:
+        for a in squares:
+            start = time.perf_counter()
+            (a @ a)[0, 0].item()  # .item() waits for the product
+            best = max(best, 2 * len(a) ** 3 / (time.perf_counter() - start))
+    return best
 
 
 def release_free_memory():

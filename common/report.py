@@ -18,7 +18,6 @@ FIGURE = re.compile(r"[-$]*[\d,.]+( ?[%×])?|–")
 SPECIAL = re.compile(r"[\\`*\[\]<|~]|(?<!\w)_|_(?!\w)|&(?=[#\w])")  # inline Markdown
 LINE_START = re.compile(r"^(#*|\d*)([-+#.)])(?= |-|$)")  # a list, a heading or a rule
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
-TEMPLATE = Path(__file__).with_name("report_template.html")
 
 
 def clean(text):
@@ -87,10 +86,6 @@ class ReportImage:
     def __str__(self):
         return f"![{escape(self.alt)}]({self.name})"
 
-    def data_uri(self):
-        kind = "jpeg" if self.name.endswith(".jpg") else "png"
-        return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
-
 
 @dataclass
 class Sample:
@@ -105,18 +100,14 @@ def sample_blocks(samples):
     blocks = []
     for i, sample in enumerate(samples):
         blocks.append(f"### {i + 1}")
-        blocks += [thumbnail(image, f"samples/{i}" + f"_{k}" * (k > 0))
-                   for k, image in enumerate(sample.images)]
+        for k, image in enumerate(sample.images):
+            image, file = image.convert("RGB"), io.BytesIO()
+            image.thumbnail((LARGEST, LARGEST))
+            image.save(file, "JPEG", quality=90, optimize=True)
+            name = f"samples/{i}" + f"_{k}" * (k > 0) + ".jpg"
+            blocks.append(ReportImage(name, file.getvalue(), "model input"))
         blocks += [f"{escape(label)}:\n\n{code(text)}" for label, text in sample.parts]
     return blocks
-
-
-def thumbnail(image, name):
-    """A PIL image as a small ReportImage."""
-    image, file = image.convert("RGB"), io.BytesIO()
-    image.thumbnail((LARGEST, LARGEST))
-    image.save(file, "JPEG", quality=90, optimize=True)
-    return ReportImage(f"{name}.jpg", file.getvalue(), "model input")
 
 
 def write_report(folder, title, lead, sections):
@@ -130,14 +121,14 @@ def write_report(folder, title, lead, sections):
     images = [block for block in blocks if isinstance(block, ReportImage)]
     text = "\n\n".join(map(str, blocks)) + "\n"
     files = {image.name: image.data for image in images}
-    files |= {"report.md": text.encode(), "report.html": render(title, text, images).encode()}
+    files |= {"report.md": text.encode(), "report.html": page_of(title, text, images).encode()}
     for name, data in files.items():
         path = Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
 
 
-def render(title, text, images):
+def page_of(title, text, images):
     """The HTML page of a Markdown text; images: its ReportImage, in order."""
     from markdown_it import MarkdownIt
 
@@ -146,7 +137,8 @@ def render(title, text, images):
     inline = [child for token in tokens for child in token.children or ()]
     links = (token for token in inline if token.type == "image")
     for link, image in zip(links, images, strict=True):
-        link.attrs["src"] = image.data_uri()
+        kind = "jpeg" if image.name.endswith(".jpg") else "png"
+        link.attrs["src"] = f"data:image/{kind};base64,{base64.b64encode(image.data).decode()}"
     body = renderer.renderer.render(tokens, renderer.options, {})
-    template = Template(TEMPLATE.read_text(encoding="utf-8"))
-    return template.substitute(title=html.escape(clean(title)), body=body)
+    template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
+    return Template(template).substitute(title=html.escape(clean(title)), body=body)

@@ -1,1 +1,1 @@
-"""Other formats: transformers folders, GGUF, model cards, and the original's checkpoints."""
+"""Other formats: transformers folders, GGUF files and model cards."""

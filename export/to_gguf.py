@@ -32,26 +32,23 @@ BPE_OPTIONS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word
 def write_gguf(model, tokenizer, path, dtype="f16", chat_template=None):
     """Write a decoder (a GPT) and its tokenizer to the file `path`.
 
-    dtype: "f32" or "f16", of the matrices; vectors are f32. chat_template: a Jinja template for a
-    model that chats, whose answers end with <|end|>; without one, text ends with <|endoftext|>.
-    Raises UserError for a vision model, another dtype, a tokenizer that llama.cpp does not have,
-    numbers that f16 cannot hold, and if the package `gguf` is missing.
+    dtype: "f32" or "f16", of the matrices; vectors are f32 (lower precision changes greedy text:
+    q8_0 5 and bf16 3 of the demo's 40). chat_template: a Jinja template for a model that chats,
+    whose answers end with <|end|>; without one, text ends with <|endoftext|>. Raises UserError for
+    a vision model, a tokenizer that llama.cpp does not have, numbers that f16 cannot hold, and if
+    the package `gguf` is missing.
     """
     if not isinstance(model, GPT):
         raise UserError("only a text-only model can be a GGUF file, as llama.cpp's gptneox takes "
                         "no images: use a pretrain or sft checkpoint")
-    if dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype}: lower precision "
-                        "changes greedy text (q8_0 5 and bf16 3 of the demo's 40)")
     try:
         import gguf
     except ImportError:
         raise UserError("--gguf needs a package that is not installed: pip install gguf") from None
-    part = Path(f"{path}.part")  # a file under its own name is complete
+    part, c = Path(f"{path}.part"), model.config  # a file under its own name is complete
     writer = gguf.GGUFWriter(part, "gptneox")
     writer.add_name("nanoGPT-Vision")
     writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype]])
-    c = model.config
     writer.add_context_length(c.max_positions)
     writer.add_embedding_length(c.n_embd)
     writer.add_feed_forward_length(4 * c.n_embd)
@@ -80,18 +77,17 @@ def named_tensors(model):
     own = {name: p.detach().to("cpu", torch.float32) for name, p in model.named_parameters()}
     named = {"token_embd.weight": own["token_embedding.weight"],
              "output.weight": own["head.weight"]}
-    pairs = {"output_norm": "final_norm"}
+    same = {"output_norm": "final_norm"}
     for i, block in enumerate(model.blocks):
         a, b, s = f"blk.{i}.", f"blocks.{i}.", gelu_scale(block)
-        pairs |= {f"{a}attn_norm": f"{b}norm1", f"{a}ffn_norm": f"{b}norm2",
-                  f"{a}attn_output": f"{b}attention.out"}
+        same |= {f"{a}attn_norm": f"{b}norm1", f"{a}ffn_norm": f"{b}norm2",
+                 f"{a}attn_output": f"{b}attention.out"}
         for theirs, weight in (("attn_qkv", own[f"{b}attention.qkv.weight"]),
                                ("ffn_up", own[f"{b}mlp.up.weight"] * s[:, None]),
                                ("ffn_down", own[f"{b}mlp.down.weight"] / s)):
             named |= {f"{a}{theirs}.weight": weight, f"{a}{theirs}.bias": torch.zeros(len(weight))}
-    for theirs, ours in pairs.items():
-        named |= {f"{theirs}.{kind}": own[f"{ours}.{kind}"] for kind in ("weight", "bias")}
-    return named
+    return named | {f"{theirs}.{kind}": own[f"{ours}.{kind}"]
+                    for theirs, ours in same.items() for kind in ("weight", "bias")}
 
 
 @torch.no_grad()
@@ -114,14 +110,13 @@ def gelu_scale(block):
 def add_tokenizer(writer, kinds, tokenizer, n_rows, chat_template):
     """Add the vocabulary, padded to the n_rows of the embedding; kinds: gguf's TokenType."""
     vocabulary, merges = bpe_of(tokenizer)
-    ordinary, specials = ({i: text for text, i in some.items()}
-                          for some in (vocabulary, tokenizer.specials))
+    tokens = {i: (text, kinds.NORMAL) for text, i in vocabulary.items()}
+    tokens |= {i: (text, kinds.CONTROL) for text, i in tokenizer.specials.items()}
+    rows = [tokens.get(i, (f"<|unused {i}|>", kinds.UNUSED)) for i in range(n_rows)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([specials.get(i) or ordinary.get(i) or f"<|unused {i}|>"
-                           for i in range(n_rows)])
-    writer.add_token_types([kinds.CONTROL if i in specials else kinds.NORMAL if i in ordinary
-                            else kinds.UNUSED for i in range(n_rows)])
+    writer.add_token_list([text for text, _ in rows])
+    writer.add_token_types([kind for _, kind in rows])
     writer.add_token_merges(merges)
     writer.add_bos_token_id(tokenizer.end_of_text)
     writer.add_eos_token_id(tokenizer.end if chat_template else tokenizer.end_of_text)

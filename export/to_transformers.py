@@ -15,33 +15,18 @@ from common.config import UserError, read_json
 from common.images import MEAN, STD
 from tokenizer import SPECIALS, gpt2_files
 
-# The chat template of tokenizer.render, for Jinja. A message is a string, or a list of text and
+# chat_template.jinja is tokenizer.render for Jinja. A message is a string, or a list of text and
 # image parts. A user cannot type a special token: a noncharacter splits its spelling, and the
 # tokenizer drops it after its search for special tokens.
 APART = "\ufdd0"
-CHAT_TEMPLATE = """{{- '<|endoftext|>' -}}
-{%- for message in messages -%}
-{%- if message['role'] not in ['system', 'user', 'assistant'] -%}
-{{- raise_exception('unknown role ' + message['role']) -}}
-{%- endif -%}
-{{- '<|' + message['role'] + '|>' -}}
-{%- if message['content'] is string -%}
-{{- message['content'].replace('<|', '<APART|') -}}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] in ['image', 'image_url'] -%}
-{{- '<|image|>' -}}
-{%- else -%}
-{{- 'APART' + part['text'].replace('<|', '<APART|') -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- '<|end|>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|assistant|>' -}}
-{%- endif -%}
-""".replace("APART", APART)
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8").replace(
+    "APART", APART)
+# Prefixes of a LLaVA's weights, and those of llava-hf on the hub, which every version of
+# `transformers` reads.
+LLAVA_NAMES = {"model.language_model.": "language_model.model.",
+               "lm_head.": "language_model.lm_head.",
+               "model.vision_tower.": "vision_tower.vision_model.",
+               "model.multi_modal_projector.": "multi_modal_projector."}
 
 
 def neox_config(config):
@@ -61,25 +46,24 @@ def neox_weights(weights, config, body="gpt_neox."):
     There q, k and v are interleaved by head, and every product has a bias: ours are zero.
     body: the prefix of all names except the head's.
     """
-    C, named = config.n_embd, {
-        f"{body}embed_in.weight": weights["token_embedding.weight"],
-        f"{body}final_layer_norm.weight": weights["final_norm.weight"],
-        f"{body}final_layer_norm.bias": weights["final_norm.bias"],
-        "lm_head.weight": weights["head.weight"]}
+    C = config.n_embd
+    named = {f"{body}embed_in.weight": weights["token_embedding.weight"],
+             "lm_head.weight": weights["head.weight"]}
+    same = {"final_norm": "final_layer_norm"}
     for i in range(config.n_layer):
-        own, theirs = f"blocks.{i}.", f"{body}layers.{i}."
+        own, theirs = f"blocks.{i}.", f"layers.{i}."
+        same |= {f"{own}norm1": f"{theirs}input_layernorm",
+                 f"{own}norm2": f"{theirs}post_attention_layernorm",
+                 f"{own}attention.out": f"{theirs}attention.dense"}
         qkv = weights[f"{own}attention.qkv.weight"]
-        qkv = qkv.view(3, config.n_head, -1, C).transpose(0, 1)  # (H, 3, D, C)
-        named[f"{theirs}attention.query_key_value.weight"] = qkv.reshape(3 * C, C)
-        named[f"{theirs}attention.query_key_value.bias"] = qkv.new_zeros(3 * C)
-        for kind in ("weight", "bias"):
-            named |= {f"{theirs}input_layernorm.{kind}": weights[f"{own}norm1.{kind}"],
-                      f"{theirs}post_attention_layernorm.{kind}": weights[f"{own}norm2.{kind}"],
-                      f"{theirs}attention.dense.{kind}": weights[f"{own}attention.out.{kind}"]}
-        for name, layer, width in (("dense_h_to_4h", "up", 4 * C), ("dense_4h_to_h", "down", C)):
-            named[f"{theirs}mlp.{name}.weight"] = weights[f"{own}mlp.{layer}.weight"]
-            named[f"{theirs}mlp.{name}.bias"] = qkv.new_zeros(width)
-    return named
+        qkv = qkv.view(3, config.n_head, -1, C).transpose(0, 1).reshape(3 * C, C)
+        for name, weight in (("attention.query_key_value", qkv),
+                             ("mlp.dense_h_to_4h", weights[f"{own}mlp.up.weight"]),
+                             ("mlp.dense_4h_to_h", weights[f"{own}mlp.down.weight"])):
+            named |= {f"{body}{theirs}{name}.weight": weight,
+                      f"{body}{theirs}{name}.bias": weight.new_zeros(len(weight))}
+    return named | {f"{body}{theirs}.{kind}": weights[f"{own}.{kind}"]
+                    for own, theirs in same.items() for kind in ("weight", "bias")}
 
 
 def llava_config(decoder, clip, image_id):
@@ -114,19 +98,6 @@ def their_model(model, tokenizer, dtype=torch.float32):
         weights = neox_weights(model.state_dict(), model.config)
     theirs.load_state_dict(weights, strict=True)
     return theirs.to(dtype).eval()
-
-
-def names_in_files(weights):
-    """Weights under their names in files: for a LLaVA those of llava-hf on the hub, which every
-    version of `transformers` reads."""
-    if "model.multi_modal_projector.linear_1.weight" not in weights:
-        return weights
-    names = {"model.language_model.": "language_model.model.",
-             "lm_head.": "language_model.lm_head.",
-             "model.vision_tower.": "vision_tower.vision_model.",
-             "model.multi_modal_projector.": "multi_modal_projector."}
-    return {theirs + name.removeprefix(own): weight for name, weight in weights.items()
-            for own, theirs in names.items() if name.startswith(own)}
 
 
 def their_tokenizer(tokenizer, chats=True, longest=1024):
@@ -173,33 +144,31 @@ def their_processor(tokenizer, clip):
 
 def write_folder(model, tokenizer, stage, to, dtype=torch.float32, max_shard_size="2GB"):
     """Write a decoder or vision-language model for `transformers` into the folder `to`."""
-    chats = stage != "pretrain"
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    chats, vision = stage != "pretrain", hasattr(model, "decoder")
     theirs = their_model(model, tokenizer, dtype)
-    end = tokenizer.end if chats else tokenizer.end_of_text
     for config in theirs.config, theirs.config.get_text_config(), theirs.generation_config:
         config.bos_token_id = config.pad_token_id = tokenizer.end_of_text
-        config.eos_token_id = end
+        config.eos_token_id = tokenizer.end if chats else tokenizer.end_of_text
     theirs.generation_config.max_new_tokens = 256
     theirs.generation_config.do_sample = False  # or pipelines sample, unlike ours
-    weights = names_in_files(theirs.state_dict())
+    weights = theirs.state_dict()
+    if vision:
+        weights = {ours + name.removeprefix(prefix): weight for name, weight in weights.items()
+                   for prefix, ours in LLAVA_NAMES.items() if name.startswith(prefix)}
     theirs.save_pretrained(to, state_dict=weights, save_original_format=False,
                            max_shard_size=max_shard_size)
     fast = their_tokenizer(tokenizer, chats, model.config.max_positions)
-    if hasattr(model, "decoder"):
-        their_processor(fast, model.clip_config).save_pretrained(to)
-    else:
-        fast.save_pretrained(to)
-    name_for_version_4(to, model.config.rope_theta)
-
-
-def name_for_version_4(folder, rope_theta):
-    """Add the names that `transformers` 4 reads instead of those of 5, which accepts both. Without
-    them, it would rotate a quarter of each head, with another base."""
-    file = Path(folder) / "config.json"
-    config = read_json(file)
-    config.get("text_config", config).update(rotary_pct=1.0, rotary_emb_base=rope_theta)
-    write_json(file, config)
-    file = Path(folder) / "tokenizer_config.json"
-    config = read_json(file)
+    (their_processor(fast, model.clip_config) if vision else fast).save_pretrained(to)
+    # The names that `transformers` 4 reads instead of those of 5, which accepts both. Without them
+    # it would rotate a quarter of each head, with another base.
+    config = read_json(Path(to, "config.json"))
+    config.get("text_config", config).update(rotary_pct=1.0,
+                                             rotary_emb_base=model.config.rope_theta)
+    write_json(Path(to, "config.json"), config)
+    config = read_json(Path(to, "tokenizer_config.json"))
     config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    write_json(file, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(Path(to, "tokenizer_config.json"), config)

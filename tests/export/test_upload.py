@@ -20,7 +20,6 @@ from test_layout import MODULES, imports
 import upload as script
 from common.config import parse, read_json
 from common.images import read_image
-from export.model_card import STAGES as STAGES_OF_CARDS
 from export.model_card import command_of
 
 pytestmark = pytest.mark.filterwarnings(  # of the hub's own library
@@ -45,17 +44,6 @@ def upload(*argv):
     return result
 
 
-def elsewhere(hub, folder, *command, **more):
-    """Run a command in a process of its own that uses the hub; what it printed."""
-    kept = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS") if name in os.environ}
-    environment = {**kept, "HOME": str(folder), "HF_HOME": f"{folder}/hf", **hub.environment(),
-                   **more}
-    result = subprocess.run([sys.executable, *command], cwd=folder, env=environment,
-                            capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
-
-
 def listed(out):
     """{file: bytes} of what upload.py says that it sends."""
     rows = re.findall(r"^ +([\d,]+)  (\S+)$", out, re.MULTILINE)
@@ -69,50 +57,43 @@ def sizes(files):
 # ------------------------------------------------------------------------------------ to the hub
 
 
-def test_a_native_push_opens_by_its_name(hub, tmp_path, pipeline):
+def test_a_native_push_opens_by_its_name(hub, tmp_path, pipeline, monkeypatch):
     """What is sent is listed; it comes without what only resuming needs."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
     name, image = pipeline.folder / "vision_sft", pipeline.data / "images" / "0.png"
-    said = elsewhere(hub, tmp_path, ROOT / "upload.py", name, "--repo=someone/sees",
-                     "--native=True", HF_TOKEN=WRITER)
+    said = upload(name, "--repo=someone/sees", "--native=True").out
     files = hub.repos["models", "someone/sees"]
     assert listed(said) == sizes(files)
     assert set(files) == {".gitattributes", "README.md", "config.json", "example.png",
                           "manifest.json", "model.safetensors", "tokenizer.json"}
-    assert len(said.splitlines()) == len(listed(said)) + 2  # and no progress bars
     assert "python sample.py someone/sees" in files["README.md"].decode()
-    question = (f"--image={image}", "--prompt=What do you see?", "--max_tokens=16",
-                "--precision=fp32")
-    answer = elsewhere(hub, tmp_path, ROOT / "sample.py", "someone/sees", *question)
-    here = run("sample.py", name, *question).out
-    assert here and here in answer
-    assert WRITER not in said + answer
+    pushed, here = (run("sample.py", checkpoint, f"--image={image}", "--prompt=What do you see?",
+                        "--max_tokens=16", "--precision=fp32")
+                    for checkpoint in ("someone/sees", name))
+    assert pushed == here and here.out and hub.times("GET", "model.safetensors") == 1
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or WRITER.encode() not in path.read_bytes(), path
 
 
-def test_an_export_is_pushed_file_by_file(hub, pipeline):
+def test_an_export_is_pushed_file_by_file_and_a_dry_run_sends_nothing(hub, pipeline):
     """test_export.py opens the same files by transformers."""
-    result = upload(pipeline.folder / "sft", "--repo=someone/chat")
+    command = pipeline.folder / "sft", "--repo=someone/chat"
+    dry = upload(*command, "--dry_run=True")
+    assert (dry.status, dry.err, hub.log) == (0, "", [])
+    assert dry.out.startswith("would push to the model someone/chat:\n")
+    result = upload(*command)
     assert result.status == 0, result.err
-    assert listed(result.out) == sizes(hub.repos["models", "someone/chat"])
+    assert listed(result.out) == listed(dry.out) == sizes(hub.repos["models", "someone/chat"])
     assert hub.times("PUT", "/stored/") == 1  # the weights; the rest goes with the commit
     assert hub.created[0].get("visibility") != "private"
 
 
-def test_a_dry_run_sends_nothing(hub, pipeline, monkeypatch):
-    monkeypatch.delenv("HF_TOKEN")
-    result = upload(pipeline.folder / "sft", "--repo=someone/chat", "--dry_run=True")
-    assert result.out.startswith("would push to the model someone/chat:\n")
-    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(
-        listed(result.out))
-    assert (result.status, result.err, hub.log) == (0, "", [])
-
-
-def test_a_failed_push_is_resumed_without_sending_files_again(hub, pipeline):
+def test_a_failed_push_is_resumed_without_sending_files_again(hub, pipeline, monkeypatch):
     """A third push has to be asked for by --overwrite, and sends nothing."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     command = (pipeline.folder / "sft", "--repo=someone/chat", "--native=True", "--private=True")
     hub.closed.append("/commit/")
-    assert "the push failed (RemoteProtocolError: " in upload(*command).refusal
+    assert "failed (RemoteProtocolError: " in upload(*command).refusal
     assert set(hub.repos["models", "someone/chat"]) == {".gitattributes"}
     for flag in "--overwrite=False", "--overwrite=True":
         result = upload(*command, flag)
@@ -120,6 +101,8 @@ def test_a_failed_push_is_resumed_without_sending_files_again(hub, pipeline):
         assert listed(result.out) == sizes(hub.repos["models", "someone/chat"])
     assert hub.times("PUT", "/stored/") == 1 and hub.times("/commit/") == 2
     assert hub.created[0]["visibility"] == "private"
+    hub.close()
+    assert "failed (ConnectError: " in upload(*command, "--overwrite=True").refusal
 
 
 def test_a_repository_with_other_content_is_left_alone(hub, pipeline):
@@ -136,31 +119,15 @@ def test_a_repository_with_other_content_is_left_alone(hub, pipeline):
 
 
 @pytest.mark.parametrize(("token", "repo", "words"), [
-    (WRONG, "someone/chat", "(401): the token is not accepted"),
-    (READER, "someone/chat", "(403): the token may not write there"),
-    (None, "someone/chat", "no token"),
-    (WRITER, "my model", "'my model' cannot be the name"),
-    (WRITER, "a/b/c", "'a/b/c' cannot be the name"),
-    (WRITER, "-/-", "'-/-' cannot be the name")])
+    (WRONG, "someone/chat", "the token is not accepted"),
+    (READER, "someone/chat", "the token may not write there"),
+    (None, "someone/chat", "no token"), (WRITER, "my model", "my model")])
 def test_a_refused_token_or_name_is_one_sentence(token, repo, words, hub, pipeline, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     assert words in upload(pipeline.folder / "sft", f"--repo={repo}", "--native=True").refusal
     assert hub.repos == {} and (token or not hub.log)
-
-
-def test_the_token_of_hf_auth_login_is_used(hub, tmp_path, pipeline, monkeypatch):
-    monkeypatch.delenv("HF_TOKEN")
-    (tmp_path / "token").write_text(WRITER)
-    assert upload(pipeline.folder / "sft", "--repo=someone/chat", "--native=True").status == 0
-
-
-def test_an_unreachable_hub_is_one_sentence(hub, pipeline, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    hub.close()
-    refusal = upload(pipeline.folder / "sft", "--repo=someone/chat", "--native=True").refusal
-    assert "the push failed (ConnectError: " in refusal
 
 
 # ----------------------------------------------------------------------------------------- a Space
@@ -215,11 +182,6 @@ def test_a_pushed_space_runs_by_itself(hub, tmp_path, pipeline, monkeypatch):
         process.communicate(timeout=30)
 
 
-def test_a_space_takes_a_model_that_chats(hub, pipeline):
-    refusal = upload(pipeline.folder / "pretrain", "--space=someone/page").refusal
-    assert "continues text and does not chat" in refusal and hub.log == []
-
-
 # ------------------------------------------------------------------------------------- to a folder
 
 
@@ -241,44 +203,29 @@ def test_an_export_replaces_nothing_but_an_earlier_export(tmp_path, pipeline, mo
     assert (target / "old.safetensors").is_file()
 
 
-def damaged(pipeline, folder):
-    """A copy of a checkpoint with a flipped byte in its weights."""
-    copy = shutil.copytree(newest(pipeline.folder / "sft"), folder / "damaged")
-    weights = bytearray((copy / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (copy / "model.safetensors").write_bytes(weights)
-    return copy
-
-
 @pytest.mark.parametrize(("name", "flags", "words"), [
-    ("nothing", ["--to=new"], "no checkpoint nothing"),
     ("", ["--to=new"], "name a checkpoint"),
     ("sft", [], "name a target: --to, --repo, --space or --gguf"),
     ("sft", ["--to=file"], "file exists"),
     ("sft", ["--to=file", "--overwrite=True"], "file is not an earlier export"),
+    ("sft", ["--to=checkpoint", "--overwrite=True"], "checkpoint is not an earlier export"),
     ("sft", ["--to=file/new"], "cannot write"),
-    ("damaged", ["--to=new"], "model.safetensors is damaged"),
-    ("damaged", ["--to=damaged", "--overwrite=True"], "is the checkpoint itself"),
     ("clip_pretrain", ["--to=new"], "decoder or vision checkpoint is needed"),
-    ("clip_pretrain", ["--space=a/b"], "decoder or vision checkpoint is needed"),
     ("pretrain", ["--space=a/b"], "pretrained checkpoint"),
     ("sft", ["--to=new", "--image=a.png"], "--image=a.png"),
     ("vision_sft", ["--to=new", "--image=a.png"], "a.png"),
-    ("sft", ["--to=new", "--licence=mit"], "did you mean license?"),
-    ("sft", ["--import_original=file"], "--import_original=FILE goes with --out"),
     ("sft", ["--gguf=file"], "file exists already"),
+    ("sft", ["--gguf=new", "--gguf_dtype=q8_0"], "--gguf_dtype"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)
 def test_a_wrong_command_is_one_sentence_and_leaves_nothing(name, flags, words, tmp_path, pipeline,
                                                             monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     (tmp_path / "file").write_text("mine")
-    if name == "damaged":
-        name = damaged(pipeline, tmp_path)
-    elif name in STAGES:
-        name = pipeline.folder / name
+    shutil.copytree(newest(pipeline.folder / "sft"), tmp_path / "checkpoint")
+    name = [pipeline.folder / name] if name else []
     before = sorted(tmp_path.rglob("*"))
-    assert words in upload(*([name] if name else []), *flags).refusal
+    assert words in upload(*name, *flags).refusal
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -303,16 +250,7 @@ def cards(pipeline, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("stage", "tag"), [
-    ("pretrain", "text-generation"), ("sft", "text-generation"),
-    ("vision_sft", "image-text-to-text")])
-def test_the_metadata_of_a_card_is_what_the_hub_reads(stage, tag, cards):
-    head = front_matter((cards / stage / "README.md").read_text())
-    assert head == {"license": "cc0-1.0", "language": "en", "library_name": "transformers",
-                    "pipeline_tag": tag, "tags": ["nanogpt-vision"]}
-
-
-def test_a_card_lists_stages_losses_data_and_scores(cards, pipeline):
+def test_a_card_has_metadata_stages_losses_data_and_scores(cards, pipeline):
     card = (cards / "vision_sft" / "README.md").read_text()
     for stage in STAGES:
         loss = read_json(newest(pipeline.folder / stage) / "config.json")["metrics"]["val_loss"]
@@ -322,10 +260,14 @@ def test_a_card_lists_stages_losses_data_and_scores(cards, pipeline):
         assert str(pipeline.data / kind) in card
     assert "| vqa_exact | 0.75 |" in card and "## Limits" in card
     assert "scores" not in (cards / "sft" / "README.md").read_text().lower()
+    for stage, tag in ("sft", "text-generation"), ("vision_sft", "image-text-to-text"):
+        assert front_matter((cards / stage / "README.md").read_text()) == {
+            "license": "cc0-1.0", "language": "en", "library_name": "transformers",
+            "pipeline_tag": tag, "tags": ["nanogpt-vision"]}
 
 
 def test_the_commands_of_a_card_give_the_settings_of_the_runs(cards, pipeline):
-    """They parse, to the very settings of the run."""
+    """They parse, to the very settings of the run; only those of known stages are shown."""
     card = (cards / "vision_sft" / "README.md").read_text()
     commands = [shlex.split(line) for line in card.splitlines() if line.startswith("python ")]
     assert sorted(command[1] for command in commands) == sorted(f"{stage}.py" for stage in STAGES)
@@ -333,15 +275,10 @@ def test_the_commands_of_a_card_give_the_settings_of_the_runs(cards, pipeline):
         stage = name.removesuffix(".py")
         config = vars(parse(__import__(stage).Config, flags))
         assert config == read_json(newest(pipeline.folder / stage) / "config.json")["settings"]
-
-
-def test_a_command_is_quoted_and_names_only_known_stages():
     settings = {"data": "my data; rm -rf x", "out": "a'b"}
-    command = command_of({"stage": "pretrain", "settings": settings})
-    config = parse(__import__("pretrain").Config, shlex.split(command)[2:])
-    assert (config.data, config.out) == (settings["data"], settings["out"])
+    command = shlex.split(command_of({"stage": "pretrain", "settings": settings}))
+    assert command[2:] == ["--out=a'b", "--data=my data; rm -rf x"]
     assert command_of({"stage": "antigravity", "settings": settings}) == ""
-    assert set(STAGES_OF_CARDS) == set(STAGES)
 
 
 def test_a_card_shows_an_image_and_the_answer_of_the_model(cards, pipeline):
@@ -355,18 +292,15 @@ def test_a_card_shows_an_image_and_the_answer_of_the_model(cards, pipeline):
 
 
 @pytest.mark.slow
-def test_the_code_of_a_card_runs_without_our_modules(cards, hub):
+def test_the_code_of_a_card_runs_without_our_modules(cards):
     """That of a text model, of one that chats, and of one that sees."""
     shutil.copy(cards / "vision_sft" / "example.png", cards / "image.jpg")
     texts = [(cards / stage / "README.md").read_text()
              for stage in ("pretrain", "sft", "vision_sft")]
     code = "\n".join(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1] for text in texts)
-    said = elsewhere(hub, cards, "-I", "-c", code, HF_HUB_OFFLINE="1")
-    assert said.count("'generated_text': ") == 3
-    assert re.search(r"\*\*What do you see\?\*\* (.*)", texts[2])[1] in said
-
-
-def test_a_missing_transformers_is_named(pipeline, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers.utils.logging", None)
-    refusal = upload(pipeline.folder / "sft", f"--to={tmp_path}/new").refusal
-    assert "pip install transformers" in refusal
+    environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "HOME": str(cards),
+                   "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, "-I", "-c", code], cwd=cards, env=environment,
+                            capture_output=True, text=True)
+    assert result.stdout.count("'generated_text': ") == 3, result.stderr
+    assert re.search(r"\*\*What do you see\?\*\* (.*)", texts[2])[1] in result.stdout

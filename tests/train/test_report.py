@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import os
 import re
 import shlex
 import shutil
@@ -29,57 +28,35 @@ from common.report import (
     lineage_table,
     sample_blocks,
     table,
-    thumbnail,
     write_report,
 )
 from data import Chats
 from evals.compare import compare
-from train.log import data_table, origin, with_origin
+from train.log import data_table, with_origin
 
 VISION = ("clip_pretrain", "vision_pretrain", "vision_sft")
 HOSTILE = ("<script>alert(1)</script>", "</pre></td><img src=x onerror=alert(1)>", "a | b", "```",
            "````text\n<b>\n````", "[link](https://example.org)", "![x](https://example.org/x.png)",
            "&lt;script&gt; &amp; 'quotes\" >", "*bold* _thin_ `code` ~~gone~~ a\\|b",
-           "two\n\nlines", "\x1b[31m\x00 \ud800 é 漢", "# heading", "### # heading", "---", "- - -",
-           "w" * 400, "{braces} %s $title", "<!-- -->", "https://example.org/bare", "1. one",
-           "- two", "[x]: https://example.org", "=====", "-0.5")
+           "two\n\nlines", "\x1b[31m\x00 \ud800 é 漢", "### # heading", "- - -", "<!-- -->",
+           "https://example.org/bare", "1. one", "[x]: https://example.org", "=====", "-0.5")
 
 
 class Reader(HTMLParser):
-    """The tags, attributes, table rows, blocks of code, list items and images of a page."""
+    """The tags, attributes and text of a page."""
 
     def __init__(self, page):
         super().__init__()
-        self.tags, self.attributes, self.images, self.open = [], [], [], []
-        self.rows, self.code, self.items = [], [], []
+        self.tags, self.attributes, self.text = [], [], ""
         self.feed(page)
         self.close()
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.attributes += attributes
-        if tag == "img":
-            self.images.append(dict(attributes)["src"])
-        if tag in ("meta", "link", "img", "br", "hr"):  # these have no end
-            return
-        self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        new = {"td": self.rows[-1:], "th": self.rows[-1:], "code": [self.code], "li": [self.items]}
-        for texts in new.get(tag, ()):
-            texts.append("")
-
-    def handle_endtag(self, tag):
-        if tag not in ("meta", "link", "img", "br", "hr"):
-            assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if {"td", "th"} & {*self.open}:
-            self.rows[-1][-1] += data
-        if "code" in self.open:
-            self.code[-1] += data
-        if "li" in self.open:
-            self.items[-1] += data
+        self.text += data
 
 
 class Report:
@@ -90,17 +67,16 @@ class Report:
         self.text = (self.folder / "report.md").read_text(encoding="utf-8")
         self.page = (self.folder / "report.html").read_text(encoding="utf-8")
         self.html = Reader(self.page)
-        self.rows = self.html.rows
+        self.sources = [value for name, value in self.html.attributes if name in ("src", "href")]
+        self.rows = [[re.sub(r"\\(.)", r"\1", cell) for cell in line[2:-2].split(" | ")]
+                     for line in self.text.splitlines() if line.startswith("| ")]
         self.facts = {row[0]: row[1] for row in self.rows}
         self.image_files = re.findall(r"^!\[.*?\]\((.*?)\)$", self.text, re.MULTILINE)
+        self.commands = [shlex.split(text) for text in re.findall(
+            r"^```text\n(.*)\n```$", self.text, re.MULTILINE) if ".py" in text]
         samples = re.split(r"^### \d+$", self.text.split("\n## Cost")[0], flags=re.MULTILINE)[1:]
         self.samples = [dict(re.findall(r"^(\w[^\n]*):\n\n```text\n(.*?)\n```$", sample,
                                         re.MULTILINE | re.DOTALL)) for sample in samples]
-
-    @property
-    def commands(self):
-        """The words of every command that starts a script, as a shell reads them."""
-        return [shlex.split(text) for text in self.html.code if ".py" in text]
 
 
 def info_of(folder):
@@ -116,9 +92,9 @@ def reports(pipeline):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_report_states_provenance_and_cost(pipeline, reports, stage):
+def test_report_states_provenance_cost_losses_settings_and_data(pipeline, reports, stage):
     folder, facts = pipeline.folder / stage, reports[stage].facts
-    info, rows = info_of(folder), log_rows(folder)
+    info, logged = info_of(folder), log_rows(folder)
     (made,), m = info["origins"], info["metrics"]
     assert reports[stage].commands[0] == [Path(sys.executable).name, str(ROOT / f"{stage}.py"),
                                           *pipeline.flags(stage), f"--out={folder}"]
@@ -131,46 +107,36 @@ def test_report_states_provenance_and_cost(pipeline, reports, stage):
         "batch_tokens"))
     amount = facts["pairs" if unit == "img" else "tokens"]
     assert amount.startswith(f"{STEPS * each:,} ") and f"{STEPS} steps of {each:,}" in amount
-    speed, mfu = (statistics.median(row[name] for row in rows if "ms" in row)
+    speed, mfu = (statistics.median(row[name] for row in logged if "ms" in row)
                   for name in (f"{unit}_per_s", "mfu"))
     assert facts["median speed"] == f"{speed:,.0f} {unit}/s" and facts["MFU"] == f"{mfu:.1%}"
     assert facts["peak memory"].startswith(f"{m['peak_rss_gb']:.2f} GB host")
     assert facts["wall time"] == f"{m['seconds']:.0f} seconds"
     assert facts["arithmetic"] == f"{m['tflop']:,.4g} TFLOP" and m["tflop"] > 0
     assert facts["price"].startswith("no price set")
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_report_has_losses_settings_and_the_fingerprint_of_the_data(pipeline, reports, stage):
-    folder, rows = pipeline.folder / stage, reports[stage].rows
-    info = info_of(folder)
-    assert ["validation loss", f"{info['metrics']['val_loss']:.4f}"] in rows
-    assert ["max_steps", str(STEPS), "1000"] in rows and "seed" not in [row[0] for row in rows]
+    assert facts["validation loss"] == f"{m['val_loss']:.4f}"
+    rows = reports[stage].rows
+    assert ["max_steps", str(STEPS), "1000"] in rows and "seed" not in facts
     data = [info["settings"][name] for name in ("data", "text_data") if info["settings"].get(name)]
     assert [row[1] for row in rows if row[0] == "sha256 of manifest.json"] == [
         hashlib.sha256(Path(folder, "manifest.json").read_bytes()).hexdigest() for folder in data]
-    assert len(data) == 1 + (stage == "vision_sft")
 
 
 def test_the_data_table_has_counts_and_left_out_rows(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({
-        "train": {"chats": 150, "tokens": 4321}, "train_tokens": 12345, "sha256": {"a": "0"},
+        "train": {"chats": 150, "tokens": 4321}, "sha256": {"a": "0"},
         "left_out": {"an empty answer": {"rows": 7, "first": ["a.jsonl:3"]}}}))
     text = data_table(str(tmp_path))
-    for line in ("| train | chats 150, tokens 4321 |", "| left out | an empty answer 7 |",
-                 "| train_tokens | 12,345 |"):
-        assert line in text
-    (tmp_path / "manifest.json").unlink()
-    assert "no manifest.json" in data_table(str(tmp_path))
+    assert "| train | chats 150, tokens 4321 |" in text
+    assert "| left out | an empty answer 7 |" in text
 
 
 def test_time_and_price_are_summed_over_the_lineage(pipeline, reports):
     info = info_of(pipeline.folder / "vision_sft")
-    stages = [*info["lineage"], info]
     assert [row[0] for row in reports["vision_sft"].rows if row[0] in STAGES] == [
         "pretrain", "sft", "clip_pretrain", "vision_pretrain", "vision_sft"]
-    stages = [{**stage, "metrics": {**stage["metrics"], "dollars": 1000 + i}}
-              for i, stage in enumerate(stages)] + [{"stage": "imported", "step": 0, "metrics": {}}]
+    stages = [*info["lineage"], info, {"stage": "imported", "step": 0, "metrics": {}}]
+    stages[1] = {**stages[1], "metrics": {**stages[1]["metrics"], "dollars": 5010}}
     *_, imported, total = lineage_table(stages).splitlines()
     tflop, seconds = (sum(stage["metrics"].get(name, 0) for stage in stages)
                       for name in ("tflop", "seconds"))
@@ -186,7 +152,7 @@ def test_eight_samples_with_references_and_images(reports, stage):
     assert all(len(sample) >= 2 and sample["reference"].strip() for sample in report.samples)
     beside = [report.folder / name for name in report.image_files]
     assert [path.read_bytes() for path in beside] == [
-        base64.b64decode(source.split(",")[1]) for source in report.html.images]
+        base64.b64decode(source.split(",")[1]) for source in report.sources if "image/" in source]
     assert report.image_files == ["loss.png", *(f"samples/{i}.jpg" for i in range(8)
                                                 if stage in VISION)]
     assert all(max(Image.open(path).size) <= LARGEST for path in beside[1:])
@@ -232,70 +198,24 @@ def hostile(tmp_path_factory):
 
 def test_hostile_text_stays_text(hostile):
     html = Report(hostile).html
-    shown = [re.sub(r"[\x00-\x08\x0b-\x1f]", "\ufffd", text).replace("\ud800", "?")
-             for text in HOSTILE]
-    words = [" ".join(text.split()) for text in shown]
     assert {*html.tags} <= {"html", "head", "meta", "title", "link", "style", "body", "main", "h1",
                             "h2", "h3", "p", "table", "thead", "tbody", "tr", "th", "td", "ul",
                             "li", "pre", "code", "img"}
     assert not [name for name, _ in html.attributes if name.startswith("on")]
-    assert html.rows[1:] == [[text, text] for text in words]
-    assert html.items == words
-    assert [text.removesuffix("\n") for text in html.code][: len(shown)] == shown
-    assert html.tags.count("h2") == 2 and html.tags.count("h3") == len(HOSTILE)
-    assert len(html.images) == 3
+    shown = " ".join(html.text.split())
+    for text in HOSTILE:
+        text = re.sub(r"[\x00-\x08\x0b-\x1f]", "\ufffd", text).replace("\ud800", "?")
+        assert shown.count(" ".join(text.split())) >= 6  # cells, list, code, label, sample
+    n = len(HOSTILE)
+    assert {tag: html.tags.count(tag) for tag in ("td", "li", "pre", "h3", "h2", "img")} == {
+        "td": 2 * n, "li": n, "pre": 3 * n, "h3": n, "h2": 2, "img": 3}
 
 
 def test_a_report_loads_nothing_from_the_network(hostile, reports):
     for report in (Report(hostile), *reports.values()):
-        sources = [value for name, value in report.html.attributes if name in ("src", "href")]
-        assert all(value.startswith("data:") for value in sources) and sources
+        assert all(source.startswith("data:") for source in report.sources) and report.sources
         assert "url(" not in report.page and "@import" not in report.page
         assert "default-src 'none'" in report.page
-
-
-def test_images_become_small_files():
-    noise = thumbnail(Image.effect_noise((2000, 1000), 90), "a")
-    assert noise.name == "a.jpg" and len(noise.data) < 60_000
-    assert len(thumbnail(Image.new("RGB", (96, 96), "red"), "b").data) < 1000
-
-
-# ------------------------------------------------------------------------------------- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser",
-                                                 "google-chrome"))), None)
-    if not found:
-        pytest.skip("install Chromium (Debian: apt install chromium) to show the reports")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=flags)
-        yield browser
-        browser.close()
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_shows_every_report_without_overflow(browser, pipeline, hostile, scheme, tmp_path):
-    compare([pipeline.folder / "sft", pipeline.folder / "vision_sft"], tmp_path)
-    page = browser.new_context(viewport={"width": 390, "height": 844},
-                               color_scheme=scheme).new_page()
-    requests, dialogs = [], []
-    page.on("request", lambda request: requests.append(request.url))
-    page.on("dialog", lambda dialog: dialogs.append(dialog.message))
-    for folder in (*(pipeline.folder / stage for stage in STAGES), hostile, tmp_path):
-        page.goto(f"file://{folder}/report.html")
-        wide, inner = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
-        assert wide <= inner == 390, folder
-        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 23, 26)"}[scheme]
-        shapes = page.evaluate("[...document.querySelectorAll('img[alt^=model]')].map(i => "
-                               "[i.width / i.height, i.naturalWidth / i.naturalHeight])")
-        assert all(shown == pytest.approx(true, rel=0.02) for shown, true in shapes), folder
-    assert len([url for url in requests if not url.startswith("data:")]) == len(STAGES) + 2
-    assert not dialogs
 
 
 # ---------------------------------------------------------------------------------- several starts
@@ -324,21 +244,16 @@ def test_a_resumed_run_names_both_commands(pipeline, tmp_path):
         pipeline.folder / "pretrain")["metrics"]["peak_rss_gb"]
 
 
-def test_a_repeated_command_is_recorded_once(monkeypatch):
+def test_the_command_of_several_machines_is_recorded_once(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--out=a b"])
-    machine = Machine(torch.device("cpu"), torch.bfloat16, 0, 8, "Some GPU")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    machine = Machine(torch.device("cpu"), torch.bfloat16, 0, 8, "Some GPU")
     starts = with_origin([], machine, 0, 10)
     assert starts[0]["command"] == "torchrun --nnodes=2 --nproc_per_node=4 pretrain.py '--out=a b'"
     assert starts[0]["hardware"] == "8 x Some GPU, bfloat16"
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert origin(machine, 0)["command"].startswith("torchrun --standalone --nproc_per_node=8 ")
-    assert with_origin(with_origin(starts, machine, 3, 10), machine, 7, 10) == [
-        *starts, origin(machine, 3)]
-    assert with_origin(starts, machine, 10, 10) == starts
+    assert with_origin(starts, machine, 3, 10) == starts
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a folder takes the name of the file")
 def test_a_report_that_cannot_be_written_does_not_end_the_run(pipeline, tmp_path):
     (tmp_path / "run/report.md").mkdir(parents=True)
     said = pipeline.run_stage("pretrain", tmp_path / "run")
@@ -350,7 +265,7 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(pipeline, tmp_path
 
 
 def test_compare_shows_runs_side_by_side(pipeline, tmp_path):
-    other = tmp_path / "other"
+    first, other = pipeline.folder / "pretrain", tmp_path / "other"
     pipeline.run_stage("pretrain", other, "--lr=0.01", "--batch_tokens=1024",
                        "--dollars_per_hour=72000")
     (other / "report.json").write_text(json.dumps({
@@ -358,40 +273,30 @@ def test_compare_shows_runs_side_by_side(pipeline, tmp_path):
     digest = hashlib.sha256((newest(other) / "manifest.json").read_bytes()).hexdigest()
     (other / "eval.json").write_text(json.dumps({"sha256": digest, "tasks": {"piqa": {
         "scores": {"acc": [0.5, 0.01]}, "chance": 0.5, "n": 9}}}))
-    runs, out = (pipeline.folder / "pretrain", other), f"--out={tmp_path}/both"
-    result = run("eval.py", "compare", *runs, out)
+    result = run("eval.py", "compare", first, other, f"--out={tmp_path}/both")
     assert result.status == 0 and "compare 2 runs" in result.out, result.err
-    report = Report(tmp_path / "both")
+    report, infos = Report(tmp_path / "both"), [info_of(first), info_of(other)]
     rows = {row[0]: row[1:] for row in report.rows}
-    infos = [info_of(pipeline.folder / "pretrain"), info_of(other)]
-    assert rows["steps"] == ["6", "6"]
+    for name, cells in {
+            "steps": ["6", "6"], "lr": ["0.003", "0.01"], "batch_tokens": ["512", "1024"],
+            "validation loss": [f"{info['metrics']['val_loss']:.4f}" for info in infos],
+            "price": ["no price set", f"${infos[1]['metrics']['dollars']:,.2f}"],
+            "commit": [info["origins"][0]["commit"] for info in infos],
+            "text_bits_per_byte": ["–", "1.235 ± 0.012"],
+            "piqa/acc": ["–", "0.5000 ± 0.0100"]}.items():
+        assert rows[name] == cells
     assert ["3,072 tokens", "6,144 tokens"] in rows.values()
-    assert rows["validation loss"] == [f"{info['metrics']['val_loss']:.4f}" for info in infos]
-    assert rows["lr"] == ["0.003", "0.01"] and rows["batch_tokens"] == ["512", "1024"]
-    assert rows["price"] == ["no price set", f"${infos[1]['metrics']['dollars']:,.2f}"]
-    assert all(cell.endswith(" tok/s") for cell in rows["median speed"])
-    assert rows["commit"] == [info["origins"][0]["commit"] for info in infos]
-    assert rows["text_bits_per_byte"] == ["–", "1.235 ± 0.012"]
-    assert "text_bits_per_byte_error" not in rows
-    assert rows["piqa/acc"] == ["–", "0.5000 ± 0.0100"]
-    assert not {"seed", "out", "context"} & rows.keys()
+    assert not {"seed", "out", "context", "text_bits_per_byte_error"} & rows.keys()
     assert report.commands == [shlex.split(info["origins"][0]["command"]) for info in infos]
-    assert len(report.html.images) == 1 and (tmp_path / "both/loss.png").is_file()
+    assert report.html.tags.count("img") == 1 and (tmp_path / "both/loss.png").is_file()
 
 
-def test_runs_of_different_stages_can_be_compared(pipeline, tmp_path):
+def test_runs_of_different_stages_can_be_compared_and_other_folders_are_refused(pipeline, tmp_path):
     compare([pipeline.folder / stage for stage in STAGES], tmp_path)
     assert ["stage", *STAGES] in Report(tmp_path).rows
-
-
-def test_compare_refuses_folders_that_are_not_runs(pipeline, tmp_path):
     sft = pipeline.folder / "sft"
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("")
     before = (sft / "report.md").read_text()
     for runs, out, words in (([sft, tmp_path / "gone"], "out", f"{tmp_path}/gone"),
-                             ([sft, tmp_path / "empty"], "out", f"{tmp_path}/empty"),
-                             ([sft], "out", "two or more"), ([], "out", "two or more"),
-                             ([sft, sft], sft, "--out"), ([sft, sft], "file", "cannot write")):
+                             ([sft], "out", "two or more"), ([sft, sft], sft, "--out")):
         assert words in run("eval.py", "compare", *runs, f"--out={tmp_path / out}").refusal
     assert (sft / "report.md").read_text() == before and not (tmp_path / "out").exists()

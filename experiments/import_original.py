@@ -1,6 +1,6 @@
 """Import a training checkpoint of the original nanoGPT-Vision, such as checkpoint_035000.pt.
 
-    import_original("checkpoint_035000.pt", "out/imported")
+    python experiments/import_original.py checkpoint_035000.pt --out=out/imported
     python sft.py configs/full/sft.py --init_from=out/imported         # continues from there
 
 The original's decoder is ours under other names, except that q, k and v are three matrices, that
@@ -11,15 +11,19 @@ vocabulary.
 
 import dataclasses
 import re
+import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from zipfile import is_zipfile
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import tokenizer as tokenizers
 from common import checkpoint
-from common.config import UserError
+from common.config import UserError, parse_checkpoint, run_main
 from model import GPT, GPTConfig
 
 EMBEDDING = "token_embedding_layer.token_embedding_table"
@@ -36,13 +40,26 @@ BUFFERS = {"cos", "sin", "cos_cached", "sin_cached", "inv_freq", "freqs", "freqs
            "mask", "causal_mask", "tril", "cache_k", "cache_v"}  # they are computed, not learned
 
 
+@dataclass
+class Config:
+    # --- import
+    out: str = ""  # run folder to write
+    overwrite: bool = False  # remove the checkpoints that are in it
+
+
+def main():
+    path, cfg = parse_checkpoint(Config)
+    if not cfg.out:
+        raise UserError("name a folder to write: --out=out/imported")
+    import_original(Path(path), Path(cfg.out), cfg.overwrite)
+
+
 def import_original(path, out, overwrite=False):
     """Write the original's checkpoint file `path` as a pretrained one below `out`; its folder.
 
     Code in the file is never run. Raises UserError if any name or shape is not the original's.
     overwrite: whether checkpoints in `out` are removed.
     """
-    path, out = Path(path), Path(out)
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise UserError(f"{out} is not empty; choose another folder, or --overwrite=True")
     if (out / "config.json").exists():  # readers would take that for the checkpoint
@@ -57,9 +74,7 @@ def import_original(path, out, overwrite=False):
     checkpoint.clear(out, everything=True)
     state = dict(step=step, optimizer={"members": []})  # pretrain.py refuses to resume from it
     folder = checkpoint.save(out, step, weights, info, tokenizer, state)
-    print(f"{folder}: the original after {step:,} steps, n_layer {config.n_layer}, n_embd "
-          f"{config.n_embd}, n_head {config.n_head}, max_positions {config.max_positions}, "
-          f"rope_theta {config.rope_theta:g}")
+    print(f"{folder}: the original after {step:,} steps, {config}")
     return folder
 
 
@@ -161,3 +176,7 @@ def spare_rows(weight, n_rows, rescale):
     mean = weight.mean(dim=0)
     factor = weight.norm(dim=1).mean() / mean.norm().clamp_min(1e-9) if rescale else 1.0
     return (mean * factor).expand(n_rows - len(weight), -1)
+
+
+if __name__ == "__main__":
+    run_main(main)
