@@ -80,13 +80,13 @@ def import_original(path, out, overwrite=False):
 
 def read_original(path):
     """(step, {name without wrappers: tensor}, config as a dict) of the original's file `path`."""
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the error below is enough
             # Memory-mapped if possible: two thirds are the optimizer's and are not read.
             found = torch.load(path, weights_only=True, map_location="cpu", mmap=is_zipfile(path))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged file can make it raise anything
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = (f"wants to run code ({code[1]}), which was not run" if code else

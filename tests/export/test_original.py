@@ -148,7 +148,7 @@ def test_an_incomplete_missing_or_other_file_is_refused(content, original, tmp_p
         content = path.read_bytes()[: int(content * path.stat().st_size)]
     if content is not None:
         path.write_bytes(content)
-    words = "cannot read" if content is None else "is not a complete file of torch.save"
+    words = "there is no file" if content is None else "is not a complete file of torch.save"
     refusal = imports(path).refusal
     assert words in refusal and str(path) in refusal
 
