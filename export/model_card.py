@@ -25,6 +25,7 @@ def write_card(folder, model, tokenizer, info, cfg):
     """
     if cfg.image and info["kind"] != "vision":
         raise UserError(f"--image={cfg.image}: {TEXT_ONLY}")
+    parameters = sum(p.numel() for p in model.parameters())  # ready_to_chat converts some of them
     image = cfg.image or next(iter(held_out_images(info)), "")
     example, answer = "", ""
     if image:
@@ -37,14 +38,13 @@ def write_card(folder, model, tokenizer, info, cfg):
     fill_template(
         "model_card.md", folder, cfg=cfg, info=info, question=QUESTION, example=example,
         answer=answer, name=cfg.repo or Path(cfg.to).absolute().name,
-        parameters=sum(p.numel() for p in model.parameters()), data=", ".join(data) or "unknown",
-        lineage=lineage_table(stages), commands=list(filter(None, map(command_of, stages))),
-        scores=scores_of(info))
+        parameters=parameters, data=", ".join(data) or "unknown", lineage=lineage_table(stages),
+        commands=list(filter(None, map(command_of, stages))), scores=scores_of(info))
 
 
-def fill_template(name, folder, **values):
-    """Write a template of this folder, filled in, as README.md into `folder`."""
-    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+def fill_template(file, folder, **values):
+    """Write a template beside this file, filled in, as README.md into `folder`."""
+    text = Path(__file__).with_name(file).read_text(encoding="utf-8")
     template = jinja2.Template(text, trim_blocks=True, keep_trailing_newline=True)
     (folder / "README.md").write_text(template.render(values), encoding="utf-8")
 

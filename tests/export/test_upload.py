@@ -88,9 +88,8 @@ def test_an_export_is_pushed_file_by_file_and_a_dry_run_sends_nothing(hub, pipel
     assert hub.created[0].get("visibility") != "private"
 
 
-def test_a_failed_push_is_resumed_without_sending_files_again(hub, pipeline, monkeypatch):
+def test_a_failed_push_is_resumed_without_sending_files_again(hub, pipeline):
     """A third push has to be asked for by --overwrite, and sends nothing."""
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     command = (pipeline.folder / "sft", "--repo=someone/chat", "--native=True", "--private=True")
     hub.closed.append("/commit/")
     assert "failed (RemoteProtocolError: " in upload(*command).refusal
@@ -101,8 +100,13 @@ def test_a_failed_push_is_resumed_without_sending_files_again(hub, pipeline, mon
         assert listed(result.out) == sizes(hub.repos["models", "someone/chat"])
     assert hub.times("PUT", "/stored/") == 1 and hub.times("/commit/") == 2
     assert hub.created[0]["visibility"] == "private"
+
+
+def test_an_unreachable_hub_is_one_sentence(hub, pipeline, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     hub.close()
-    assert "failed (ConnectError: " in upload(*command, "--overwrite=True").refusal
+    refusal = upload(pipeline.folder / "sft", "--repo=someone/chat", "--native=True").refusal
+    assert "failed (ConnectError: " in refusal and "same command again" in refusal
 
 
 def test_a_repository_with_other_content_is_left_alone(hub, pipeline):
