@@ -63,14 +63,11 @@ def check(cfg):
 def opened(path):
     """The DataSet in a folder that prepare.py made; its checksums are verified first."""
     folder, name = Path(path), path.rstrip("/")
-    if not (folder / "manifest.json").is_file():
-        raise UserError(f"the folder {name} has no manifest.json, so prepare.py did not make it; "
-                        f"name files, like '{name}/*.json'")
-    found = {path.parent.name for path in folder.glob("*/ids.npy")}
-    if not found:
-        raise UserError(f"{name} holds no chats; name a folder that prepare.py chat or images made")
+    names = sorted({path.parent.name for path in folder.glob("*/ids.npy")})
+    if not names or not (folder / "manifest.json").is_file():
+        raise UserError(f"{name} is not a folder with chats that prepare.py made; name files, like "
+                        f"'{name}/*.json'")
     tokenizer = check_tokenizer(folder)
-    names = sorted(found, key=lambda split: (split != "train", split != "val", split))
     splits = [Chats(folder, split) for split in names]
     chats = [(f"{split}:{i + 1}", s, i) for s, split in enumerate(names)
              for i in range(len(splits[s]))]

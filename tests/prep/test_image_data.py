@@ -341,10 +341,7 @@ BROKEN = {
     "more than 4 images": about(["red.png"] * 5),
     "images and <image> marks do not match": asked("red.png", "<image> or <image>?"),
     "an image that is neither a name nor bytes": asked({"url": "x"}),
-    "an empty answer": {"image": "red.png", "prompt": "What?", "output": "  "},
     "turns out of order": {"image": "red.png", "conversations": [{"from": "gpt", "value": "Hi"}]},
-    "a turn without text": {"image": "red.png", "prompt": "What?", "output": None},
-    "turns of another form": {"image": "red.png", "conversations": ["What?"]},
     "row is not a JSON object": ["red.png"],
 }
 

@@ -381,13 +381,11 @@ def test_only_the_test_seed_changes_the_test_split(world_data, tmp_path):
 
 
 def test_the_demo_has_the_requested_counts_and_checksums(world_data):
-    assert len(documents(world_data / "text", "train")) == 400
-    assert len(documents(world_data / "text", "val")) == 64
-    assert len(documents(world_data / "text", "test")) == 64
-    counts = {"chats/train": 150, "chats/val": 64, "chats/test": 64}
-    counts |= {f"{kind}/{split}": n for kind in KINDS
-               for split, n in (("train", 120), ("val", 64), ("test", 64))}
-    counts |= {"scenes/val_pairs": 64, "scenes/test_pairs": 64}
+    splits = "train", "val", "test"
+    assert [len(documents(world_data / "text", split)) for split in splits] == [400, 64, 64]
+    counts = {f"{kind}/{split}": 64 for kind in ("chats", *KINDS) for split in splits[1:]}
+    counts |= {"chats/train": 150, "captions/train": 120, "scenes/train": 120,
+               "scenes/val_pairs": 64, "scenes/test_pairs": 64}
     for name, n in counts.items():
         found = Chats(world_data / Path(name).parent, Path(name).name)
         sizes = [image.size for i in range(n) for image in found.images(i)]
