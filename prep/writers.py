@@ -1,6 +1,6 @@
 """The files of a data set, see data.py: token shards, chats with images, manifest.json.
 
-Everything is appended to files as it comes, so a data set of any size takes the same memory.
+Everything is appended to files as it comes; only the offsets of chats and images stay in memory.
 """
 
 from array import array
