@@ -49,7 +49,7 @@ class Demo:
 
 
 @dataclass
-class Source:
+class Rows:
     """Settings of everything that reads rows."""
 
     # --- source
@@ -58,18 +58,13 @@ class Source:
     subset: str = ""  # configuration of the data set, where it has several
     split: str = "train"  # split of the data set
 
-    # --- output
-    tokenizer: str = "gpt2"  # gpt2, or a folder with a tokenizer.json
-
-
-@dataclass
-class Rows(Source):
-    """Settings that text, chat and images share."""
-
     # --- validation
     val_files: str = ""  # validation rows; if empty, val_share of the rows is held out
     val_share: float = 0.02  # fraction of the rows held out for validation
     seed: int = 0  # random seed of the validation split and of the order of documents
+
+    # --- output
+    tokenizer: str = "gpt2"  # gpt2, or a folder with a tokenizer.json
 
 
 @dataclass
@@ -113,8 +108,11 @@ class Chat(Rows):
 
 
 @dataclass
-class ImageRows(Source):
-    """Settings that images and check share."""
+class Images(Rows):
+    """Chats or captions about images, in LLaVA's form; up to 4 images per row, or none.
+
+    Rows about the same image are held out together.
+    """
 
     # --- source
     # folder, .zip, .tar, .tar.zst or .tar.gz with the images: comma-separated paths or patterns; a
@@ -123,30 +121,21 @@ class ImageRows(Source):
     max_chats: int = 0  # use only the first chats; 0 for all
 
     # --- output
+    out: str = "data/images"  # output folder
     image_size: int = 224  # pixels of the square that images are fitted into, or of the short side
     # pad: padded to a square, as in LLaVA; short: not padded, so that training can pad or crop
     fit: Literal["pad", "short"] = "pad"
     short_answers: bool = False  # if all answers have 3 words at most, ask for short answers
-
-
-@dataclass
-class Images(Rows, ImageRows):
-    """Chats or captions about images, in LLaVA's form; up to 4 images per row, or none.
-
-    Rows about the same image are held out together.
-    """
-
-    # --- output
-    out: str = "data/images"  # output folder
     shard_bytes: int = 1_000_000_000  # bytes of images per file
 
 
 @dataclass
-class Check(ImageRows):
+class Check(Images):
     """Count what is in a data set, what is wrong with it, and what training makes of it.
 
-    DATA is a .json, .jsonl or .parquet file or a pattern, or a folder that prepare.py made. Rows
-    are converted into a temporary folder first.
+    DATA is a folder that prepare.py made, or a .json, .jsonl or .parquet file or a pattern: then
+    `prepare.py check` takes the flags of `prepare.py images`, of which those about validation and
+    files written have no effect.
     """
 
     # --- training
@@ -156,7 +145,7 @@ class Check(ImageRows):
 
     # --- output
     sheet: str = "contact_sheet.png"  # image of 16 random chats; empty for none
-    seed: int = 0  # random seed of their choice
+    seed: int = 0  # random seed of the choice of chats
     show: int = 0  # above 0: print chat number N token by token, and nothing else
 
 

@@ -76,7 +76,7 @@ def opened(path):
 
 def converted(cfg, work):
     """The DataSet that prepare.py images makes of rows, in one split; no more than --show needs."""
-    cfg = replace(cfg, max_chats=cfg.show or cfg.max_chats)
+    cfg = replace(cfg, max_chats=cfg.show or cfg.max_chats, val_files="")
     sources, tokenizer = sources_of(cfg), load_tokenizer(cfg.tokenizer)
     (work / "records").mkdir()
     records, left_out = read_chats(cfg, work / "records", sources, tokenizer)

@@ -187,5 +187,4 @@ def sources_of(cfg):
     if bool(cfg.files) == bool(cfg.dataset):
         raise UserError("say which rows to read: either --files='books/*.jsonl' or --dataset=NAME")
     rows = Dataset(cfg.dataset, cfg.subset, cfg.split) if cfg.dataset else Files(cfg.files)
-    val_files = getattr(cfg, "val_files", "")
-    return {"rows": rows, **({"val_rows": Files(val_files)} if val_files else {})}
+    return {"rows": rows, **({"val_rows": Files(cfg.val_files)} if cfg.val_files else {})}
