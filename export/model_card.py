@@ -35,11 +35,14 @@ def write_card(folder, model, tokenizer, info, cfg):
         shutil.copy(image, folder / example)
     stages = [*info.get("lineage", []), info]
     data = dict.fromkeys(filter(None, (settings_of(stage).get("data") for stage in stages)))
+    scores, report = "", Path(info["folder"]).parent.parent / "report.json"  # of eval.py --report
+    if info["stage"] == "vision_sft" and report.is_file():
+        scores = table(["score", "value"], score_texts(read_json(report)).items())
     fill_template(
         "model_card.md", folder, cfg=cfg, info=info, question=QUESTION, example=example,
         answer=answer, name=cfg.repo or Path(cfg.to).absolute().name,
         parameters=parameters, data=", ".join(data) or "unknown", lineage=lineage_table(stages),
-        commands=list(filter(None, map(command_of, stages))), scores=scores_of(info))
+        commands=list(filter(None, map(command_of, stages))), scores=scores)
 
 
 def fill_template(file, folder, **values):
@@ -67,14 +70,6 @@ def command_of(stage):
     flags = [f"--{field.name}={settings[field.name]}" for field in fields
              if settings.get(field.name, field.default) != field.default]
     return shlex.join(["python", f"{stage['stage']}.py", *flags])
-
-
-def scores_of(info):
-    """The table of the scores that eval.py --report wrote for a vision_sft run, or ""."""
-    file = Path(info["folder"]).parent.parent / "report.json"
-    if info["stage"] != "vision_sft" or not file.is_file():
-        return ""
-    return table(["score", "value"], score_texts(read_json(file)).items())
 
 
 def held_out_images(info):

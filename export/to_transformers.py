@@ -66,36 +66,28 @@ def neox_weights(weights, config, body="gpt_neox."):
                     for own, theirs in same.items() for kind in ("weight", "bias")}
 
 
-def llava_config(decoder, clip, image_id):
-    """The `transformers.LlavaConfig` for a GPTConfig and a CLIPConfig."""
-    import transformers
-
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=clip.vision_width, intermediate_size=4 * clip.vision_width,
-        num_hidden_layers=clip.vision_layers, num_attention_heads=clip.vision_heads,
-        image_size=clip.image_size, patch_size=clip.patch_size, hidden_act=clip.activation)
-    return transformers.LlavaConfig(
-        vision_config=vision, text_config=transformers.GPTNeoXConfig(**neox_config(decoder)),
-        image_token_index=image_id, image_seq_length=clip.n_patches, projector_hidden_act="gelu",
-        vision_feature_layer=-2, vision_feature_select_strategy="default",
-        tie_word_embeddings=False)
-
-
 def their_model(model, tokenizer, dtype=torch.float32):
     """Our model as a GPTNeoXForCausalLM or LlavaForConditionalGeneration with the same weights."""
     import transformers
 
-    if hasattr(model, "decoder"):
-        config = llava_config(model.config, model.clip_config, tokenizer.image)
-        theirs = transformers.LlavaForConditionalGeneration(config)
-        weights = neox_weights(model.decoder.state_dict(), model.config, "model.language_model.")
-        for part, prefix in ((model.vision_tower, "model.vision_tower."),
-                             (model.projector, "model.multi_modal_projector.")):
-            weights |= {prefix + name: weight for name, weight in part.state_dict().items()}
-    else:
-        config = transformers.GPTNeoXConfig(**neox_config(model.config))
-        theirs = transformers.GPTNeoXForCausalLM(config)
-        weights = neox_weights(model.state_dict(), model.config)
+    text_config = transformers.GPTNeoXConfig(**neox_config(model.config))
+    if not hasattr(model, "decoder"):
+        theirs = transformers.GPTNeoXForCausalLM(text_config)
+        theirs.load_state_dict(neox_weights(model.state_dict(), model.config), strict=True)
+        return theirs.to(dtype).eval()
+    clip = model.clip_config
+    vision_config = transformers.CLIPVisionConfig(
+        hidden_size=clip.vision_width, intermediate_size=4 * clip.vision_width,
+        num_hidden_layers=clip.vision_layers, num_attention_heads=clip.vision_heads,
+        image_size=clip.image_size, patch_size=clip.patch_size, hidden_act=clip.activation)
+    theirs = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
+        vision_config=vision_config, text_config=text_config, image_token_index=tokenizer.image,
+        image_seq_length=clip.n_patches, projector_hidden_act="gelu", vision_feature_layer=-2,
+        vision_feature_select_strategy="default", tie_word_embeddings=False))
+    weights = neox_weights(model.decoder.state_dict(), model.config, "model.language_model.")
+    for part, prefix in ((model.vision_tower, "model.vision_tower."),
+                         (model.projector, "model.multi_modal_projector.")):
+        weights |= {prefix + name: weight for name, weight in part.state_dict().items()}
     theirs.load_state_dict(weights, strict=True)
     return theirs.to(dtype).eval()
 
