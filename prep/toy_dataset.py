@@ -8,7 +8,6 @@ test split has a seed that no other split shares: the recipe is tuned on validat
 import functools
 import io
 import itertools
-import json
 import random
 import re
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +19,6 @@ from prep.writers import write_chats, write_manifest, write_text
 from tokenizer import train
 
 CHUNK = 250  # samples that one job draws
-SPLITS = ("train", "val", "test")
 
 
 class Workers(ProcessPoolExecutor):
@@ -29,35 +27,22 @@ class Workers(ProcessPoolExecutor):
     def __exit__(self, kind, *_):
         self.shutdown(cancel_futures=kind is not None)
 
-    def draw(self, job, seed, n, *args, first=0):
+    def draw(self, cfg, folder, job, n, *args, first=0):
         """An iterator over n results of job(rng, *args), in an order that the seed alone decides.
 
         All of them are queued at once, so that no core waits while this process writes others.
+        first: number of the first chunk.
         """
+        seed = f"{cfg.test_seed if 'test' in folder else cfg.seed} {folder.replace('/', ' ')}"
         sizes = [min(CHUNK, n - start) for start in range(0, n, CHUNK)]
         seeds = [f"{seed} {first + number}" for number in range(len(sizes))]
         chunks = self.map(draw_chunk, seeds, sizes, *map(itertools.repeat, (job, *args)))
         return itertools.chain.from_iterable(chunks)
 
-    def distinct(self, job, seed, n, taken):
-        """n different results of job(rng), none of them in `taken`."""
-        found, first = {}, 0
-        while len(found) < n:
-            missing = -(-(n - len(found)) // CHUNK) * CHUNK
-            samples = self.draw(job, seed, missing, first=first)
-            found |= dict.fromkeys(sample for sample in samples if sample not in taken)
-            first += missing // CHUNK
-        return list(itertools.islice(found, n))
-
 
 def draw_chunk(seed, n, job, *args):
     rng = random.Random(seed)
     return [job(rng, *args) for _ in range(n)]
-
-
-def text_chat(rng):
-    """A text-only chat as JSON, which is hashable."""
-    return json.dumps(toy_stories.text_chat(rng))
 
 
 def words(rng):
@@ -67,67 +52,56 @@ def words(rng):
     return [toy_images.caption(rng, scene), *(message["content"] for message in chat)]
 
 
-def captioned(rng, pairs, size):
-    """(messages, [encoded image]): a request for a caption, and the caption."""
-    scene = toy_images.draw_scene(rng, pairs)
-    request = rng.choice(toy_images.WORDS["caption_requests"])
-    return toy_images.turns((request, toy_images.caption(rng, scene))), [png(scene, size)]
-
-
-def questioned(rng, pairs, size, questions):
-    """(messages, [encoded image]): a chat of that many questions about an image."""
-    scene = toy_images.draw_scene(rng, pairs)
-    return toy_images.conversation(rng, scene, questions), [png(scene, size)]
-
-
-def asked(rng, pairs, size):
-    """(messages, [encoded image], kind): one question about an image, all kinds equally likely."""
-    scene, kind = toy_images.draw_scene(rng, pairs), rng.choice(toy_images.QUESTION_KINDS)
-    return toy_images.turns(toy_images.question(rng, scene, kind)), [png(scene, size)], kind
-
-
-def png(scene, size):
-    """The scene as the bytes of a PNG file."""
-    file = io.BytesIO()
+def pictured(rng, form, pairs, size, questions=0):
+    """(messages, [encoded image], kind): a caption, a chat of several questions, or one question,
+    whose kind, all equally likely, is given too."""
+    scene, file, kind = toy_images.draw_scene(rng, pairs), io.BytesIO(), ""
     toy_images.paint(scene, size).save(file, "PNG", compress_level=1)
-    return file.getvalue()
+    if form == "caption":
+        request = rng.choice(toy_images.WORDS["caption_requests"])
+        messages = toy_images.turns((request, toy_images.caption(rng, scene)))
+    elif form == "chat":
+        messages = toy_images.conversation(rng, scene, questions)
+    else:
+        kind = rng.choice(list(toy_images.FREQUENCIES))
+        messages = toy_images.turns(toy_images.question(rng, scene, kind))
+    return messages, [file.getvalue()], kind
 
 
-def image_jobs(cfg):
-    """{folder: (job, number of samples, arguments of the job)}"""
+def image_folders(cfg):
+    """{folder: (number of samples, arguments of pictured)}"""
     n, size = cfg.held_out, cfg.image_size
-    jobs = {"captions/train": (captioned, cfg.captions, "train", size),
-            "scenes/train": (questioned, cfg.conversations, "train", size, cfg.questions)}
+    folders = {"captions/train": (cfg.captions, "caption", "train", size),
+               "scenes/train": (cfg.conversations, "chat", "train", size, cfg.questions)}
     for split in "val", "test":
-        jobs |= {f"captions/{split}": (captioned, n, "train", size),
-                 f"scenes/{split}": (asked, n, "train", size),
-                 f"scenes/{split}_pairs": (asked, n, "held_out", size)}
-    return jobs
-
-
-def seed_of(cfg, folder):
-    """The seed of a folder like "scenes/val_pairs"; that of the test split is its own."""
-    seed = cfg.test_seed if "test" in folder else cfg.seed
-    return f"{seed} {folder.replace('/', ' ')}"
+        folders |= {f"captions/{split}": (n, "caption", "train", size),
+                    f"scenes/{split}": (n, "question", "train", size),
+                    f"scenes/{split}_pairs": (n, "question", "held_out", size)}
+    return folders
 
 
 def write_demo(out, cfg):
     """Draw all of the demo's data into the folder `out`; returns the number of training tokens."""
     print("drawing stories and chats", flush=True)
     with Workers(cores()) as workers:
-        stories = distinct_texts(workers, cfg, toy_stories.story, "stories", cfg.stories)
-        chats = distinct_texts(workers, cfg, text_chat, "chats", cfg.chats)
-        chats = {split: list(map(json.loads, texts)) for split, texts in chats.items()}
-        image_words = list(workers.draw(words, f"{cfg.seed} words", 4000))
-        samples = {folder: workers.draw(job, seed_of(cfg, folder), n, *args)
-                   for folder, (job, n, *args) in image_jobs(cfg).items()}
+        stories = distinct(workers, cfg, toy_stories.story, "stories", cfg.stories)
+        chats = distinct(workers, cfg, toy_stories.text_chat, "chats", cfg.chats)
+        image_words = list(workers.draw(cfg, "words", words, 4000))
+        samples = {folder: workers.draw(cfg, folder, pictured, *args)
+                   for folder, args in image_folders(cfg).items()}
 
         contents = (message["content"] for chat in chats["train"][:4000] for message in chat)
         tokenizer = train(itertools.chain(stories["train"][:8000], contents, *image_words),
                           cfg.vocabulary)
-        cache_words(tokenizer)
+        encode = functools.cache(tokenizer.encode)  # words are few, and no token spans two
+        tokenizer.encode = lambda text: [token for word in re.findall(" ?[^ ]+", text)
+                                         for token in encode(word)]
         for folder, items in samples.items():
-            write_images(out / folder, tokenizer, items)
+            print(f"drawing {out / folder}", flush=True)
+            messages, images, kinds = zip(*items, strict=True)
+            write_chats(out / folder, tokenizer, zip(messages, images, strict=True))
+            if any(kinds):
+                write_json(out / folder / "groups.json", kinds)
     for split, messages in chats.items():
         write_chats(out / "chats" / split, tokenizer, ((chat, ()) for chat in messages))
     (out / "text").mkdir()
@@ -144,33 +118,17 @@ def write_demo(out, cfg):
     return tokens["train_tokens"]
 
 
-def distinct_texts(workers, cfg, job, kind, n_train):
-    """{split: texts}; no text is in two splits, or twice in one."""
-    found, taken = {}, set()
-    for split in SPLITS:
-        n = n_train if split == "train" else cfg.held_out
-        found[split] = workers.distinct(job, seed_of(cfg, f"{kind}/{split}"), n, taken)
-        taken.update(found[split])
-    return found
-
-
-def cache_words(tokenizer):
-    """Let the tokenizer encode every word once: there are few, and no token spans two of them."""
-    encode = functools.cache(tokenizer.encode)
-    tokenizer.encode = lambda text: [token for word in re.findall(" ?[^ ]+", text)
-                                     for token in encode(word)]
-
-
-def write_images(folder, tokenizer, samples):
-    """A split folder from the results of a job; groups.json has the kind of each question."""
-    print(f"drawing {folder}", flush=True)
-    kinds = []
-
-    def without_kind():
-        for messages, images, *kind in samples:
-            kinds.extend(kind)
-            yield messages, images
-
-    write_chats(folder, tokenizer, without_kind())
-    if kinds:
-        write_json(folder / "groups.json", kinds)
+def distinct(workers, cfg, job, kind, n_train):
+    """{split: results of job(rng)}; no result is in two splits, or twice in one."""
+    splits, taken = {}, set()
+    for split in "train", "val", "test":
+        found, first, n = {}, 0, n_train if split == "train" else cfg.held_out
+        while len(found) < n:
+            missing = -(-(n - len(found)) // CHUNK)  # chunks
+            items = workers.draw(cfg, f"{kind}/{split}", job, missing * CHUNK, first=first)
+            found |= {text: item for item in items if (text := repr(item)) not in taken}
+            first += missing
+        found = dict(itertools.islice(found.items(), n))
+        splits[split] = list(found.values())
+        taken.update(found)
+    return splits

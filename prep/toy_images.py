@@ -1,11 +1,9 @@
 """The toy world: images drawn from a seed, their captions, and questions about them.
 
-An image shows one to three coloured shapes on a grid of three by three places. Everything in it is
-known, so this file also writes its caption, questions about it and their answers. All randomness
-comes from the `random.Random` that is passed in (`rng`), so a seed gives the same data everywhere.
-Six pairs of colour and shape (`HELD_OUT`) are never drawn or named in training data: a model that
-names them correctly has learnt colour independently of shape. prep/toy_stories.py writes the
-documents without images; the words are in prep/toy_images.json.
+An image shows one to three coloured shapes on a grid of three by three places. All randomness comes
+from the `random.Random` that is passed in (`rng`), so a seed gives the same data everywhere. Six
+pairs of colour and shape (`HELD_OUT`) are never drawn or named in training data: a model that names
+them correctly has learnt colour independently of shape. The words are in prep/toy_images.json.
 """
 import json
 import math
@@ -20,21 +18,21 @@ from PIL import Image, ImageDraw
 
 WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 COLOURS, PLACES, NUMBERS = WORDS["colours"], WORDS["places"], WORDS["numbers"]
+NAMES = WORDS["names"]  # of a thing t, each with the kinds of questions whose answers it contains
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": 13, "large": 19}  # diameter in pixels in an image of 64; a place is 21 wide
 BACKGROUNDS = ("plain", "gradient", "stripes", "noise")
-PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 HELD_OUT = frozenset({("green", "circle"), ("yellow", "square"), ("purple", "triangle"),
                       ("blue", "star"), ("red", "cross"), ("pink", "ring")})
-TRAIN_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
+TRAIN_PAIRS = [pair for pair in PAIRS if pair not in HELD_OUT]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Thing:
     """One coloured shape and its position."""
 
-    colour: str
-    shape: str
+    pair: tuple  # colour, shape
     size: str
     row: int  # 0 is the top
     column: int  # 0 is the left
@@ -43,16 +41,12 @@ class Thing:
     scale: float  # so that sizes vary a little
     rgb: tuple  # the colour as painted
 
-    @property
-    def pair(self):
-        return self.colour, self.shape
-
-    @property
-    def place(self):
-        return PLACES[self.row][self.column]
+    def __post_init__(self):
+        self.colour, self.shape = self.pair
+        self.place = PLACES[self.row][self.column]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scene:
     """The content of an image."""
 
@@ -77,11 +71,10 @@ def draw_scene(rng, pairs="train") -> Scene:
     chosen = rng.sample(pool, rng.randint(1, 3))
     if pairs == "held_out" and not HELD_OUT.intersection(chosen):
         chosen[0] = rng.choice(sorted(HELD_OUT))
-    things = []
-    for (colour, shape), cell in zip(chosen, rng.sample(range(9), len(chosen)), strict=True):
-        things.append(Thing(colour, shape, rng.choice(list(SIZES)), cell // 3, cell % 3,
-                            rng.uniform(-0.6, 0.6), rng.uniform(-0.6, 0.6), rng.uniform(0.95, 1.05),
-                            shifted(rng, COLOURS[colour], 10)))
+    things = [Thing(pair, rng.choice(list(SIZES)), *divmod(cell, 3), rng.uniform(-0.6, 0.6),
+                    rng.uniform(-0.6, 0.6), rng.uniform(0.95, 1.05),
+                    shifted(rng, COLOURS[pair[0]], 10))
+              for pair, cell in zip(chosen, rng.sample(range(9), len(chosen)), strict=True)]
     things.sort(key=lambda thing: (thing.row, thing.column))
     # A pale or dark grey, from which every colour stands out.
     grey = rng.choice((rng.randint(15, 45), rng.randint(195, 240)))
@@ -92,13 +85,10 @@ def draw_scene(rng, pairs="train") -> Scene:
 
 # ---- painting -----------------------------------------------------------------------------------
 
-POLYGONS = {  # corners (x, y) in a square from -1 to 1; y points down
-    "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
-    "triangle": [(0, -0.95), (1, 0.85), (-1, 0.85)],
-    "star": [(math.sin(math.pi * k / 5) * r, -math.cos(math.pi * k / 5) * r)
-             for k, r in enumerate((1, 0.42) * 5)],  # ten corners, outer and inner ones alternating
-    "cross": [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3),
-              (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)]}
+# Corners (x, y) in a square from -1 to 1, y points down; a star's outer and inner ones alternate.
+POLYGONS = WORDS["polygons"] | {"star": [
+    (math.sin(math.pi * k / 5) * r, -math.cos(math.pi * k / 5) * r)
+    for k, r in enumerate((1, 0.42) * 5)]}
 
 
 def circle_of(thing, size):
@@ -209,9 +199,8 @@ def caption(rng, scene) -> str:
 
 # ---- questions ----------------------------------------------------------------------------------
 
-QUESTION_KINDS = tuple(WORDS["questions"])
-# How often a chat asks each kind: more often what takes longest to learn (docs/log.md). In
-# validation and test all kinds are equally frequent.
+# Kinds of questions, and how often a chat asks each: more often what takes longest to learn
+# (docs/log.md). In validation and test all kinds are equally frequent.
 FREQUENCIES = {"colour": 1, "shape": 1, "size": 1, "count": 2, "where": 1.5, "yes_no": 4,
                "describe": 1}
 
@@ -222,16 +211,13 @@ def names(scene, thing, hide):
     hide: the kind of question they are for; no phrase contains its answer. At least one exists:
     the place alone is unique, and so is the pair of colour and shape.
     """
-    def phrases(t):
-        """All phrases that fit a thing, each with the kinds whose answers it contains."""
-        return {f"the thing {t.place}": ("where",), f"the {t.shape}": ("shape",),
-                f"the {t.colour} thing": ("colour",),
-                f"the {t.colour} {t.shape}": ("colour", "shape"),
-                f"the {t.size} {t.shape}": ("size", "shape")}
-
-    others = [phrases(other) for other in scene.things if other is not thing]
-    return [text for text, answers in phrases(thing).items()
-            if hide not in answers and not any(text in other for other in others)]
+    found = []
+    for phrase, answers in NAMES.items():
+        text = phrase.format(t=thing)
+        others = (phrase.format(t=other) for other in scene.things if other is not thing)
+        if hide not in answers and text not in others:
+            found.append(text)
+    return found
 
 
 def statement(rng, scene, truth):
@@ -241,9 +227,9 @@ def statement(rng, scene, truth):
     answer, and held-out pairs are named only where they are drawn.
     """
     here = [thing.pair for thing in scene.things]
+    colours, shapes = zip(*here, strict=True)
     pool = PAIRS if HELD_OUT.intersection(here) else TRAIN_PAIRS
     thing, *others = rng.sample(scene.things, len(here))
-    colours, shapes = zip(*here, strict=True)
     places = [place for row in PLACES for place in row if place != thing.place]
     near = [(c, s) for c, s in pool if (c, s) not in here and (c in colours or s in shapes)]
     name = {hide: rng.choice(names(scene, thing, hide)) for hide in ("colour", "size", "where")}
@@ -287,12 +273,11 @@ def ask(rng, scene, kind):
         return plural(what), f"There {answer}."
     name = rng.choice(names(scene, thing, kind))
     subject = f"the {thing.shape}" if thing.shape in name else "it"
-    return name, {"colour": f"{subject} is {thing.colour}.", "shape": f"It is a {thing.shape}.",
-                  "size": f"It is {thing.size}.", "where": f"It is {thing.place}."}[kind]
+    return name, WORDS["answers"][kind].format(subject=subject, t=thing)
 
 
 def question(rng, scene, kind) -> tuple:
-    """(question, answer) of one of QUESTION_KINDS; only one wording of the answer is correct."""
+    """(question, answer) of a kind; only one wording of the answer is correct."""
     content, answer = ask(rng, scene, kind)
     wording = rng.choice(WORDS["questions"][kind])
     if kind == "yes_no":  # "Is the ring red?", but "Is it true that the ring is red?"
@@ -312,11 +297,11 @@ def conversation(rng, scene, n_questions) -> list:
 
     A description comes first or last, because what follows it can be answered without the image.
     """
-    asked = {}  # question -> (answer, kind)
+    asked = {}  # text -> (kind, (text, answer))
     while len(asked) < n_questions:
         [kind] = rng.choices(list(FREQUENCIES), FREQUENCIES.values())
-        text, answer = question(rng, scene, kind)
-        asked.setdefault(text, (answer, kind))
-    pairs = [(text, *found) for text, found in asked.items()]
-    pairs[1:] = sorted(pairs[1:], key=lambda pair: pair[2] == "describe")
-    return turns(*(pair[:2] for pair in pairs))
+        pair = question(rng, scene, kind)
+        asked.setdefault(pair[0], (kind, pair))
+    first, *rest = asked.values()
+    rest.sort(key=lambda item: item[0] == "describe")
+    return turns(*(pair for _, pair in (first, *rest)))

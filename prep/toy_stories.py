@@ -2,10 +2,8 @@
 
 A story is a tale about children, pets and toys, a list of facts, or a scene of prep/toy_images.py
 described in words. A chat asks for a sum, often for a comparison or a fact, and often for something
-that the user said earlier. There are under 400 different words, and every answer is correct. The
-words are in prep/toy_stories.json, the tales in prep/toy_tales.txt. All randomness comes from the
-`random.Random` that is passed in (`rng`). Only images hold out pairs of colour and shape: a story
-may name all of them.
+that the user said earlier. There are under 400 different words, and every answer is correct. Only
+images hold out pairs of colour and shape: a story may name all of them.
 """
 import json
 from pathlib import Path
@@ -18,22 +16,12 @@ from prep import toy_images
 WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 ANIMALS = WORDS["animals_by_size"]  # smallest first
 FACTS = WORDS["facts"]  # (question, answer)
+# In the file an empty line separates tales, a line is a sentence of a tale and | separates its
+# wordings; a line that begins with | continues the line before.
+TALES = [[line.split(" | ") for line in tale.replace("\n|", " |").splitlines()] for tale in
+         Path(__file__).with_name("toy_tales.txt").read_text(encoding="utf-8").split("\n\n")]
 IMAGE_SHARE = 0.4  # share of stories that describe an image and ask about it, so that the decoder
 # learns to answer such questions from text before it has to answer them from images
-
-
-def read_tales():
-    """[[wordings of the first sentence, of the second, ...] of each tale].
-
-    In the file an empty line separates tales, a line is a step of a tale and | separates its
-    wordings; a line that begins with | continues the line before.
-    """
-    text = Path(__file__).with_name("toy_tales.txt").read_text(encoding="utf-8")
-    return [[line.split(" | ") for line in tale.replace("\n|", " |").splitlines()]
-            for tale in text.split("\n\n")]
-
-
-TALES = read_tales()
 
 
 def fill_slots(rng):
