@@ -149,7 +149,7 @@ class Text:
 
 def read_array(path, dtype):
     """The 1-D array in `path`, memory-mapped, or a UserError that names the file."""
-    if not Path(path).exists() and hub.is_coming(path):
+    if not Path(path).exists() and Path(path) in hub.expected(Path(path).parent, "*"):
         raise hub.NotYet(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)

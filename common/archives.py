@@ -4,13 +4,11 @@
     find("coco/train2017/000000000009.jpg")  # the bytes of that file
 
 A name that does not exist matches the file with the same base name; of several, the one that shares
-the most folders before it. Names of members are only looked up and never written to the disk, so a
-name with ../ in it is harmless.
+the most folders before it. Names are only looked up, never written, so one with ../ is harmless.
 """
 
 import bisect
 import fnmatch
-import functools
 import glob
 import io
 import os
@@ -30,8 +28,6 @@ from common.images import ImageError
 MAX_BYTES = 1 << 28  # a larger file is refused before it is read
 BLOCK = 1 << 20  # bytes read at once
 MAGIC = {b"\x28\xb5\x2f\xfd": "zstd", b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"PK\5\6": "zip"}
-LOCAL_HEADER = struct.Struct("<26xHH")  # zip: the lengths of two names in front of the data
-ENCRYPTED = 1  # zip: flag of a member
 
 
 def open_images(root, unpack=None):
@@ -40,10 +36,8 @@ def open_images(root, unpack=None):
     An empty root stands for the current folder and /. unpack(paths, codec) returns the path of a
     plain tar for a compressed one. UserError where root has no images, or is compressed without it.
     """
-    if not root:
-        return ImageFiles([Folder(Path.cwd(), search=False), Folder(Path("/"), search=False)], ())
     groups = []  # (kind, paths of its parts)
-    for path in local_paths(root, "--image_root"):
+    for path in local_paths(root or ".,/", "--image_root"):
         kind = kind_of(path)
         if kind:
             groups.append((kind, [path]))
@@ -52,8 +46,15 @@ def open_images(root, unpack=None):
         else:
             raise UserError(f"{path} is neither a folder nor a .zip, .tar, .tar.zst or .tar.gz; "
                             "correct --image_root")
-    files = [path for kind, paths in groups if kind != "folder" for path in paths]
-    return ImageFiles([open_group(*group, unpack) for group in groups], identity_of(files))
+    identity = identity_of(path for kind, paths in groups if kind != "folder" for path in paths)
+    sources = []
+    for kind, paths in groups:
+        if kind in ("zstd", "gzip"):
+            if unpack is None:
+                raise UserError(f"{paths[0]} is compressed and has no random access; unpack it")
+            kind, paths = "tar", [unpack(paths, kind)]
+        sources.append(Folder(paths[0]) if kind == "folder" else Archive(kind, paths))
+    return ImageFiles(sources, identity, search=bool(root))
 
 
 def kind_of(path):
@@ -75,49 +76,41 @@ def kind_of(path):
         return ""
 
 
-def open_group(kind, paths, unpack):
-    """The Folder, or the Archive whose parts `paths` are."""
-    if kind == "folder":
-        return Folder(paths[0])
-    if kind in ("zip", "tar"):
-        return indexed(kind, *identity_of(paths))
-    if unpack is None:
-        raise UserError(f"{paths[0]} is compressed and has no random access; unpack it, or copy "
-                        "the images with --copy=True")
-    return Archive("tar", [unpack(paths, kind)])
-
-
-@functools.cache
-def indexed(kind, *files):
-    """The Archive of files given by their identity; the splits of a data set share its index."""
-    return Archive(kind, [path for path, _, _ in files])
-
-
 class ImageFiles:
-    """Images by name from several folders and archives; calling it returns an image's bytes.
+    """Images by name from some Folder and Archive; calling it returns an image's bytes.
 
-    identity: of the archives' files; changes inside folders are not detected.
+    identity: of the archives' files; changes inside folders are not detected. search: whether to
+    look for the base name of what does not exist.
     """
 
-    def __init__(self, sources, identity):
-        self.sources, self.identity = sources, identity
+    def __init__(self, sources, identity, search):
+        self.sources, self.identity, self.lock = sources, identity, threading.Lock()
+        self.by_base = None if search else {}  # {base name: [(source, name)]}, when first needed
 
     def __call__(self, name):
         """The bytes of an image; ImageError if it does not exist or cannot be read."""
         source, found = self._find(name)
-        return source.read(found)
-
-    def name_of(self, name):
-        """The exact name of the image that `name` finds."""
-        return self._find(name)[1]
+        try:
+            content = source.read(found)
+        except (OSError, ValueError, struct.error, zlib.error) as error:
+            raise ImageError("an unreadable image", f"{found} in {source.name}: {error}") from None
+        if content is None:
+            raise ImageError("an image that is too large",
+                             f"{found} is larger than {MAX_BYTES >> 20} MiB")
+        return content
 
     def _find(self, name):
         wanted = normalized(name.replace("\\", "/"))
         for source in self.sources:
-            if source.has(wanted):
+            if wanted in source:
                 return source, wanted
-        base = os.path.basename(wanted)
-        similar = [(source, found) for source in self.sources for found in source.with_base(base)]
+        with self.lock:
+            if self.by_base is None:
+                self.by_base = {}
+                for source in self.sources:
+                    for known in source:
+                        self.by_base.setdefault(os.path.basename(known), []).append((source, known))
+        similar = self.by_base.get(os.path.basename(wanted))
         if not similar:
             raise ImageError("a missing image", f"there is no image {name[:200]}")
         return max(similar, key=lambda item: n_shared(item[1], wanted))  # the first of equals
@@ -134,95 +127,62 @@ def n_shared(name, other):
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def check_size(size, name):
-    if size > MAX_BYTES:
-        raise ImageError("an image that is too large",
-                         f"{name} is larger than {MAX_BYTES >> 20} MiB")
-
-
 class Folder:
-    """The files below a folder; with search also those that match by their base name only."""
+    """The files below a folder."""
 
-    def __init__(self, path, search=True):
-        self.path, self.lock = path, threading.Lock()
-        self.by_base = None if search else {}  # {base name: names}, filled when first needed
+    def __init__(self, path):
+        self.name = path
 
-    def has(self, name):
-        return name and ".." not in name.split("/") and os.path.exists(self.path / name)
+    def __contains__(self, name):
+        return bool(name) and ".." not in name.split("/") and os.path.exists(self.name / name)
 
-    def with_base(self, base):
-        """The names whose last part is `base`."""
-        with self.lock:
-            if self.by_base is None:
-                self.by_base = {}
-                for folder, folders, files in os.walk(self.path):
-                    folders.sort()
-                    for file in sorted(files):
-                        name = os.path.relpath(os.path.join(folder, file), self.path)
-                        self.by_base.setdefault(file, []).append(name)
-        return self.by_base.get(base, ())
+    def __iter__(self):
+        for folder, folders, files in os.walk(self.name):
+            folders.sort()
+            for file in sorted(files):
+                yield os.path.relpath(os.path.join(folder, file), self.name)
 
     def read(self, name):
-        try:
-            path = self.path / name
-            if not path.is_file() and path.exists():  # reading a pipe or device may never end
-                raise ValueError("not a regular file")
-            with open(path, "rb") as file:
-                content = file.read(MAX_BYTES + 1)
-        except FileNotFoundError:
-            raise ImageError("a missing image", f"there is no image {name}") from None
-        except (OSError, ValueError) as error:
-            raise ImageError("an unreadable image", f"{self.path / name}: {error}") from None
-        check_size(len(content), name)
-        return content
+        """The bytes of a file, None if there are too many."""
+        if not (self.name / name).is_file():  # reading a pipe or device may never end
+            raise ValueError("not a regular file")
+        with open(self.name / name, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        return content if len(content) <= MAX_BYTES else None
 
 
 # ---------------------------------------------------------------------------------------- archives
 
 
-class Archive:
-    """The files of a zip or tar, read at their offsets by any number of threads."""
+class Archive(dict):
+    """{name: place} of the files of a zip or tar, which any number of threads may read."""
 
     def __init__(self, kind, paths):
-        self.file, self.name = Joined(paths), str(paths[0])
-        self.members, self.by_base = {}, {}
+        self.file, self.name = Joined(paths), paths[0]
         try:
-            for name, member in (tar_members if kind == "tar" else zip_members)(self.file):
-                name = normalized(name)
-                if name not in self.members:
-                    self.by_base.setdefault(os.path.basename(name), []).append(name)
-                self.members[name] = member  # of two with the same name the later counts
+            for name, place in (tar_members if kind == "tar" else zip_members)(self.file):
+                self[normalized(name)] = place  # of two with one name the later counts
+            if not self:
+                raise ValueError("there is no file in it")
         except Exception as error:  # tarfile and zipfile raise many types on damaged files
             raise UserError(f"{self.name} is incomplete or damaged ({one_line(error)}); "
                             "download it again") from None
-        if not self.members:
-            raise UserError(f"{self.name} is incomplete or damaged: there is no file in it")
-
-    def has(self, name):
-        return name in self.members
-
-    def with_base(self, base):
-        """The names whose last part is `base`."""
-        return self.by_base.get(base, ())
 
     def read(self, name):
-        offset, size, full_size, method, crc = self.members[name]
-        check_size(max(size, full_size), name)
-        try:
-            if method is None:  # tar
-                return self.file.pread(size, offset)
-            header = self.file.pread(LOCAL_HEADER.size, offset)
-            offset += LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(header))
-            content = self.file.pread(size, offset)
-            if method == zipfile.ZIP_DEFLATED:
-                content = zlib.decompressobj(-15).decompress(content, full_size + 1)
-            elif method != zipfile.ZIP_STORED:
-                raise ValueError("it is encrypted or has an unknown compression")
-            if zlib.crc32(content) != crc:
-                raise ValueError("it is damaged")
-            return content
-        except (ValueError, struct.error, zlib.error, OSError) as error:
-            raise ImageError("an unreadable image", f"{name} in {self.name}: {error}") from None
+        """The bytes of a file, None if there are too many."""
+        offset, size, full_size, method, crc = self[name]
+        if max(size, full_size) > MAX_BYTES:
+            return None
+        if method is None:  # tar
+            return self.file.pread(size, offset)
+        # The data follow a header of 30 bytes, which ends with the lengths of two names, and those.
+        offset += 30 + sum(struct.unpack("<HH", self.file.pread(4, offset + 26)))
+        content = self.file.pread(size, offset)
+        if method == zipfile.ZIP_DEFLATED:
+            content = zlib.decompressobj(-15).decompress(content, full_size + 1)
+        if zlib.crc32(content) != crc:
+            raise ValueError("it is damaged, encrypted or has an unknown compression")
+        return content
 
 
 class Joined(io.RawIOBase):
@@ -263,12 +223,10 @@ class Joined(io.RawIOBase):
 def zip_members(file):
     """Yield (name, (offset, size, full size, method, CRC)) of the files of a zip."""
     with zipfile.ZipFile(io.BufferedReader(file, BLOCK)) as archive:
-        members = archive.infolist()
-    for member in members:
-        if not member.is_dir():
-            method = -1 if member.flag_bits & ENCRYPTED else member.compress_type
-            yield member.filename, (member.header_offset, member.compress_size, member.file_size,
-                                    method, member.CRC)
+        for member in archive.infolist():
+            if not member.is_dir():
+                yield member.filename, (member.header_offset, member.compress_size,
+                                        member.file_size, member.compress_type, member.CRC)
 
 
 def tar_members(file):
@@ -296,10 +254,6 @@ def local_paths(patterns, setting="the path"):
 
     hf://OWNER/NAME/FILE is downloaded first. UserError names `setting` if one matches nothing.
     """
-    def by_numbers(path):
-        pieces = re.split(r"(\d+)", str(path))  # text and numbers alternate
-        return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], str(path)
-
     paths = []
     for pattern in map(str.strip, patterns.split(",")):
         if pattern.startswith(hub.PREFIX):
@@ -308,7 +262,8 @@ def local_paths(patterns, setting="the path"):
             found = [pattern] if os.path.exists(pattern) else glob.glob(pattern)
         if not found:
             raise UserError(f"no file matches {pattern}; correct {setting}")
-        paths += map(Path, sorted(found, key=by_numbers))
+        paths += map(Path, sorted(sorted(found), key=lambda path: [
+            int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]))
     return paths
 
 
@@ -322,10 +277,10 @@ def fetched(pattern):
     """The files of a hub data set that match hf://OWNER/NAME/PATTERN, in the local hub cache."""
     from huggingface_hub import HfApi, hf_hub_download
 
-    owner, name, file = [*pattern.removeprefix(hub.PREFIX).split("/", 2), "", ""][:3]
-    if not file:
+    *repository, file = pattern.removeprefix(hub.PREFIX).split("/", 2)
+    if len(repository) < 2 or not file:
         raise UserError(f"{pattern} names no file; use the form hf://OWNER/NAME/chat.json")
-    repository, files = f"{owner}/{name}", [file]
+    repository, files = "/".join(repository), [file]
     try:
         if glob.has_magic(file):
             files = fnmatch.filter(HfApi().list_repo_files(repository, repo_type="dataset"), file)

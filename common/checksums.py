@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch.distributed as dist
+from tqdm import tqdm
 
 from common.checkpoint import file_sum, write_json
 from common.config import UserError, read_json
@@ -26,9 +27,9 @@ def check_together(folder, sums, apart_from=()):
     The first process of each machine looks. sums: {file: sha256} of a manifest.json; apart_from:
     files that are not checked.
     """
-    sums, problems = {name: sums[name] for name in sums if name not in apart_from}, [{}]
+    problems = [{}]
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        problems = [damaged(folder, sums)]
+        problems = [damaged(folder, {name: sums[name] for name in sums if name not in apart_from})]
     if dist.is_initialized():
         own, problems = problems[0], [{}] * dist.get_world_size()
         dist.all_gather_object(problems, own)
@@ -38,49 +39,31 @@ def check_together(folder, sums, apart_from=()):
 
 def damaged(folder, sums):
     """{file: problem} of the files of a folder that do not have the sha256 in `sums`."""
-    noted = read_notes(folder)
-    paths = {name: Path(folder, name) for name in sums}
-    current = {name: [sums[name], *identity(path)] for name, path in paths.items()}
-    unknown = [name for name in sums if noted.get(name) != current[name]]
-    n_bytes = sum(current[name][1] for name in unknown)
-    if n_bytes > 1e9:
-        print(f"{folder}: checking the sha256 of {n_bytes / 1e9:.1f} GB", flush=True)
-    with ThreadPoolExecutor(cores()) as pool:
-        digests = list(pool.map(digest_of, [paths[name] for name in unknown]))
-    differs = "is not what manifest.json says (its sha256 differs)"
-    problems = {name: differs if digest else "is missing or unreadable"
-                for name, digest in zip(unknown, digests, strict=True) if digest != sums[name]}
-    verified = {name: current[name] for name in unknown
-                if name not in problems and current[name][1] > SMALL}
-    if verified:
-        write_notes(folder, {**noted, **verified})
-    return problems
-
-
-def identity(path):
-    """(size, modification time, inode) of a file; zeros if it cannot be looked at."""
-    with contextlib.suppress(OSError, ValueError):  # ValueError: a name that no file can have
-        stat = path.stat()
-        return stat.st_size, stat.st_mtime_ns, stat.st_ino
-    return 0, 0, 0
-
-
-def digest_of(path):
-    """The sha256 of a file; "" if it is missing or cannot be read."""
-    with contextlib.suppress(OSError, ValueError):
-        return file_sum(path)
-    return ""
-
-
-def read_notes(folder):
+    folder, noted, verified = Path(folder), {}, {}
     with contextlib.suppress(UserError, TypeError, ValueError):
-        return dict(read_json(Path(folder, NOTED)))
-    return {}
+        noted = dict(read_json(folder / NOTED))
 
+    def problem_of(name):
+        try:
+            stat = (folder / name).stat()
+            note = [sums[name], stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            if noted.get(name) == note:
+                return None
+            if file_sum(folder / name) != sums[name]:
+                return "is not what manifest.json says (its sha256 differs)"
+        except (OSError, ValueError):  # ValueError: a name that no file can have
+            return "is missing or unreadable"
+        if stat.st_size > SMALL:
+            verified[name] = note
+        return None
 
-def write_notes(folder, noted):
-    """Replace the notes atomically; without write permission there are none."""
-    new = Path(folder, f"{NOTED}.{os.uname().nodename}-{os.getpid()}")
-    with contextlib.suppress(OSError):
-        write_json(new, noted)
-        new.replace(Path(folder, NOTED))
+    with ThreadPoolExecutor(cores()) as pool:
+        progress = tqdm(pool.map(problem_of, sums), f"checking the sha256 of {folder}", len(sums),
+                        delay=2, disable=None)  # shown after 2 seconds, and only on a terminal
+        problems = dict(zip(sums, progress, strict=True))
+    if verified:
+        new = folder / f"{NOTED}.{os.uname().nodename}-{os.getpid()}"
+        with contextlib.suppress(OSError):  # without write permission there are no notes
+            write_json(new, noted | verified)
+            new.replace(folder / NOTED)
+    return {name: problem for name, problem in problems.items() if problem}

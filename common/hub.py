@@ -19,7 +19,6 @@ from common.config import UserError, one_line, read_sealed, seal
 
 PREFIX = "hf://"  # of a data setting that names a data set of the hub
 PREPARED = ("manifest.json", "tokenizer.json")  # files that prepare.py writes beside the shards
-HEADER = 128  # bytes in front of the array in a .npy file of a shard
 INCOMING = ".incoming"  # folder of files that are not yet complete and checked
 PAUSE = 30.0  # seconds before a failed background download is tried again
 
@@ -30,11 +29,11 @@ class NotYet(Exception):
 
 @dataclass
 class Remote:
-    """A file of a hub repository: name, bytes and the hub's sha256 ("" where it has none)."""
+    """A file of a hub repository."""
 
     name: str
-    size: int
-    sha256: str
+    size: int  # bytes
+    sha256: str  # "" where the hub has none
 
     def __post_init__(self):
         if self.name.startswith("/") or ".." in self.name.split("/"):
@@ -70,7 +69,7 @@ def fetch(repository, remote, folder):
     from huggingface_hub import hf_hub_download
 
     path = Path(folder) / remote.base
-    if path.is_file() and matches(path, remote):
+    if matches(path, remote):
         return path
     try:
         arrived = Path(hf_hub_download(repository, remote.name, repo_type="dataset",
@@ -78,17 +77,18 @@ def fetch(repository, remote, folder):
         if not matches(arrived, remote):
             arrived.unlink()
             raise OSError("it arrived damaged")
-        os.replace(arrived, path)
+        arrived.replace(path)
     except Exception as error:  # as in listing
-        if not (path.is_file() and matches(path, remote)):  # by a faster process
+        if not matches(path, remote):  # else another process was faster
             raise UserError(f"cannot download {remote.name} of {repository}: {one_line(error)}; "
                             "start the same command again to resume with this file") from None
     return path
 
 
 def matches(path, remote):
-    """Whether a file has the size and, where the hub knows it, the sha256 of `remote`."""
-    return path.stat().st_size == remote.size and remote.sha256 in ("", file_sum(path))
+    """Whether there is a file with the size and, if the hub has it, the sha256 of `remote`."""
+    return (path.is_file() and path.stat().st_size == remote.size
+            and remote.sha256 in ("", file_sum(path)))
 
 
 # ---------------------------------------------------------------------------------------- streaming
@@ -102,7 +102,7 @@ def stream(data, run):
     """
     if not data.startswith(PREFIX):
         return data
-    repository = data.removeprefix(PREFIX).strip("/")
+    repository, say = data.removeprefix(PREFIX).strip("/"), run.log.say
     folder = Path("data/hub") / repository.replace("/", "--")
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         if not listed(folder):
@@ -112,14 +112,17 @@ def stream(data, run):
             write_json(new, content)
             new.replace(folder / "shards.json")
         remotes = listed(folder)
-        drop_damaged(remotes, folder, run.log.say)
+        present = {remote.base: remote.sha256 for remote in remotes
+                   if remote.sha256 and (folder / remote.base).is_file()}
+        for name in damaged(folder, present):
+            say(f"{folder / name} is damaged; it is downloaded again")
+            (folder / name).unlink(missing_ok=True)
         train = [remote for remote in remotes if fnmatch.fnmatch(remote.name, "*train*.npy")]
-        others = [remote for remote in remotes if remote not in train]
-        for remote in [*others, *train[:1]]:
+        for remote in [remote for remote in remotes if remote not in train] + train[:1]:
             if not (folder / remote.base).is_file():
-                run.log.say(f"{folder / remote.name} ({remote.size / 1e6:.0f} MB)")
+                say(f"{folder / remote.name} ({remote.size / 1e6:.0f} MB)")
                 fetch(repository, remote, folder)
-        threading.Thread(target=fetch_all, args=(repository, train[1:], folder, run.log.say),
+        threading.Thread(target=fetch_all, args=(repository, train[1:], folder, say),
                          daemon=True).start()
     run.machine.barrier()
     return str(folder)
@@ -144,22 +147,7 @@ def listed(folder):
     return [Remote(**file) for file in read_sealed(path)["files"]] if path.is_file() else []
 
 
-def drop_damaged(remotes, folder, say):
-    """Remove files that are not what the hub has, so that they are downloaded again."""
-    present = [remote for remote in remotes if (folder / remote.base).is_file()]
-    wrong = damaged(folder, {remote.base: remote.sha256 for remote in present if remote.sha256})
-    for path, size in ((folder / remote.base, remote.size) for remote in present):
-        if path.name in wrong or path.stat().st_size != size:
-            say(f"{path} is damaged; it is downloaded again")
-            path.unlink(missing_ok=True)
-
-
 def expected(folder, pattern):
     """{path: tokens} of the shards that shards.json says are, or will be, in `folder`."""
-    return {Path(folder) / remote.base: (remote.size - HEADER) // 2 for remote in listed(folder)
-            if fnmatch.fnmatch(remote.name, pattern)}
-
-
-def is_coming(path):
-    """Whether shards.json lists a file that has not arrived yet."""
-    return Path(path) in expected(Path(path).parent, "*")
+    return {Path(folder) / remote.base: (remote.size - 128) // 2  # a header of 128 bytes
+            for remote in listed(folder) if fnmatch.fnmatch(remote.name, pattern)}

@@ -6,7 +6,6 @@ normalizes to zero ("pad"), or the longer side cropped ("crop").
 Shapes: M images, S pixels.
 """
 
-import functools
 import io
 import re
 import warnings
@@ -24,8 +23,10 @@ MAX_SCANS = 100  # of a JPEG; usual files have about 10, and each costs decoding
 SHARPNESS = 1.4  # a JPEG is decoded at no less than this many times the wanted size
 WIDEST = 8  # aspect ratio; what is beyond it is cropped
 # The decoders in use. Pillow has more, among them PostScript, which starts another program.
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO", "TGA",
-           "PCX", "SGI")
+Image.init()
+FORMATS = [name for name in ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000",
+                             "ICO", "TGA", "PCX", "SGI") if name in Image.OPEN]
+warnings.filterwarnings("ignore", module="PIL")  # of large images, which are refused, and more
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # bytes of text in a PNG
 
 
@@ -44,18 +45,23 @@ def read_image(source, name=None, size=0, how="pad", max_pixels=MAX_PIXELS):
     """
     name = name or source
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow only warns of large images; refused below
-            file = io.BytesIO(source) if isinstance(source, bytes) else source
-            with Image.open(file, formats=formats()) as image:
-                check_cost(image, source, name, max_pixels)
-                scale = SHARPNESS * size / (max if how == "pad" else min)(image.size)
-                if 0 < scale < 1:
-                    image.draft(None, tuple(int(side * scale) or 1 for side in image.size))
-                return to_rgb(image)
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError("an image that is too large", f"{name}: {width} x {height} is more"
+                                 f" than {max_pixels / 10**6:g} megapixels")
+            if (image.format in ("JPEG", "MPO") and isinstance(source, bytes)
+                    and source.count(b"\xff\xda") > MAX_SCANS):
+                raise ImageError("an unreadable image",
+                                 f"{name} is a JPEG of more than {MAX_SCANS} scans")
+            scale = SHARPNESS * size / (max if how == "pad" else min)(image.size)
+            if 0 < scale < 1:
+                image.draft(None, tuple(int(side * scale) or 1 for side in image.size))
+            return to_rgb(image)
     except FileNotFoundError:
         raise ImageError("a missing image", f"there is no image {name}") from None
-    except UserError:
+    except ImageError:
         raise
     except Image.DecompressionBombError as error:
         raise ImageError("an image that is too large", f"{name}: {error}") from None
@@ -65,58 +71,36 @@ def read_image(source, name=None, size=0, how="pad", max_pixels=MAX_PIXELS):
         raise ImageError(f"{kind} image", f"{name} is not a readable image: {why}") from None
 
 
-def check_cost(image, source, name, max_pixels):
-    """ImageError if an opened image would take too much memory or time to decode."""
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ImageError("an image that is too large", f"{name}: {width} x {height} is more than "
-                         f"{max_pixels / 10**6:g} megapixels")
-    if image.format in ("JPEG", "MPO") and isinstance(source, bytes) and (
-            source.count(b"\xff\xda") > MAX_SCANS):
-        raise ImageError("an unreadable image", f"{name} is a JPEG of more than {MAX_SCANS} scans")
-
-
 def to_rgb(image):
     """An opened PIL image upright and in RGB, transparency on white."""
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip to white
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     image = ImageOps.exif_transpose(image)
     if image.mode in ("P", "LA", "PA", "RGBA"):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
-
-
-@functools.cache
-def formats():
-    """Those of FORMATS that this Pillow can read."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def fit(image, size, how="pad"):
     """The image in a square of `size` pixels, padded ("pad") or center-cropped ("crop"), or with
     its shorter side resized to `size` ("short")."""
-    width, height = image.size
     if how == "pad":
-        side = max(width, height)
-        if side > 2 * WIDEST * size:  # first a coarse, fast step
-            image = image.reduce(side // (WIDEST * size))
-            width, height = image.size
-            side = max(width, height)
-        if width != height:
+        if max(image.size) > 2 * WIDEST * size:  # first a coarse, fast step
+            image = image.reduce(max(image.size) // (WIDEST * size))
+        side = max(image.size)
+        if image.width != image.height:
             square = blank(side)
-            square.paste(image, ((side - width) // 2, (side - height) // 2))
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
             image = square
         return image if side == size else image.resize((size, size), Image.Resampling.BICUBIC)
-    short = min(width, height)
-    if max(width, height) > WIDEST * short:
-        width, height = min(width, WIDEST * short), min(height, WIDEST * short)
-        image = middle(image, width, height)
+    short = min(image.size)
+    if max(image.size) > WIDEST * short:
+        image = middle(image, *(min(side, WIDEST * short) for side in image.size))
     if short != size:
-        width, height = int(size * width / short), int(size * height / short)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return image if how == "short" or width == height else middle(image, size, size)
+        sides = tuple(int(size * side / short) for side in image.size)
+        image = image.resize(sides, Image.Resampling.BICUBIC)
+    return image if how == "short" or image.width == image.height else middle(image, size, size)
 
 
 def blank(size):
