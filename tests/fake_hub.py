@@ -67,11 +67,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self):
-        self.answer()
-
-    do_GET = do_POST = do_PUT = do_HEAD
-
-    def answer(self):
         path, body, hub = unquote(urlsplit(self.path).path), self.body(), self.server
         hub.log.append((self.command, path))
         for part in [part for part in hub.closed if part in path]:
@@ -85,18 +80,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send(403, {"error": "You don't have the rights"})
         if path == "/api/repos/create":
             return self.create(json.loads(body))
-        if path == "/api/validate-yaml":
-            return self.send(200, {})
         if path.endswith("/info/lfs/objects/batch"):
             return self.batch(json.loads(body))
         if path.startswith("/stored/"):
             hub.stored[path.split("/")[-1]] = body
+        if path.startswith(("/stored/", "/api/validate-yaml")):
             return self.send(200, {})
         if match := API.fullmatch(path):
             return self.api(*match.groups(), body)
         if match := RESOLVE.fullmatch(path):
             return self.resolve(*match.groups())
         return self.send(404, {"error": path})
+
+    do_GET = do_POST = do_PUT = do_HEAD
 
     def body(self):
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -153,12 +149,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def preupload(self, files, asked):
         answers = []
         for path in (file["path"] for file in asked):
-            large = path.endswith(self.server.large)
-            answers.append({"path": path, "shouldIgnore": False,
-                            "uploadMode": "lfs" if large else "regular"})
+            mode = "lfs" if path.endswith(self.server.large) else "regular"
+            answers.append({"path": path, "shouldIgnore": False, "uploadMode": mode})
             if path in files:
                 entry = self.described(path, files[path])
-                answers[-1]["oid"] = entry["lfs"]["oid"] if large else entry["oid"]
+                answers[-1]["oid"] = entry.get("lfs", entry)["oid"]
         self.send(200, {"files": answers})
 
     def commit(self, files, name, lines):
@@ -179,11 +174,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path not in files:
             return self.send(404, {}, {"X-Error-Code": "EntryNotFound"})
         content = files[path]
-        etag = f'"{hashlib.sha256(content).hexdigest()}"'
-        headers = {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT,
+                   "Accept-Ranges": "bytes"}
         if not path.endswith(hub.large):
             return self.send(200, content, headers)
-        headers |= {"X-Linked-Size": str(len(content)), "X-Linked-ETag": etag}
         first = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         if first:
             headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"

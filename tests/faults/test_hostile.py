@@ -165,7 +165,7 @@ def test_a_zip_bomb_is_refused_before_it_fills_the_memory(tmp_path):
     images = open_images(str(tmp_path / "a.zip"))
     with pytest.raises(ImageError, match=r"bomb\.png is larger than 256 MiB"):
         images("bomb.png")
-    members = images.sources[0].members
+    members, = images.sources
     offset, size, _, method, crc = members["bomb.png"]
     members["bomb.png"] = offset, size, 1000, method, crc
     with pytest.raises(ImageError, match=r"bomb\.png in .*a\.zip.*damaged"):

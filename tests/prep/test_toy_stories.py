@@ -1,5 +1,4 @@
-"""The claims of prep/toy_stories.py: the same from a seed, small varied English, and right in every
-answer."""
+"""The claims of prep/toy_stories.py: small varied English, and right in every answer."""
 import random
 import re
 from collections import Counter
