@@ -1,8 +1,4 @@
-"""Asking a model the questions of a task: in batches, with images and text-only, resumable.
-
-Each score has its standard error (bootstrap over the questions), the value by chance and, where
-there are images, the score of the same questions without them.
-"""
+"""Asking a model the questions of a task: in batches, with images and text-only, resumable."""
 
 import hashlib
 from pathlib import Path
@@ -81,9 +77,8 @@ class TaskRunner:
         return result
 
     def ask(self, numbers):
-        """What the model answers to the questions of these numbers: {"answer": text, or what
-        `likelihoods` returns of the choices}, with "text_only" where the task has images, or
-        {"skipped": the reason}."""
+        """{"answer": text, or what `likelihoods` returns of the choices} of the questions of these
+        numbers, with "text_only" where the task has images; or {"skipped": the reason}."""
         found, items = {number: {} for number in numbers}, {}
         for number in numbers:
             try:

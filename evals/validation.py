@@ -30,10 +30,7 @@ CHOOSERS = 256  # most images of caption_choice: each is scored with 32 captions
 
 
 def scores_of(name, cfg, machine, split):
-    """Yield {label: Score} of all that a checkpoint and the data's `split` allow, in parts.
-
-    cfg: an eval.Config.
-    """
+    """Yield {label: Score} of all that a checkpoint and the data's `split` allow, in parts."""
     model, tokenizer, info = open_model(name, machine.device)
     data, items, stage = Path(cfg.data), cfg.items, info["stage"]
     if info["kind"] == "clip":

@@ -57,7 +57,8 @@ def zero_shot(model, tokenizer, labelled, machine, batch=256):
     with ThreadPoolExecutor(max(1, cores() // processes)) as pool:
         for start in range(0, len(mine), batch):
             part, images, labels = mine[start : start + batch], [], []
-            loading = [pool.submit(fitted, path, spec) for path, _ in part]
+            loading = [pool.submit(lambda path: fit(read_image(path, None, *spec), *spec), path)
+                       for path, _ in part]
             for image, (_, label) in zip(loading, part, strict=True):
                 try:
                     images.append(image.result())
@@ -79,10 +80,6 @@ def zero_shot(model, tokenizer, labelled, machine, batch=256):
     if total == 0:
         raise UserError(f"no image of --zero_shot={labelled.folder} is readable")
     return correct, total
-
-
-def fitted(path, spec):
-    return fit(read_image(path, None, *spec), *spec)
 
 
 def caption_ids(tokenizer, captions, context):

@@ -321,20 +321,18 @@ def test_scores_by_hand(name, rows, answers, expected):
     assert all(0 < score.error < 5 for score in scores.values())
 
 
-def test_sums_and_characters_pick_differently():
-    """-9 over 3 characters of 9 bytes, -15 over 12, -4 over 2, by hand."""
-    def marks(choices, nats):
-        scores = [tasks.choice_scores([Question([], choices, answer)], [[(x,) for x in nats]])
-                  for answer in range(len(choices))]
-        assert all(score.chance == 1 / len(choices) for score in scores[0].values())
-        return [[found[name].value for found in scores] for name in ("acc", "acc_norm")]
-
-    # -4 is the largest sum, -1.25 the largest of -3, -1.25, -2 per character
-    assert marks(["日本語", "hippopotamus", "ox"], [-9, -15, -4]) == [[0, 0, 1], [0, 1, 0]]
-    assert marks(["a", "b"], [-1, -1]) == [[1, 0]] * 2  # the first of equals
-    assert marks(["a", "b"], [-np.inf, -7]) == [[0, 1]] * 2
+@pytest.mark.parametrize("choices, nats, acc, acc_norm", [
+    (["日本語", "hippopotamus", "ox"], [-9, -15, -4], 2, 1),  # -3, -1.25 and -2 per character
+    (["a", "b"], [-1, -1], 0, 0), (["a", "b"], [-np.inf, -7], 1, 1)])
+def test_sums_and_characters_pick_differently(choices, nats, acc, acc_norm):
+    """By hand; the first of equals is picked."""
+    for answer in range(len(choices)):
+        question = Question([], choices, answer)
+        found = tasks.choice_scores([question], [[(x,) for x in nats]])
+        assert found["acc"] == (answer == acc, 0, 1 / len(choices))
+        assert found["acc_norm"] == (answer == acc_norm, 0, 1 / len(choices))
     with pytest.raises(ValueError, match="NaN"):
-        marks(["a", "b"], [-1, np.nan])
+        tasks.choice_scores([question], [[(x * np.nan,) for x in nats]])
 
 
 def test_generated_answers_are_read_as_pope_reads_them():
@@ -345,17 +343,14 @@ def test_generated_answers_are_read_as_pope_reads_them():
         assert found["yes_share"].value == (answer in yes)
 
 
-@pytest.fixture
-def red_detector():
-    """A vision model whose Yes is likelier the redder an image is, and equal without one."""
-    model = new_model()
+def test_mismatched_images_score_like_none_and_the_correct_ones_everything(tmp_path):
+    """By a model whose Yes is likelier the redder an image is, and equal without one."""
+    model, direction = new_model(), torch.ones(32) / 32**0.5
     yes, no = (TOKENIZER.encode(text)[0] for text in ("Yes", "No"))
-    direction = torch.ones(32) / 32**0.5
 
-    def hidden(x, positions=None, mask=None, cache=None, run=None, where=None):
+    def hidden(x, positions=None, mask=None, where=None):
         red = (x @ direction).cumsum(1)[..., None] * direction  # the sum of all before
-        red = red if cache is None else torch.zeros_like(x)
-        return red if where is None else red.flatten(0, 1)[where]
+        return red.flatten(0, 1)[where]
 
     with torch.no_grad():
         model.decoder.token_embedding.weight.zero_()
@@ -365,10 +360,6 @@ def red_detector():
     model.image_tokens = lambda pixels: (
         (pixels[..., 0].float().mean((1, 2)) - pixels[..., 2].float().mean((1, 2)))[:, None, None]
         / 255 * direction).expand(-1, SIGHT.n_patches, -1)
-    return model
-
-
-def test_mismatched_images_score_like_none_and_the_correct_ones_everything(red_detector, tmp_path):
     rng, rows = random.Random(2), []
     for number in range(120):
         red = rng.random() < 0.5
@@ -376,11 +367,11 @@ def test_mismatched_images_score_like_none_and_the_correct_ones_everything(red_d
         Image.new("RGB", (32, 32), color).save(tmp_path / f"{number}.png")
         rows.append({"text": "Is it red?", "label": "yes" if red else "no",
                      "image": f"{number}.png"})
-    correct = task_runner("pope", tmp_path, rows, red_detector).run()
+    correct = task_runner("pope", tmp_path, rows, model).run()
     assert correct["scores"]["acc"][0] == correct["scores"]["auroc"][0] == 1
     assert correct["text_only"]["auroc"][0] == 0.5
     moved = [row | {"image": rows[(i + 60) % 120]["image"]} for i, row in enumerate(rows)]
-    mismatched = task_runner("pope", tmp_path, moved, red_detector).run()
+    mismatched = task_runner("pope", tmp_path, moved, model).run()
     for label in "acc", "auroc":
         value, error = mismatched["scores"][label]
         text_only, text_only_error = mismatched["text_only"][label]
