@@ -3,10 +3,9 @@
     python app.py out/demo/vision_sft                 # http://127.0.0.1:7860
     python app.py NAME/REPO --port=8080               # a checkpoint on the Hugging Face hub
 
-It runs unchanged as a Hugging Face Space: put the repository there, and the checkpoint into a
-folder `checkpoint`, or its name into a variable CHECKPOINT. Every question comes with the history
-of its page, from which the conversation is rebuilt; all that wait for an answer are decoded in one
-batch. Nothing about users is logged; uploads are deleted when their page is closed and at the end.
+Every question comes with the history of its page, from which the conversation is rebuilt; all that
+wait for an answer are decoded in one batch. Nothing about users is logged; uploads are deleted when
+their page is closed and at the end.
 """
 
 import asyncio
@@ -25,54 +24,52 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
-UPLOADS = Path(tempfile.mkdtemp(prefix="nanogpt-vision-")).resolve()  # all that users can open
+UPLOADS = Path(tempfile.mkdtemp(prefix="nanogpt-vision-")).resolve()  # readable by users
 EXAMPLES = UPLOADS / "examples"
 os.environ["GRADIO_TEMP_DIR"] = str(UPLOADS)
 os.environ["GRADIO_ANALYTICS_ENABLED"] = os.environ["GRADIO_RUN_HISTORY"] = "False"
 os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000000"  # answers between two summaries
 atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
 
-import gradio as gr  # noqa: E402 (reads those when it is imported)
-from starlette.middleware import Middleware  # noqa: E402
-from starlette.middleware.base import BaseHTTPMiddleware  # noqa: E402
-from starlette.responses import PlainTextResponse  # noqa: E402
+# ruff: noqa: E402 (gradio reads those when it is imported)
+import gradio as gr
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.responses import PlainTextResponse
 
-from common.config import UserError, parse_checkpoint, run_main  # noqa: E402
-from common.device import pick_device  # noqa: E402
-from common.images import read_image  # noqa: E402
-from export.model_card import held_out_images  # noqa: E402
-from inference.conversation import (  # noqa: E402
+from common.config import UserError, parse_checkpoint, run_main
+from common.device import pick_device
+from common.images import read_image
+from export.model_card import held_out_images
+from inference.conversation import (
+    UNFINISHED,
     Conversation,
-    Detokenizer,
     EncodedImage,
     decoder_of,
     encode_images,
     open_for_chat,
-    pick_precision,
 )
-from inference.engine import Engine  # noqa: E402
-from inference.generate import Sampler, Sampling  # noqa: E402
+from inference.engine import Engine
+from inference.generate import Generation, Sampler
+from inference.quantized_linear import fastest_precision
 
 SESSIONS = 256  # pages remembered; the least recently used is forgotten first
 UPLOADS_KEPT = 3600  # seconds that an image outlives a page that was not closed properly
+TITLE = "nanoGPT-Vision"
 QUESTIONS = "What do you see?", "Describe the picture.", "How many things are there?"
 REQUESTS = "Tell me a story.", "What is your name?"
-CSS = Path(__file__).parent / "inference" / "app.css"
 
 # Addresses of gradio's that fetch others, store what nobody asked for, or run programs
 CLOSED = re.compile(r"/gradio_api/(file[=/]\s*https?:|proxy=|deep_link|process_recording)")
 
 
 @dataclass
-class Config(Sampling):
+class Config(Generation):
     # --- page
-    title: str = "nanoGPT-Vision"
-    examples: str = ""  # folder of images to try; empty: the demo's, if they are there
     host: str = ""  # address to listen at; empty: 127.0.0.1, or GRADIO_SERVER_NAME
     port: int = 7860  # 0 for any free one
 
@@ -85,20 +82,10 @@ class Config(Sampling):
     upload_mb: float = 5.0  # largest image file, in megabytes
     upload_megapixels: float = 25.0  # largest image, checked before it is decoded
 
-    # --- sampling
-    temperature: float = 0.0  # initial value on the page; 0 takes the most likely token
-    max_tokens: int = 256  # longest answer
-
-    # --- hardware
-    device: str = "auto"  # auto, cpu, cuda, mps
-    # of weights and products; auto: the fastest here that costs a model under 0.01 nats per token
-    precision: Literal["auto", "bf16", "fp16", "fp32", "int8"] = "auto"
-    compile: bool = False  # torch.compile: much slower to start, then faster on a GPU
-
     def __post_init__(self):
         super().__post_init__()
-        for name in ("max_tokens", "streams", "queue", "per_minute", "max_text", "max_images",
-                     "upload_mb", "upload_megapixels"):
+        for name in ("streams", "queue", "per_minute", "max_text", "max_images", "upload_mb",
+                     "upload_megapixels"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
 
@@ -109,7 +96,7 @@ class Session:
 
     files: set = field(default_factory=set)  # its uploads
     images: dict = field(default_factory=dict)  # sha256 of a file -> EncodedImage
-    times: deque = field(default_factory=deque)  # of its questions in the last minute
+    times: list = field(default_factory=list)  # of its questions in the last minute
 
 
 class App:
@@ -117,7 +104,7 @@ class App:
 
     def __init__(self, model, tokenizer, info, cfg):
         self.model, self.tokenizer, self.info, self.cfg = model, tokenizer, info, cfg
-        self.engine = Engine(decoder_of(model), cfg.streams, cfg.compile)
+        self.engine = Engine(decoder_of(model), cfg.streams)
         self.sessions = OrderedDict()
         os.environ["GRADIO_TEMP_DIR"] = str(UPLOADS)  # a second import of this file changes it
 
@@ -137,26 +124,31 @@ class App:
 
     async def answer(self, session_name, message, history, cfg):
         """Yield the answer so far, again and again; UserError if the question is refused."""
-        session = self.session(session_name)
-        count_question(session.times, cfg.per_minute)
+        self.sessions[session_name] = session = self.sessions.pop(session_name, None) or Session()
+        if len(self.sessions) > SESSIONS:
+            self.close(next(iter(self.sessions)))
+        now = time.monotonic()
+        session.times = [at for at in session.times if at >= now - 60]
+        if len(session.times) >= cfg.per_minute:
+            raise UserError(f"At most {cfg.per_minute} questions a minute; "
+                            f"wait {int(session.times[0] + 61 - now)} seconds")
+        session.times.append(now)
         conversation = await asyncio.to_thread(self.conversation, session, message, history, cfg)
-        if n := conversation.truncate(cfg.max_tokens):
-            gr.Info(f"The context is full: the {n} oldest questions are not remembered.")
         sampler = Sampler(cfg, self.engine.decoding.device)
         tokens = self.engine.generate(conversation, cfg.max_tokens, sampler)
-        detokenizer, answer = Detokenizer(self.tokenizer), ""
+        ids = []
         async with contextlib.aclosing(tokens):
             async for token in tokens:
-                answer += detokenizer.add(token)
-                yield answer
-        if rest := detokenizer.flush():
-            yield answer + rest
-        elif not answer:
+                ids.append(token)
+                yield self.tokenizer.decode(ids).removesuffix(UNFINISHED)
+        if ids:
+            yield self.tokenizer.decode(ids)  # with the beginning of a character, if it ends so
+        else:
             gr.Info("The model gave an empty answer.")
 
     def conversation(self, session, message, history, cfg):
         """The Conversation of a page: its answered questions since the last new image, and the
-        one in `message`. Images are encoded once."""
+        one in `message`."""
         text, files = message.get("text") or "", message.get("files") or []
         if not text.strip() and not files:
             raise UserError("Type a question, or choose an image")
@@ -170,24 +162,23 @@ class App:
         turns = [*turns, (text, files, "")]
         start = max((i for i, (_, shown, _) in enumerate(turns) if shown), default=0)
         conversation, images = Conversation(self.model, self.tokenizer), {}
-        for text, files, answer in turns[start:]:
-            encoded = [self.encode_upload(session, file, images, cfg) for file in files]
-            ids = self.tokenizer.encode(decodable(answer))
-            conversation.turns.append(conversation.turn(decodable(text), encoded, ids))
+        turns = [conversation.turn(text, [self.encode_upload(session, file, images, cfg)
+                                          for file in files], self.tokenizer.encode(answer))
+                 for text, files, answer in turns[start:]]
         session.images = images
+        if n := conversation.fit(turns, cfg.max_tokens):
+            gr.Info(f"The context is full: the {n} oldest questions are not remembered.")
         return conversation
 
     def encode_upload(self, session, file, images, cfg):
-        """The EncodedImage of an uploaded file, which `images` gets, too; UserError if it is too
-        large, or no image."""
+        """The EncodedImage of an uploaded file, also stored in `images`; UserError if it has too
+        many pixels, or is not an image. Gradio has limited its bytes."""
         path = Path(file["path"] if isinstance(file, dict) else file).resolve()
         if not path.is_relative_to(UPLOADS) or not path.is_file():
-            raise UserError("That file is not here (any more); choose it once more")
+            raise UserError("That file is not here any more; choose it again")
         name, data = f"the file {path.name}", path.read_bytes()
         if path.parent != EXAMPLES:
             session.files.add(path)
-        if len(data) > cfg.upload_mb * 1e6:
-            raise UserError(f"{name} is larger than {cfg.upload_mb:g} MB")
         key = hashlib.sha256(data).digest()
         images[key] = images.get(key) or session.images.get(key)
         if not images[key]:
@@ -195,15 +186,8 @@ class App:
             images[key] = EncodedImage(encode_images(self.model, [image])[0])
         return images[key]
 
-    def session(self, name):
-        """The session of that name, new if it has none."""
-        self.sessions[name] = session = self.sessions.pop(name, None) or Session()
-        if len(self.sessions) > SESSIONS:
-            self.close(next(iter(self.sessions)))
-        return session
-
     def close(self, name):
-        """Forget a session, and delete its uploads but those that other sessions have, too."""
+        """Drop a session, and delete its uploads that no other session has."""
         session = self.sessions.pop(name, Session())
         for file in session.files.difference(*(s.files for s in self.sessions.values())):
             file.unlink(missing_ok=True)
@@ -212,7 +196,7 @@ class App:
         self.close(request.session_hash)
 
     async def gate(self, request, call_next):
-        """Refuse what the page does not use; answer in a sentence where gradio would fail."""
+        """Middleware that refuses unused addresses and large requests, and explains errors."""
         if CLOSED.search(request.url.path):
             return PlainTextResponse("There is nothing here.", 404)
         size = request.headers.get("content-length", "inf" if request.method == "POST" else "0")
@@ -245,16 +229,17 @@ class App:
                       cfg.repetition_penalty, step=0.05, label="Repetition penalty"),
             gr.Slider(1, max(2, cfg.max_tokens), cfg.max_tokens, step=1,
                       label="Longest answer, in tokens")]
-        with Page(title=cfg.title, analytics_enabled=False, fill_height=True,
+        with Page(title=TITLE, analytics_enabled=False, fill_height=True,
                   delete_cache=(600, UPLOADS_KEPT)) as page:
             gr.ChatInterface(
-                self.respond, multimodal=True, chatbot=chatbot, textbox=box, title=cfg.title,
+                self.respond, multimodal=True, chatbot=chatbot, textbox=box, title=TITLE,
                 examples=[[example, *[None] * len(settings)] for example in self.examples(vision)],
                 run_examples_on_click=True, cache_examples=False, additional_inputs=settings,
                 additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
                 concurrency_limit=cfg.streams, flagging_mode="never", fill_height=True,
                 api_name="chat")
-            gr.Markdown(describe(self.info), elem_classes="about")
+            gr.Markdown("**{stage}** after {step:,} steps: {parameters:,} parameters".format(
+                **self.info), elem_classes="about")
             page.unload(self.left)
         return page.queue(max_size=cfg.queue, default_concurrency_limit=cfg.streams)
 
@@ -262,10 +247,7 @@ class App:
         """Messages to try."""
         if not vision:
             return [{"text": text, "files": []} for text in REQUESTS]
-        folder = Path(self.cfg.examples or "examples")
-        if self.cfg.examples and not folder.is_dir():
-            raise UserError(f"there is no folder --examples={folder}")
-        files = sorted(path for path in folder.glob("*")
+        files = sorted(path for path in Path("examples").glob("*")  # of upload.py --space
                        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
         EXAMPLES.mkdir(exist_ok=True)
         return [{"text": text, "files": [shutil.copy(path, EXAMPLES)]} for path, text in
@@ -277,12 +259,13 @@ class App:
         theme = gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"],
                                font_mono=["ui-monospace", "monospace"])
         try:
-            page.launch(server_name=cfg.host or None, server_port=cfg.port or None, share=False,
-                        quiet=True, theme=theme, css_paths=CSS, ssr_mode=False,
-                        enable_monitoring=False, footer_links=["gradio", "settings"],
-                        prevent_thread_lock=True, max_file_size=int(cfg.upload_mb * 1e6),
-                        state_session_capacity=SESSIONS,
-                        app_kwargs={"middleware": [Middleware(BaseHTTPMiddleware, self.gate)]})
+            page.launch(
+                server_name=cfg.host or None, server_port=cfg.port or None, share=False, quiet=True,
+                theme=theme, css_paths=Path(__file__).parent / "inference" / "app.css",
+                ssr_mode=False, enable_monitoring=False, footer_links=["gradio", "settings"],
+                prevent_thread_lock=True, max_file_size=int(cfg.upload_mb * 1e6),
+                state_session_capacity=SESSIONS,
+                app_kwargs={"middleware": [Middleware(BaseHTTPMiddleware, self.gate)]})
         except OSError as error:
             raise UserError(f"cannot listen at port {cfg.port}: {error}; try --port=0") from None
         print(f"{page.local_url}  (Ctrl-C ends)", flush=True)
@@ -303,8 +286,7 @@ class Page(gr.Blocks):
 
 
 def explain(error):
-    """An error as a sentence for the user. An unexpected one is noted for the host, without a word
-    of what the user said."""
+    """An error as a sentence for the user. An unexpected one is logged without the user's text."""
     if not isinstance(error, gr.Error | UserError):
         at = traceback.extract_tb(error.__traceback__)[-1]
         print(f"{type(error).__name__} at {at.filename}:{at.lineno}", file=sys.stderr, flush=True)
@@ -313,61 +295,28 @@ def explain(error):
     return text[:1].upper() + text[1:] + "."
 
 
-def count_question(times, per_minute):
-    """Note the time of a question; UserError if there were too many within a minute."""
-    now = time.monotonic()
-    while times and times[0] < now - 60:
-        times.popleft()
-    if len(times) >= per_minute:
-        wait = int(times[0] + 60 - now) + 1
-        raise UserError(f"At most {per_minute} questions a minute; wait {wait} seconds")
-    times.append(now)
-
-
 def answered(history):
     """(question, its files, answer) of the questions in a page's history that have an answer."""
     turns, question = [], ("", [])
     for message in history:
-        parts = message["content"] if isinstance(message["content"], list) else [message["content"]]
-        texts = [part if isinstance(part, str) else part.get("text") for part in parts]
-        text = "\n".join(filter(None, texts))
+        content = message["content"]
+        parts = [{"text": part} if isinstance(part, str) else part.get("file") or part
+                 for part in (content if isinstance(content, list) else [content])]
+        text = "\n".join(part["text"] for part in parts if part.get("text"))
         if message["role"] == "assistant":
             turns.append((*question, html.unescape(text)))
         else:
-            files = [part.get("file", part) for part in parts if isinstance(part, dict)]
-            question = text, [file for file in files if file and "path" in file]
+            question = text, [part for part in parts if "path" in part]
     return turns
 
 
-def decodable(text):
-    """A text without the halves of surrogate pairs that JSON can have."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def describe(info):
-    """A line of Markdown about the checkpoint: stage, size, parents."""
-    parents = ", ".join(f"{p['stage']} ({p['step']:,} steps)" for p in info.get("lineage", []))
-    return (f"**{info['stage']}** after {info['step']:,} steps: {info['parameters'] / 1e6:.1f} M "
-            f"parameters, {info['decoder']['n_layer']} layers of width {info['decoder']['n_embd']}"
-            + (f", initialized from {parents}" if parents else ""))
-
-
-def return_large_memory():
-    """Have glibc return blocks of 8 MB and more to the system as soon as they are freed.
-
-    By default each thread keeps blocks of up to 32 MB once it has freed one of that size.
-    """
-    m_mmap_threshold = -3  # as malloc.h calls it
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**23)
-
-
 def main():
-    return_large_memory()
+    with contextlib.suppress(AttributeError):  # glibc: return freed blocks of 8 MB and more
+        ctypes.CDLL(None).mallopt(-3, 2**23)  # M_MMAP_THRESHOLD
     name, cfg = parse_checkpoint(Config, default=os.environ.get("CHECKPOINT", "checkpoint"))
     device = pick_device(cfg.device)
-    model, tokenizer, info = open_for_chat(name, device, pick_precision(device, cfg.precision))
+    model, tokenizer, info = open_for_chat(name, device,
+                                           fastest_precision(device, cfg.precision))
     if info["stage"] == "pretrain":
         raise UserError(f"{name} is a pretrained checkpoint, which continues text and does not "
                         "chat: use sample.py, or train it to chat with sft.py")

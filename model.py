@@ -121,11 +121,11 @@ class GPT(nn.Module):
         mask = packed_mask(segments, None, 0, compute_dtype(x))
         return self.head(self.hidden(x, positions, mask))
 
-    def hidden(self, x, positions=None, mask=None, cache=None, run=None, where=None):
+    def hidden(self, x, positions=None, mask=None, cache=None, where=None):
         """Embeddings (B, T, C) to normalised final states (B, T, C).
 
         positions: a slice shared by all rows, or (B, T), or None for 0, 1, 2 ... With a cache they
-        continue after what each row holds. run: called as run(block, ...) in place of block(...).
+        continue after what each row holds.
         where: N flat positions (into B * T); then only their states are computed after the last
         attention and returned as (N, C). Not for compiled blocks: each N is a new shape.
         """
@@ -142,8 +142,7 @@ class GPT(nn.Module):
             rotary = tuple(table.unsqueeze(1) for table in rotary)  # (B, 1, T, D), over heads
         x = x.to(dtype)
         for block, slots in zip(self.blocks, layers, strict=True):
-            inputs = x, rotary, mask, slots, where if block is self.blocks[-1] else None
-            x = block(*inputs) if run is None else run(block, *inputs)
+            x = block(x, rotary, mask, slots, where if block is self.blocks[-1] else None)
         return self.final_norm(x)
 
     def flops_per_token(self, T):

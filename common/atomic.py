@@ -3,16 +3,14 @@
     with NewFolder("data/books") as folder:     # an empty folder, renamed to data/books at the end
         (folder / "a.txt").write_text("a")
 
-    append_rows("answers.jsonl", [{"row": 0}])  # a kill may cut its last line:
-    rows, cut = read_rows("answers.jsonl")      # complete rows, and the bytes of a cut last line
-    truncate_rows("answers.jsonl", len(rows))   # drops it, so that append_rows continues
+    done = resume_rows("answers.jsonl", header, n=1000, batch=64)  # [] at the first start
+    append_rows("answers.jsonl", rows)
 """
 
 import fcntl
 import json
 import os
 import shutil
-from itertools import islice
 from pathlib import Path
 
 from common.config import UserError
@@ -99,22 +97,30 @@ class NewFolder:
 # -------------------------------------------------------------------------------------- JSON lines
 
 
-def read_rows(path):
-    """(rows, cut) of a .jsonl file; cut: the bytes after the last line break, of a line that a kill
-    cut short. ([], b"") where there is no file; ValueError if a complete line is not JSON."""
-    if not Path(path).exists():
-        return [], b""
-    *lines, cut = Path(path).read_bytes().split(b"\n")
+def resume_rows(path, header, n, batch):
+    """The rows in a .jsonl file after its first line, `header` (a dict): all n, or those of
+    complete batches, since the last digits depend on the batch. The file is cut to them, or made.
+
+    header identifies what the rows depend on; UserError if the file begins with anything else.
+    """
+    path, first = Path(path), json.dumps(header).encode() + b"\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = path.read_bytes() if path.exists() else b""
+    if not (content.startswith(first) or first.startswith(content)):
+        raise UserError(f"{path} has answers of another checkpoint, with other settings, or to "
+                        "other questions; choose another name, or remove it")
+    lines = content.split(b"\n")[1:-1]  # a kill may have cut the last one
+    lines = lines if len(lines) >= n else lines[: len(lines) // batch * batch]
     try:
-        return [json.loads(line) for line in lines], cut
-    except RecursionError:
-        raise ValueError("JSON that is nested too deeply") from None
-
-
-def truncate_rows(path, n):
-    """Cut a .jsonl file after its first n lines."""
-    with open(path, "r+b") as file:
-        file.truncate(sum(map(len, islice(file, n))))
+        rows = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); remove it") from None
+    kept = len(first) + sum(len(line) + 1 for line in lines)
+    if len(content) != kept:
+        with open(path, "ab") as file:
+            file.truncate(kept if lines else 0)
+            file.write(b"" if lines else first)
+    return rows
 
 
 def append_rows(path, rows):

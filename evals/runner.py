@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from common.archives import open_images
-from common.atomic import append_rows, read_rows, truncate_rows
+from common.atomic import append_rows, resume_rows
 from common.config import UserError
 from common.images import fit, read_image
 from evals.loglikelihood import Item, likelihoods
@@ -52,7 +52,9 @@ class TaskRunner:
     def run(self, progress=lambda n: None):
         """{"n", "scores": {name: (value, standard error)}, "chance", "text_only": scores without
         images, if there are any}. Answers already in the file are not generated again."""
-        found = self.resume() if self.file else []
+        found = []
+        if self.file:
+            found = resume_rows(self.file, self.header, len(self.questions), PART)
         progress(len(found))
         for start in range(len(found), len(self.questions), PART):
             part = self.ask(range(start, min(start + PART, len(self.questions))))
@@ -130,24 +132,3 @@ class TaskRunner:
             content = name if isinstance(name, bytes) else self.find(name)
             found.append(fit(read_image(content, str(name)[:80], *spec), *spec))
         return Item(ids, choices, found)
-
-    def resume(self):
-        """The answers in the file of an earlier start, in complete parts: the last digits depend
-        on the batch. UserError for answers of another checkpoint or to other questions."""
-        try:
-            rows, _ = read_rows(self.file)
-        except ValueError:
-            rows = [None]
-        if rows and rows[0] != self.header:
-            raise UserError(f"{self.file} has answers of another checkpoint, or to other "
-                            "questions; choose another --out, or remove it")
-        found = rows[1:]
-        if len(found) < len(self.questions):
-            found = found[: len(found) // PART * PART]
-        if rows:
-            truncate_rows(self.file, 1 + len(found))
-        else:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.unlink(missing_ok=True)
-            append_rows(self.file, [self.header])
-        return found

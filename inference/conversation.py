@@ -1,61 +1,44 @@
-"""A conversation of a user with a model: its turns, the prompt they make, the answer; and answers
-to many prompts at once.
+"""Conversations with a model, and answers to many prompts at once.
 
-A prompt is a list of ids. Each patch of an image is a negative id there, different for every
-image, so that prompts with the same beginning can share the KV cache (Decoding.reuse_prefix): a
-turn costs only its new tokens, whatever was stopped, undone or dropped before.
+A prompt is a list of ids, with a negative id, different for each image, for every image patch: so a
+common prefix of prompts stays in the KV cache (Decoding.reuse_prefix), and a turn costs only its
+new tokens, even after an answer was stopped, or a question removed.
 """
 
-import contextlib
 import itertools
-import sys
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from common.config import UserError
-from common.device import pick_dtype, processor
-from common.images import ImageError, to_pixels
+from common.device import pick_dtype
+from common.images import to_pixels
 from common.report import Sample
 from inference.generate import Decoding, Sampler, Sampling, generate, generate_batch
-from inference.quantized_linear import fastest_precision, for_decoding
+from inference.quantized_linear import for_decoding
 from vision import VisionLanguageModel, open_model
 
 TEXT_ONLY = ("this checkpoint is a text-only model; "
              "a vision_pretrain or vision_sft checkpoint takes images")
-ANSWER_SHARE = 4  # at most a quarter of the context is reserved for an answer
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character decode to
 
 
 def open_for_chat(name, device, precision="auto"):
-    """(model, tokenizer, info) of a decoder or vision checkpoint, fast at decoding; info gains
-    "parameters", their number. precision: as quantized_linear.for_decoding takes it."""
+    """(model, tokenizer, info) of a decoder or vision checkpoint; info gains the number of
+    "parameters". precision: see quantized_linear.for_decoding."""
     model, tokenizer, info = open_model(name, device, kinds=("decoder", "vision"))
     info["parameters"] = sum(p.numel() for p in model.parameters())
     return ready_to_chat(model, precision), tokenizer, info
 
 
-def pick_precision(device, precision):
-    """What --precision=auto means in a chat: the fastest here, which a terminal is told. Scores are
-    computed in what ready_to_chat takes for auto, the data type of training."""
-    if precision != "auto":
-        return precision
-    precision = fastest_precision(device)
-    if sys.stderr.isatty():  # an answer in a pipe has nothing beside it
-        where = processor().instructions if device.type == "cpu" else device.type
-        print(f"(decoding in {precision}, the fastest on {where}; --precision=fp32 does not round)",
-              file=sys.stderr)
-    return precision
-
-
 def ready_to_chat(model, precision="auto"):
-    """A decoder or vision model, made fast at decoding in place. On a CPU its vision encoder is in
-    fp32 or in the type of training, as only a decoder has weights of 8 or 16 bits there."""
+    """Make a decoder or vision model fast at decoding, in place. The vision encoder is not
+    quantized: it runs in fp32 or the training precision."""
     decoder = for_decoding(decoder_of(model), precision)
     if model is not decoder:
-        device = decoder.token_embedding.weight.device
-        same = device.type != "cpu" or precision == "fp32"
-        dtype = pick_dtype(device, precision if same else "auto")
+        dtype = pick_dtype(decoder.token_embedding.weight.device,
+                           "fp32" if precision == "fp32" else "auto")
         model.vision_tower.to(dtype)
         model.projector.to(dtype)
     return model.eval()
@@ -68,6 +51,14 @@ def has_vision(model):
 def decoder_of(model):
     """The decoder of a vision model; a decoder itself."""
     return model.decoder if has_vision(model) else model
+
+
+def check_length(model, n):
+    """UserError if a prompt of n tokens, patches of images included, leaves no room to answer."""
+    context = model.config.max_positions
+    if n >= context:
+        raise UserError(f"the question has {n} tokens with its images, but the model's context is "
+                        f"{context}; shorten it")
 
 
 # --------------------------------------------------------------------------------- one conversation
@@ -92,31 +83,28 @@ class Turn:
 
 
 class Conversation:
-    """Turns of one user with a decoder or vision model, and the Decoding that `answer` uses; what
-    its cache has in common with the prompt is reused."""
+    """The turns of one user, and the Decoding that `answer` uses."""
 
-    def __init__(self, model, tokenizer, decoding=None):
-        self.model, self.tokenizer, self.decoding, self.turns = model, tokenizer, decoding, []
-        self.context = decoder_of(model).config.max_positions
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer, self.decoding, self.turns = model, tokenizer, None, []
 
     def reset(self):
-        """Forget all turns, and the cache."""
+        """Drop all turns and the cache."""
         self.turns = []
         if self.decoding:
             self.decoding.cut(0)
 
-    def ids(self):
+    def ids(self, turns=None):
         """The prompt: all turns, the last one without its <|end|>."""
         ids = [self.tokenizer.end_of_text]
-        for turn in self.turns:
+        for turn in turns or self.turns:
             ids += [*turn.ids, *turn.answer, self.tokenizer.end]
-        return ids[:-1] if self.turns else ids
+        return ids[:-1]
 
     @torch.inference_mode()
-    def embeddings(self, start=0):
-        """Embeddings (1, T, C) of ids()[start:]."""
-        prompt, embedding = self.ids(), decoder_of(self.model).token_embedding
-        ids = torch.tensor(prompt[start:])
+    def embeddings(self, prompt, start=0):
+        """Embeddings (1, T, C) of prompt[start:]."""
+        embedding, ids = decoder_of(self.model).token_embedding, torch.tensor(prompt[start:])
         x = embedding(ids.clamp_min(0).to(embedding.weight.device))
         for image in (image for turn in self.turns for image in turn.images):
             where = (ids == image.id).nonzero()[:, 0]
@@ -126,21 +114,13 @@ class Conversation:
         return x[None]
 
     def add_question(self, text, images=(), max_tokens=256):
-        """Add a question with its PIL images, which `answer` then answers.
-
-        Returns how many of the oldest turns were dropped (see truncate). UserError if the question
-        alone does not fit; the conversation is unchanged then.
-        """
+        """Add a question with its PIL images; returns how many of the oldest turns were dropped.
+        UserError, with the conversation unchanged, if the question alone does not fit."""
         if images and not has_vision(self.model):
             raise UserError(TEXT_ONLY)
         features = encode_images(self.model, images) if images else []
-        before = self.turns
-        self.turns = [*before, self.turn(text, [EncodedImage(x) for x in features])]
-        try:
-            return self.truncate(max_tokens)
-        except UserError:
-            self.turns = before
-            raise
+        return self.fit([*self.turns, self.turn(text, list(map(EncodedImage, features)))],
+                        max_tokens)
 
     def turn(self, text, images, answer=()):
         """A Turn of texts and of a list of EncodedImage; texts cannot contain special tokens."""
@@ -149,28 +129,26 @@ class Conversation:
         return Turn(text, images, [t.user, *patches, *t.encode(text), t.end, t.assistant],
                     list(answer))
 
-    def truncate(self, max_tokens=256):
-        """Drop the oldest turns until the prompt and an answer of max_tokens fit the context;
-        returns how many. The images of a dropped turn move to the next one, unless a later turn has
-        its own. UserError if the last turn alone does not fit."""
-        n, reserved = len(self.turns), min(max_tokens, self.context // ANSWER_SHARE)
-        while len(self.ids()) + reserved > self.context and len(self.turns) > 1:
-            first, second, *rest = self.turns
+    def fit(self, turns, max_tokens):
+        """Continue with these turns, without the oldest of them until the prompt and an answer (of
+        max_tokens, at most a quarter) fit the context; returns how many were dropped. Images of a
+        dropped turn move to the next one, unless later turns have their own. UserError if the last
+        turn does not fit."""
+        n, context = len(turns), self.model.config.max_positions
+        limit = context - min(max_tokens, context // 4)
+        while len(self.ids(turns)) > limit and len(turns) > 1:
+            first, second, *rest = turns
             if not any(turn.images for turn in (second, *rest)):
                 second = self.turn(second.text, first.images, second.answer)
-            self.turns = [second, *rest]
-        length = len(self.ids())
-        if length + 1 > self.context:
-            n_patches = sum(i < 0 for i in self.ids())
-            raise UserError(f"this turn has {length - n_patches} tokens"
-                            + (f" beside {n_patches} of its images" if n_patches else "")
-                            + f", but the model's context is {self.context}; shorten it")
-        return n - len(self.turns)
+            turns = [second, *rest]
+        check_length(self.model, len(self.ids(turns)))
+        self.turns = turns
+        return n - len(turns)
 
     def answer(self, max_tokens=256, sampler=None):
         """Yield the answer to the last question in pieces of text, as it is generated."""
-        yield from self._generate(self.ids(), self.embeddings, self.tokenizer.end, max_tokens,
-                                  sampler, self.turns[-1].answer)
+        yield from self._generate(self.ids(), self.tokenizer.end, max_tokens, sampler,
+                                  self.turns[-1].answer)
 
     def ask(self, text, images=(), max_tokens=256, sampler=None):
         """add_question and answer: yields the pieces of the answer."""
@@ -180,48 +158,24 @@ class Conversation:
     def continue_text(self, text, max_tokens=256, sampler=None):
         """Yield what follows `text`, as a document, not as a chat."""
         ids = [self.tokenizer.end_of_text, *self.tokenizer.encode(text)]
-        if len(ids) > self.context:
-            raise UserError(f"this text has {len(ids)} tokens, but the model's context is "
-                            f"{self.context}; shorten it")
-        yield from self._generate(
-            ids, lambda start: embed(self.model, self.tokenizer, [ids[start:]]),
-            self.tokenizer.end_of_text, max_tokens, sampler, [])
+        check_length(self.model, len(ids))
+        yield from self._generate(ids, self.tokenizer.end_of_text, max_tokens, sampler, [])
 
-    def _generate(self, ids, embeddings, stop, max_tokens, sampler, answer):
+    def _generate(self, ids, stop, max_tokens, sampler, answer):
         """Yield the text that follows ids; `answer` gathers its ids."""
         self.decoding = self.decoding or Decoding(decoder_of(self.model))
-        sampler, detokenizer = sampler or Sampler(Sampling()), Detokenizer(self.tokenizer)
+        sampler, shown = sampler or Sampler(Sampling()), ""
         sampler.begin(ids)
-        x = embeddings(self.decoding.reuse_prefix(ids))
+        x = self.embeddings(ids, self.decoding.reuse_prefix(ids))
         for token in generate(self.decoding, x, max_tokens, stop, sampler):
             ids.append(token)
             answer.append(token)
-            if piece := detokenizer.add(token):
-                yield piece
-        if piece := detokenizer.flush():
-            yield piece
-
-
-class Detokenizer:
-    """Ids to text, as soon as characters are complete."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.pending, self.n_shown = tokenizer, [], 0
-
-    def add(self, token):
-        """The text that an id completes, perhaps none."""
-        self.pending.append(token)
-        text = self.tokenizer.decode(self.pending)
-        complete = text.removesuffix(UNFINISHED)
-        piece = complete[self.n_shown :]
-        self.n_shown += len(piece)
-        if text.endswith((" ", "\n")):
-            self.pending, self.n_shown = [], 0
-        return piece
-
-    def flush(self):
-        """The rest, if the answer ended inside a character."""
-        return self.tokenizer.decode(self.pending)[self.n_shown :]
+            text = self.tokenizer.decode(answer).removesuffix(UNFINISHED)
+            if text != shown:
+                yield text[len(shown) :]
+            shown = text
+        if rest := self.tokenizer.decode(answer)[len(shown) :]:
+            yield rest
 
 
 # ------------------------------------------------------------------------------------- many prompts
@@ -236,14 +190,10 @@ def encode_images(model, images):
 
 @torch.inference_mode()
 def embed(model, tokenizer, rows, features=None):
-    """Embeddings (B, T, C) of rows of ids (B lists), padded on the right.
-
-    features: (M * P, C), of all images, for the <|image|> ids in the rows, one after the other.
-    """
+    """Embeddings (B, T, C) of B lists of ids, padded on the right; features (M * P, C), if given,
+    replace those of the <|image|> ids, in order."""
     embedding = decoder_of(model).token_embedding
-    ids = torch.full((len(rows), max(map(len, rows))), tokenizer.end_of_text)
-    for row, some in zip(ids, rows, strict=True):
-        row[: len(some)] = torch.tensor(some)
+    ids = pad_sequence(list(map(torch.tensor, rows)), True, tokenizer.end_of_text)
     ids = ids.to(embedding.weight.device)
     x = embedding(ids)
     if features is not None:
@@ -263,14 +213,13 @@ def fits(model, tokenizer, prompt, max_tokens):
 
 
 def answer_all(model, tokenizer, chats, images, max_tokens=64, batch=64, samplers=None,
-               stop=None, compile=False):
-    """Answers (str) to many prompts: chats as ids that end where the answer begins, one <|image|>
-    for each of its PIL images. samplers: one each, or None for greedy answers; stop: the id that
-    ends an answer, <|end|> if None."""
+               stop=None):
+    """Answers (str) to prompts: chats as ids with one <|image|> for each of its PIL images.
+    samplers: one each, or None for greedy decoding; stop: <|end|> if None."""
     rows = [expand_images(model, tokenizer, chat) for chat in chats]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # less padding
     slots = min(max(map(len, rows), default=0) + max_tokens, model.config.max_positions)
-    decoding = Decoding(decoder_of(model), min(batch, max(1, len(rows))), slots, compile)
+    decoding = Decoding(decoder_of(model), min(batch, max(1, len(rows))), slots)
     found = [""] * len(rows)
     for start in range(0, len(order), batch):
         some = order[start : start + batch]
@@ -294,47 +243,26 @@ def turns_of(chats, i):
 
 
 def sample_answers(model, tokenizer, chats, n=8, max_tokens=64):
-    """The first turns of the first n chats that fit, with the model's answers: for a report."""
-    model.eval()
-    spec = getattr(model, "image_spec", None)
-    turns, images = [], []
-    for i in range(min(len(chats), 10 * n)):
-        turn = turns_of(chats, i)[0]
-        if len(turns) < n and fits(model, tokenizer, turn[0], max_tokens):
-            with contextlib.suppress(ImageError):  # deleted since it was prepared
-                images.append(chats.images(i, spec)[: turn[0].count(tokenizer.image)])
-                turns.append(turn)
-    found = answer_all(model, tokenizer, [turn[0] for turn in turns], images)
-    return [Sample([*messages_in(tokenizer, prompt), ("model", answer),
-                    ("reference", tokenizer.decode(reference))], shown)
-            for (prompt, reference), answer, shown in zip(turns, found, images, strict=True)]
-
-
-def messages_in(tokenizer, ids):
-    """The turns of a rendered chat as (role, text), without its special tokens."""
-    roles, turns = {i: role for role, i in tokenizer.role_ids.items()}, []
-    for i in ids:
-        if i in roles:
-            turns.append((roles[i], []))
-        elif turns and i < tokenizer.end_of_text:  # special tokens come after all others
-            turns[-1][1].append(i)
-    return [(role, tokenizer.decode(text)) for role, text in turns if text]
+    """A report.Sample of the first turn of each of the first n chats that fit."""
+    spec, numbers = getattr(model, "image_spec", None), range(min(len(chats), 10 * n))
+    turns = {i: turns_of(chats, i)[0] for i in numbers}
+    fitting = [i for i in numbers if fits(model, tokenizer, turns[i][0], max_tokens)][:n]
+    images = [chats.images(i, spec)[: turns[i][0].count(tokenizer.image)] for i in fitting]
+    return samples(model, tokenizer, [turns[i] for i in fitting], images, max_tokens)
 
 
 def sample_texts(model, tokenizer, texts, n=8, given=16, max_tokens=60):
-    """The first tokens of n windows of a data.Text with the model's continuations: for a report."""
-    model.eval()
-    end, n = tokenizer.end_of_text, min(n, len(texts))
-    given = min(given, texts.T // 2, model.config.max_positions // 2)
+    """A report.Sample of the first tokens of each of n windows of a data.Text, continued."""
+    n, given = min(n, len(texts)), min(given, texts.T // 2, model.config.max_positions // 2)
     windows = [texts.window(i * len(texts) // n).tolist() for i in range(n)]
-    windows = [window[window[0] == end :] for window in windows]  # without a leading <|endoftext|>
-    found = answer_all(model, tokenizer, [[end, *window[:given]] for window in windows], [[]] * n,
-                       max_tokens, stop=end)
-    samples = []
-    for window, text in zip(windows, found, strict=True):
-        reference = window[given : given + max_tokens]
-        reference = reference[: reference.index(end)] if end in reference else reference
-        samples.append(Sample([("beginning", tokenizer.decode(window[:given]).strip()),
-                               ("model", text.strip()),
-                               ("reference", tokenizer.decode(reference).strip())]))
-    return samples
+    turns = [(window[:given], window[given : given + max_tokens]) for window in windows]
+    return samples(model, tokenizer, turns, [[]] * n, max_tokens, tokenizer.end_of_text)
+
+
+def samples(model, tokenizer, turns, images, max_tokens, stop=None):
+    """report.Sample of (prompt, reference) ids with the model's answers."""
+    answers = answer_all(model.eval(), tokenizer, [prompt for prompt, _ in turns], images,
+                         max_tokens, stop=stop)
+    return [Sample([("prompt", tokenizer.decode(prompt)), ("model", answer.strip()),
+                    ("reference", tokenizer.decode(reference).strip())], shown)
+            for (prompt, reference), answer, shown in zip(turns, answers, images, strict=True)]

@@ -1,13 +1,10 @@
-"""Continuous batching for the browser: one thread decodes all conversations that wait for an
-answer, in one pass over the weights per step.
+"""Continuous batching for the browser: one thread decodes all active conversations as one batch.
 
-A conversation takes whatever row of the KV cache is free, preferably the one that still holds the
-beginning of its prompt, of which only the rest is prefilled.
+A conversation gets a free row of the KV cache, preferably one that holds a prefix of its prompt.
 """
 
 import asyncio
 import contextlib
-import itertools
 import queue
 import threading
 from collections.abc import Callable
@@ -24,21 +21,22 @@ class Request:
     """An answer in progress."""
 
     conversation: Conversation
-    max_tokens: int
     sampler: Sampler
     send: Callable  # gets each id, then None or the exception that ended the answer
     ids: list  # the prompt, then also the answer
-    n_prompt: int
+    longest: int  # number of ids at which the answer ends
     cancelled: bool = False
 
 
 class Engine:
     """The thread that decodes, and its queue of requests."""
 
-    def __init__(self, decoder, rows=8, compile=False):
-        self.decoding = Decoding(decoder, rows, compile=compile)
+    def __init__(self, decoder, rows=8):
+        self.decoding = Decoding(decoder, rows)
         self.waiting, self.active = queue.SimpleQueue(), {}  # active: row -> Request
-        self.last_used, self.clock = [0] * rows, itertools.count(1)
+        # Least recently used first, and of those never used the lowest: a step computes all rows
+        # from the first active one to the last.
+        self.free = list(range(rows))
         threading.Thread(target=self._run, name="decoding", daemon=True).start()
 
     async def generate(self, conversation, max_tokens, sampler):
@@ -50,7 +48,7 @@ class Engine:
                 loop.call_soon_threadsafe(answer.put_nowait, item)
 
         ids = conversation.ids()
-        request = Request(conversation, max_tokens, sampler, send, ids, len(ids))
+        request = Request(conversation, sampler, send, ids, len(ids) + max_tokens)
         self.waiting.put(request)
         try:
             while (item := await answer.get()) is not None:
@@ -70,13 +68,15 @@ class Engine:
                     self._finish(row)
                 if self.active:
                     self._step()
-            except Exception as error:  # nobody may wait for a thread that has died
+            except Exception as error:  # a request must not wait for a dead thread
                 for row in list(self.active):
                     self._finish(row, error)
 
     def _admit(self):
-        """Start the next request, if there is one and a free row; wait for one if idle."""
-        if len(self.active) == len(self.last_used):
+        """Start the next request, if there is one and a free row; wait for one if idle. It gets the
+        row with the longest common prefix, if that is most of either; else the least recently used.
+        """
+        if not self.free:
             return
         try:
             request = self.waiting.get(block=not self.active)
@@ -84,23 +84,15 @@ class Engine:
             return
         if request.cancelled:
             return
-        row = self._pick_row(request.ids)
+        ids, decoding = request.ids, self.decoding
+        row = max(self.free, key=lambda row: decoding.common_prefix(ids, row))
+        if decoding.common_prefix(ids, row) <= min(len(ids), decoding.cache.lengths[row]) / 2:
+            row = self.free[0]
+        self.free.remove(row)
         self.active[row] = request
-        request.sampler.begin(request.ids)
-        start = self.decoding.reuse_prefix(request.ids, row)
-        logits = self.decoding.prefill(request.conversation.embeddings(start), row)
-        self._deliver(row, request.sampler(logits).item())
-
-    def _pick_row(self, ids):
-        """The free row with the longest common prefix with ids, if that is most of the one or the
-        other; else the one unused for longest."""
-        free = [row for row in range(len(self.last_used)) if row not in self.active]
-        shared = {row: self.decoding.common_prefix(ids, row) for row in free}
-        best = max(free, key=shared.get)
-        if shared[best] > min(len(ids), self.decoding.length(best)) / 2:
-            return best
-        # Of those never used the first: a step computes all rows from the first to the last active.
-        return min(free, key=self.last_used.__getitem__)
+        request.sampler.begin(ids)
+        x = request.conversation.embeddings(ids, decoding.reuse_prefix(ids, row))
+        self._deliver(row, request.sampler(decoding.prefill(x, row)).item())
 
     def _step(self):
         """One more token for every active row."""
@@ -122,10 +114,9 @@ class Engine:
             return self._finish(row)
         request.ids.append(token)
         request.send(token)
-        n = len(request.ids) - request.n_prompt
-        if n == request.max_tokens or not self.decoding.room(row):
+        if len(request.ids) == request.longest or not self.decoding.room(row):
             self._finish(row)
 
     def _finish(self, row, error=None):
         self.active.pop(row).send(error)
-        self.last_used[row] = next(self.clock)
+        self.free.append(row)

@@ -1,20 +1,22 @@
-"""Decoding: one token after another, for one sequence or for many at once.
+"""Autoregressive decoding of one sequence or a batch, and sampling.
 
-A token reads every weight of the decoder once, so memory bandwidth and overhead decide the speed:
-weights are laid out for it (quantized_linear.for_decoding), the KV cache is allocated once, a GPU
-replays a step as a CUDA graph, and many rows share one pass over the weights.
+Decoding is bound by memory bandwidth and overhead: weights are packed or quantized
+(quantized_linear), the KV cache is allocated once, and a GPU replays a step as a CUDA graph.
 
 Shapes: B rows, T positions, C width, V vocabulary.
 """
 
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Literal
 
 import torch
 
 from common.config import UserError
-from common.device import need_compiler
 from inference.kv_cache import KVCache
 
+LIMITS = {"temperature": (0, 1e9), "top_k": (0, 1e9), "top_p": (1e-9, 1), "seed": (0, 2**63 - 1),
+          "repetition_penalty": (1e-9, 1e9), "max_tokens": (1, 1e9)}
 BUCKET = 256  # slots that a CUDA graph attends to; doubled as long as a row is longer
 
 
@@ -28,50 +30,52 @@ class Sampling:
     top_p: float = 1.0  # sample from the most likely tokens that make up this probability
     repetition_penalty: float = 1.0  # above 1, tokens already in the context are less likely
     seed: int = 1337  # the same seed gives the same text
+    max_tokens: int = 256  # longest answer
 
     def __post_init__(self):
-        for name, valid, range_ in (
-                ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-                ("top_k", self.top_k >= 0, "0 or more"),
-                ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
-                ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
-                ("seed", 0 <= self.seed < 2**63, "0 or more")):
-            if not valid:
-                raise UserError(f"{name} must be {range_}, not {getattr(self, name)}")
+        for name, (low, high) in LIMITS.items():
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"{name} must be {low:g} to {high:g}, not {getattr(self, name)}")
+
+
+@dataclass
+class Generation(Sampling):
+    """The settings that sample.py and app.py share."""
+
+    # --- hardware
+    device: str = "auto"  # auto, cpu, cuda, mps
+    # of weights and products; auto: the fastest here that costs a model under 0.01 nats per token
+    precision: Literal["auto", "bf16", "fp16", "fp32", "int8"] = "auto"
 
 
 class Sampler:
-    """Chooses the ids of one sequence, with its own generator and set of seen ids."""
+    """Chooses the ids of one sequence, with its own generator and list of seen ids."""
 
     def __init__(self, sampling, device="cpu"):
-        self.sampling, self.generator, self.seen = sampling, None, None
+        self.sampling, self.device, self.seen, self.generator = sampling, device, None, None
         if sampling.temperature:
             self.generator = torch.Generator(device).manual_seed(sampling.seed)
 
     @property
     def greedy(self):
-        """Whether it takes the most likely id, whatever the context."""
+        """Whether it always takes the most likely id."""
         return self.generator is None and self.sampling.repetition_penalty == 1
 
     def begin(self, ids):
-        """Start an answer to a context of ids (list of int); negative ids, of images, are no text
-        that the penalty counts."""
-        penalized = self.sampling.repetition_penalty != 1
-        self.seen = [i for i in ids if i >= 0] if penalized else None
+        """Start an answer to a context of ids (list of int). The repetition penalty does not count
+        negative ids, which are image patches."""
+        self.seen = torch.tensor([i for i in ids if i >= 0], device=self.device)
 
     def __call__(self, logits):
         """The next id, (1,), from logits (1, V)."""
         s, logits = self.sampling, logits.float()
-        if self.seen is not None:
-            if isinstance(self.seen, list):
-                ids, self.seen = self.seen, logits.new_zeros(logits.size(-1), dtype=torch.bool)
-                self.seen[ids] = True
-            weaker = torch.where(logits > 0, logits / s.repetition_penalty,
-                                 logits * s.repetition_penalty)
-            logits = torch.where(self.seen, weaker, logits)
-        token = pick(logits, s.temperature, s.top_k, s.top_p, self.generator)
-        if self.seen is not None:
-            self.seen[token] = True
+        if s.repetition_penalty == 1:
+            return pick(logits, s.temperature, s.top_k, s.top_p, self.generator)
+        seen = logits.gather(1, self.seen[None])
+        seen = torch.where(seen > 0, seen / s.repetition_penalty, seen * s.repetition_penalty)
+        token = pick(logits.scatter(1, self.seen[None], seen), s.temperature, s.top_k, s.top_p,
+                     self.generator)
+        self.seen = torch.cat((self.seen, token))
         return token
 
 
@@ -82,19 +86,17 @@ def pick(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
         return logits.argmax(-1)
     logits = logits / temperature
     if not top_k and top_p == 1:
-        return draw(logits.softmax(-1), generator)
+        return logits.softmax(-1).multinomial(1, generator=generator)[:, 0]
     values, order = most_likely(logits, top_k, top_p)
     p = values.softmax(-1) if top_k else (values - logits.logsumexp(-1, keepdim=True)).exp()
     before = p.cumsum(-1) - p  # probability of all that are more likely
     before[:, 0] = 0.0  # never drop the most likely
-    return order.gather(1, draw(p * (before < top_p), generator)[:, None])[:, 0]
+    return order.gather(1, (p * (before < top_p)).multinomial(1, generator=generator))[:, 0]
 
 
 def most_likely(logits, top_k, top_p):
-    """(values, ids), both (B, n), descending: of top_k logits, or of as many as top_p needs.
-
-    Sorting a whole vocabulary would take longer than computing its logits.
-    """
+    """(values, ids), both (B, n), descending: top_k of them, or as many as top_p needs. Sorting a
+    whole vocabulary takes longer than computing its logits."""
     V = logits.size(-1)
     n, total = min(top_k or 64, V), logits.logsumexp(-1, keepdim=True)
     while True:
@@ -104,38 +106,22 @@ def most_likely(logits, top_k, top_p):
         n = min(8 * n, V)
 
 
-def draw(p, generator):
-    """Indices (B,) drawn with probabilities p (B, n), which need not sum to 1."""
-    sums = p.cumsum(-1)
-    u = torch.rand(len(p), 1, generator=generator, device=p.device) * (1 - 2**-23)
-    return torch.searchsorted(sums, u * sums[:, -1:], right=True)[:, 0]
-
-
 class Decoding:
-    """A decoder and the rows of a KV cache, one for each sequence.
+    """A decoder and its KV cache, one row per sequence.
 
-    Every row has one slot more than it may use: a row that waits while others decode is computed
-    too, and its result is written behind its last valid position.
+    Each row has one slot to spare: a step computes waiting rows as well, and writes their result
+    after their last valid position.
     """
 
-    def __init__(self, model, rows=1, slots=None, compile=False):
+    def __init__(self, model, rows=1, slots=None):
         self.model, self.slots = model, slots or model.config.max_positions
         self.cache = KVCache(model, rows, self.slots + 1)
         self.device = self.cache.keys.device
         self.cached_ids = [[] for _ in range(rows)]  # see reuse_prefix
-        self.graphs, self.run = {}, None
-        if compile:
-            if self.device.type != "cuda":
-                raise UserError("--compile=True needs a GPU")
-            need_compiler()
-            self.run = torch.compile(call_block)
+        self.graphs = {}
         if self.device.type == "cuda":
             self.ids = torch.zeros(rows, dtype=torch.long, device=self.device)
             self.positions = torch.zeros_like(self.ids)
-
-    def length(self, row=0):
-        """Number of positions that a row holds."""
-        return self.cache.lengths[row]
 
     def cut(self, length, row=0):
         """Drop what a row holds after its first `length` positions."""
@@ -146,17 +132,17 @@ class Decoding:
         return self.slots - self.cache.lengths[row]
 
     def common_prefix(self, ids, row=0):
-        """Number of positions of a row that a prompt of ids can use. The last id does not count:
-        the logits of what follows it have to be computed."""
+        """Number of cached positions of a row that a prompt of ids can reuse; the last id is always
+        computed, for its logits."""
         n, cached = 0, self.cached_ids[row]
-        limit = min(self.length(row), len(cached), len(ids) - 1)
+        limit = min(self.cache.lengths[row], len(cached), len(ids) - 1)
         while n < limit and cached[n] == ids[n]:
             n += 1
         return n
 
     def reuse_prefix(self, ids, row=0):
-        """Cut a row to its common prefix with ids, and return the prefix's length. The caller
-        prefills the rest, and appends to the list `ids` every id that it decodes next."""
+        """Cut a row to its common prefix with ids, whose length is returned. The caller prefills
+        the rest, and appends to the list `ids` every decoded id."""
         n = self.common_prefix(ids, row)
         self.cut(n, row)
         self.cached_ids[row] = ids
@@ -164,9 +150,8 @@ class Decoding:
 
     @torch.inference_mode()
     def prefill(self, embeddings, row=0, lengths=None):
-        """Append embeddings (B, T, C) to the rows row, row + 1 ...; logits (B, V) of what follows.
-        lengths (list of B): how many of the T positions count; the rest is padding, which later
-        positions overwrite before they attend to it."""
+        """Append embeddings (B, T, C) to the rows from `row` on; next-token logits (B, V).
+        lengths (list of B): valid positions; later ones overwrite the padding."""
         B, T, _ = embeddings.shape
         lengths = lengths or [T] * B
         last = torch.tensor([i * T + length - 1 for i, length in enumerate(lengths)])
@@ -178,8 +163,8 @@ class Decoding:
 
     @torch.inference_mode()
     def step(self, ids, row=0, waiting=()):
-        """Append one id (B,) to each of the rows row, row + 1 ...; logits (B, V) of what follows.
-        waiting: rows among them that do not take part; their logits are meaningless."""
+        """Append one id (B,) to each row from `row` on; next-token logits (B, V), meaningless for
+        the rows in `waiting`, which stay as they are."""
         last = row + len(ids)
         if self.device.type == "cuda":
             logits = self._replay(ids, row)[row:last]
@@ -191,18 +176,18 @@ class Decoding:
         return logits
 
     def _step(self, ids, cache):
-        x = self.model.hidden(self.model.token_embedding(ids)[:, None], cache=cache, run=self.run)
+        x = self.model.hidden(self.model.token_embedding(ids)[:, None], cache=cache)
         return self.model.head(x[:, 0])
 
-    # A CUDA graph is a step's list of kernels, with fixed addresses and shapes. Ids and positions
-    # are copied to where it reads them; it attends to `end` slots, of which a mask hides the rest.
+    # A CUDA graph has fixed addresses and shapes: ids and positions are copied to its inputs, and
+    # it attends to `end` slots under a mask.
 
     def _replay(self, ids, row):
-        """The step of all rows, of which those from `row` on take ids."""
+        """A step of all rows, with ids for those from `row` on."""
         end = BUCKET
         while end <= max(self.cache.lengths):
             end *= 2
-        end = min(end, self.cache.slots)
+        end = min(end, self.slots + 1)
         self.ids[row : row + len(ids)] = ids
         self.positions.copy_(torch.tensor(self.cache.lengths))
         if end not in self.graphs:
@@ -212,12 +197,13 @@ class Decoding:
         return logits
 
     def _capture(self, end):
-        """(graph, the logits (rows, V) that it writes) of a step that attends to `end` slots."""
-        cache = FixedSlots(self.cache, self.positions, end)
+        """(graph, its output logits (rows, V)) of a step that attends to `end` slots."""
+        # Its next positions are a tensor on the device, not Python numbers.
+        cache = SimpleNamespace(extend=lambda T: self.cache.place(self.positions[:, None], end))
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            for _ in range(3):  # compiles and allocates; repeating a step changes nothing
+            for _ in range(3):  # allocates; repeating a step changes nothing
                 self._step(self.ids, cache)
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
@@ -226,26 +212,10 @@ class Decoding:
         return graph, logits
 
 
-class FixedSlots:
-    """A KVCache whose next positions are in a tensor (rows,) on the device."""
-
-    def __init__(self, cache, positions, end):
-        self.cache, self.positions, self.end = cache, positions, end
-
-    def extend(self, T):
-        return self.cache.place(self.positions[:, None], self.end)
-
-
-def call_block(block, *inputs):
-    return block(*inputs)
-
-
 @torch.inference_mode()
 def generate(decoding, embeddings, max_tokens, stop, sampler):
-    """Yield the ids (int) that follow embeddings (1, T, C) in the first row, without `stop`.
-
-    All but the last id are in the cache afterwards. Ends early when the row is full.
-    """
+    """Yield the ids (int) that follow embeddings (1, T, C) in the first row, without `stop`; fewer
+    when the row is full. All but the last id are in the cache afterwards."""
     logits = decoding.prefill(embeddings)
     for n in range(1, max_tokens + 1):
         token = sampler(logits)
@@ -260,19 +230,14 @@ def generate(decoding, embeddings, max_tokens, stop, sampler):
 
 @torch.inference_mode()
 def generate_batch(decoding, embeddings, lengths, max_tokens, stop, samplers=None):
-    """Continuations of B prompts of different lengths, each ending at `stop`: B lists of ids.
-
-    embeddings: (B, T, C), padded on the right; lengths: list of B; samplers: B of them, or None for
-    greedy decoding. The rows must be empty, and are emptied afterwards.
-    """
+    """B lists of ids that follow embeddings (B, T, C), padded on the right, of B lengths. samplers:
+    one each, or None for greedy decoding. The rows must be empty, and are emptied afterwards."""
     B = len(lengths)
     logits = decoding.prefill(embeddings, lengths=lengths)
     answers, done = [[] for _ in lengths], set()
     for n in range(1, max_tokens + 1):
-        if samplers is None:
-            tokens = pick(logits)
-        else:
-            tokens = torch.cat([sampler(logits[i : i + 1]) for i, sampler in enumerate(samplers)])
+        tokens = pick(logits) if samplers is None else torch.cat([
+            sampler(logits[i : i + 1]) for i, sampler in enumerate(samplers)])
         for row, token in enumerate(tokens.tolist()):
             if row not in done and token != stop:
                 answers[row].append(token)

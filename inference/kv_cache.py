@@ -11,17 +11,17 @@ from model import compute_dtype
 
 
 class Slots(NamedTuple):
-    """A layer's part of a cache: the slots to attend to, and where T new positions go."""
+    """One layer's part of a cache: the slots to attend to, and where T new positions are stored."""
 
     keys: torch.Tensor  # (B, H, S, D)
     values: torch.Tensor
-    new_keys: torch.Tensor | None  # (B, H, T, D), the same memory; None where rows differ:
+    new_keys: torch.Tensor | None  # (B, H, T, D) views of the same memory, or None:
     new_values: torch.Tensor | None
-    positions: torch.Tensor | None  # (B, T) slots of each row
+    positions: torch.Tensor | None  # (B, T), where rows differ in length
     fresh: bool  # the cache was empty
 
     def store(self, k, v):
-        """Store k and v (B, H, T, D); returns all (B, H, S, D) to attend to."""
+        """Store k and v (B, H, T, D); returns keys and values (B, H, S, D) to attend to."""
         if self.positions is None:
             self.new_keys.copy_(k)
             self.new_values.copy_(v)
@@ -33,10 +33,9 @@ class Slots(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of B sequences, one per row. Allocated once, never copied.
+    """Keys and values of B sequences, one row each, allocated once.
 
-    The caller owns it; no module holds any, so two users cannot share one by accident. lengths[b]
-    is the number of used slots of row b; lowering it truncates the row.
+    lengths[b] is the number of slots that row b has used; lowering it drops the later positions.
     """
 
     def __init__(self, model, batch=1, slots=None):
@@ -49,25 +48,19 @@ class KVCache:
         self.values = torch.zeros_like(self.keys)
         self.lengths = [0] * batch
 
-    @property
-    def slots(self):
-        return self.keys.size(3)
-
     def rows(self, first, last):
-        """Rows first to last as a cache that shares the memory and copies the lengths."""
+        """The rows first to last - 1 as a KVCache over the same memory, with a copy of lengths."""
         part = object.__new__(KVCache)
         part.keys, part.values = self.keys[:, first:last], self.values[:, first:last]
         part.lengths = self.lengths[first:last]
         return part
 
     def extend(self, T):
-        """Make room for T more positions in every row.
-
-        Returns what GPT.hidden needs: (their positions, the attention mask, the Slots by layer).
-        """
+        """Reserve T more positions in every row, for GPT.hidden: (positions, mask, list of Slots by
+        layer)."""
         before, end = self.lengths, max(self.lengths) + T
-        if end > self.slots:
-            raise ValueError(f"{end} positions do not fit a cache of {self.slots}")
+        if end > self.keys.size(3):
+            raise ValueError(f"{end} positions do not fit a cache of {self.keys.size(3)}")
         self.lengths = [n + T for n in before]
         steps = torch.arange(T, device=self.keys.device)
         if min(before) < max(before):
@@ -78,20 +71,20 @@ class KVCache:
             mask = self.mask(begin + steps[None], end)
         new = (x[:, :, :, begin:end].unbind() for x in (self.keys, self.values))
         return slice(begin, end), mask, [
-            Slots(*layer, None, begin == 0) for layer in zip(*self.seen(end), *new, strict=True)]
+            Slots(*layer, None, begin == 0) for layer in zip(*self.first(end), *new, strict=True)]
 
     def place(self, positions, end):
-        """Like extend, for positions (B, T) on the device, attending to `end` slots."""
-        layers = zip(*self.seen(end), strict=True)
+        """As extend, for positions (B, T) on the device, attending to the first `end` slots."""
+        layers = zip(*self.first(end), strict=True)
         return positions, self.mask(positions, end), [
             Slots(*layer, None, None, positions, False) for layer in layers]
 
     def mask(self, positions, end):
-        """The additive causal mask (B, 1, T, end) for queries at `positions` (B, T). A boolean one
-        would be converted to this in every layer."""
+        """Additive causal mask (B, 1, T, end) for queries at `positions` (B, T); every layer
+        would convert a boolean one."""
         later = torch.arange(end, device=positions.device) > positions[:, None, :, None]
         return self.keys.new_zeros(later.shape).masked_fill_(later, float("-inf"))
 
-    def seen(self, end):
-        """The first `end` slots of the keys and of the values, layer by layer (B, H, end, D)."""
+    def first(self, end):
+        """The first `end` slots of keys and values, layer by layer (B, H, end, D)."""
         return self.keys[:, :, :, :end].unbind(), self.values[:, :, :, :end].unbind()

@@ -1,7 +1,7 @@
-"""Linear layers for decoding: weights packed or quantized for products with few rows.
+"""Linear layers for decoding on a CPU: packed or quantized weights.
 
-A product with one row reads every weight once, so half the bytes take half the time (docs/log.md).
-relu: the layer ends with a ReLU (and has no bias).
+A product of one row is memory-bound: weights of half the size take half the time. docs/log.md has
+the measurements. relu=True fuses a ReLU into the product (4 % of a token; no bias then).
 
 Shapes: N outputs, K inputs.
 """
@@ -16,170 +16,112 @@ from common.config import UserError
 from common.device import pick_dtype, processor
 from model import MLP
 
-FEW = 4  # rows for which FBGEMM's 16-bit weights are faster than oneDNN's in fp32 or bf16
+FEW = 4  # rows up to which FBGEMM's fp16 weights are faster than oneDNN's fp32 or bf16 ones
+
+
+def has_fbgemm(device):
+    """Whether this PyTorch and this processor have FBGEMM's products (x86; not ARM)."""
+    return device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
 
 
 class PackedLinear(nn.Module):
-    """A Linear with its weight in oneDNN's blocked layout, and for few rows also as the sum of two
-    fp16 numbers.
+    """A Linear with fp32, bf16 or fp16 weights.
 
-    FBGEMM's product with fp16 weights, converted to fp32 when read, runs at memory speed; fp32
-    products with one row (MKL's, oneDNN's) at half of it. The second number is the rounding error
-    of the first, times 2**11: together they are exact to half a unit in fp32's last place.
+    Few rows use FBGEMM's fp16 product, in which x and sums are fp32. fp16 holds the values of bf16
+    too; fp32 weights are split into their rounding to fp16 and the rounding error times 2**11:
+    together as exact as fp32, and nearly twice as fast as fp32 products of one row, which reach
+    only half of the memory bandwidth. Many rows use oneDNN's fp32 product, or where it is native
+    its bf16 one.
     """
 
-    def __init__(self, linear, relu=False):
+    def __init__(self, linear, relu=False, dtype=torch.float32):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight, self.bias = linear.weight.detach(), linear.bias
-        self.relu, self.few = relu, None
-        self.many = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        if weight.dtype == torch.float32 and HalfLinear.works(weight.device):
-            rounded = weight.half().float()
-            both = torch.cat((rounded, (weight - rounded) * 2**11), dim=1)  # (N, 2 * K)
-            self.few = torch.ops.quantized.linear_prepack_fp16(both, self.bias)
-
-    def forward(self, x):
-        if self.few is not None and x.numel() <= FEW * self.in_features:
-            return half_product(torch.cat((x, x * 2**-11), dim=-1), self.few, self.relu)
-        return packed_product(x, self.many, self.bias, self.relu)
-
-    @staticmethod
-    def works(device, dtype):
-        """Whether this PyTorch and processor support it."""
-        ops = torch.ops.mkldnn
-        return (device.type == "cpu" and torch.backends.mkldnn.is_available()
-                and hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")
-                and (dtype == torch.float32
-                     or (dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported())))
-
-
-class HalfLinear(nn.Module):
-    """A Linear with 16-bit weights (fp16, or rounded to bf16), fp32 inputs and fp32 sums.
-
-    FBGEMM's product with fp16 weights; fp16 represents bf16 values exactly down to 6e-8. On a
-    processor with bf16 products, many rows use oneDNN's, with results in bf16.
-    """
-
-    def __init__(self, linear, relu=False, dtype=torch.float16):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight, self.relu, self.many = linear.weight.detach().to(dtype), relu, None
+        self.in_features, self.relu, self.many = linear.in_features, relu, None
+        self.dtype, self.split, weight = dtype, dtype == torch.float32, linear.weight.to(dtype)
         self.bias = None if linear.bias is None else linear.bias.detach().float()
-        self.few = torch.ops.quantized.linear_prepack_fp16(weight.float(), self.bias)
-        if dtype == torch.bfloat16 and processor().bf16:
+        few = weight.float()
+        if self.split:
+            rounded = few.half().float()
+            few = torch.cat((rounded, (few - rounded) * 2**11), dim=1)  # (N, 2 * K)
+        self.few = torch.ops.quantized.linear_prepack_fp16(few, self.bias)
+        if self.split or (dtype == torch.bfloat16 and processor().bf16):
             self.many = torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
     def forward(self, x):
         if self.many is None or x.numel() <= FEW * self.in_features:
-            return half_product(x.float(), self.few, self.relu)
-        y = packed_product(x.to(torch.bfloat16), self.many, None, self.relu)
+            x, ops = x.float(), torch.ops.quantized
+            product = ops.linear_relu_dynamic_fp16 if self.relu else ops.linear_dynamic_fp16
+            return product(torch.cat((x, x * 2**-11), dim=-1) if self.split else x, self.few)
+        y = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.many, None,
+                                               "relu" if self.relu else "none", [], "")
         return y if self.bias is None else y + self.bias
-
-    @staticmethod
-    def works(device):
-        """Whether this PyTorch and processor support it."""
-        return (device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
-                and hasattr(torch.ops.quantized, "linear_dynamic_fp16"))
-
-
-def half_product(x, packed, relu):
-    ops = torch.ops.quantized
-    return (ops.linear_relu_dynamic_fp16 if relu else ops.linear_dynamic_fp16)(x, packed)
-
-
-def packed_product(x, packed, bias, relu):
-    then = "relu" if relu else "none"
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, then, [], "")
 
 
 class Int8Linear(nn.Module):
-    """A Linear with 8-bit weights: integers from -127 to 127 and a scale per output.
+    """A Linear with int8 weights, one scale per output, and dynamic int8 quantization of x.
 
-    PyTorch's dynamically quantized product: x is also rounded to 8 bits, by its range. Rows are
-    first scaled to one range, so that a large row does not cost the others precision. Without VNNI
-    two neighbouring products are added in 16 bits, which saturate; there the sum of two neighbours
-    of one sign is kept within 128, so that it stays within 255 * 128. For most rows that costs half
-    a bit (7-bit weights would cost one: docs/log.md).
+    Several rows are normalized by their maximum first, as they share one scale. Without VNNI,
+    FBGEMM adds pairs of products in saturating int16; there the scale keeps the sum of two
+    neighbouring weights of one sign within 128, which costs most rows half a bit.
     """
 
     def __init__(self, linear, relu=False):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features, self.relu = linear.in_features, relu
         weight = linear.weight.detach().float()
         largest = weight.abs() if processor().vnni else torch.cat([
             part.clamp_min(0).unflatten(1, (-1, 2)).sum(-1) for part in (weight, -weight)], dim=1)
         scale = largest.amax(dim=1).clamp_min(1e-12) / 127  # (N,)
         zeros = torch.zeros(len(scale), dtype=torch.long)
-        with warnings.catch_warnings():  # deprecated, but twice as fast as its successor
+        with warnings.catch_warnings():  # deprecated, but twice as fast as its replacement
             warnings.simplefilter("ignore")
             weight = torch.quantize_per_channel(weight, scale, zeros, 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(weight, None)
         self.bias = None if linear.bias is None else linear.bias.detach().float()
-        self.relu = relu
 
     def forward(self, x):
+        ops = torch.ops.quantized
+        product = ops.linear_relu_dynamic if self.relu else ops.linear_dynamic
         if x.numel() == self.in_features:
-            y = self.product(x)
+            y = product(x, self.packed)
         else:
             largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12)
-            y = self.product(x / largest) * largest
+            y = product(x / largest, self.packed) * largest
         return y if self.bias is None else y + self.bias
 
-    def product(self, x):
-        ops = torch.ops.quantized
-        return (ops.linear_relu_dynamic if self.relu else ops.linear_dynamic)(x, self.packed)
 
-    @staticmethod
-    def works(device):
-        """Whether this PyTorch and processor support it."""
-        return (device.type == "cpu" and torch.backends.quantized.engine != "none"
-                and hasattr(torch, "quantize_per_channel"))
-
-
-def fastest_precision(device):
-    """The precision that decodes fastest on a device and costs a model less than 0.01 nats.
-
-    On x86 that is int8: a token takes 0.7 of the time of 16 bits (docs/log.md). Devices that were
-    not measured use the training precision.
-    """
-    if HalfLinear.works(device) and Int8Linear.works(device):
-        return "int8"
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    return names[pick_dtype(device)]
+def fastest_precision(device, precision="auto"):
+    """What --precision=auto means for generation: the fastest type that costs under 0.01 nats per
+    token. int8 on every x86 instruction set (docs/log.md), elsewhere the training precision."""
+    return "int8" if precision == "auto" and has_fbgemm(device) else precision
 
 
 def for_decoding(decoder, precision="auto"):
     """Convert `decoder` for fast decoding, in place; it cannot be trained or saved afterwards.
 
-    precision: fp32, bf16, fp16, int8, or auto for the device's training precision, in which scores
-    are computed. On a CPU it applies to weights and products; norms, attention and the residual
-    stream are fp32. UserError if the device does not support int8.
+    precision: fp32, bf16, fp16, int8, or auto for the training precision, which scores use. On a
+    CPU it is that of weights and products; norms, attention and residuals are fp32.
     """
     device = decoder.token_embedding.weight.device
+    decoder.requires_grad_(False).eval()
+    if not has_fbgemm(device):
+        if precision == "int8":
+            raise UserError("--precision=int8 needs an x86 CPU; use --precision=auto")
+        return decoder.to(pick_dtype(device, precision))
+    decoder.float()
     if precision == "int8":
-        if not Int8Linear.works(device):
-            raise UserError("--precision=int8 is for CPUs whose PyTorch has 8-bit products; use "
-                            "--precision=auto")
-        kind, dtype = Int8Linear, torch.float32
+        # Without VNNI: these weights, a quarter of a block's, cause half of the quantization error
+        # (docs/log.md).
+        for block in decoder.blocks if not processor().vnni else ():
+            block.attention.qkv = PackedLinear(block.attention.qkv, dtype=torch.float16)
+        replace(decoder, Int8Linear)
     else:
-        dtype = pick_dtype(device, precision)
-        kind = PackedLinear if PackedLinear.works(device, dtype) else None
-        if dtype != torch.float32 and HalfLinear.works(device):
-            kind, dtype = functools.partial(HalfLinear, dtype=dtype), torch.float32
-    decoder.to(dtype).requires_grad_(False).eval()
-    if precision == "int8" and not processor().vnni and HalfLinear.works(device):
-        # These weights, a quarter of a block's, cause half of the error of 8 bits, which is larger
-        # without VNNI (docs/log.md).
-        for block in decoder.blocks:
-            block.attention.qkv = HalfLinear(block.attention.qkv)
-    if kind:
-        replace(decoder, kind)
+        replace(decoder, functools.partial(PackedLinear, dtype=pick_dtype(device, precision)))
     return decoder
 
 
 def replace(module, kind):
-    """Replace every Linear below `module` by kind(linear), fused with a ReLU that follows."""
+    """Replace every Linear in `module` by kind(linear), with the ReLU of an MLP fused."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear):
             setattr(module, name, kind(child))

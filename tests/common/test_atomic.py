@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from common.atomic import NewFolder, append_rows, read_rows, truncate_rows
+from common.atomic import NewFolder, append_rows, resume_rows
 from common.config import UserError
 
 
@@ -49,18 +49,26 @@ def test_two_processes_cannot_write_one_folder(tmp_path):
         assert (tmp_path / ".writing-out/new").is_dir()
 
 
-def test_rows_are_resumed_after_the_last_complete_one(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    assert read_rows(path) == ([], b"")
-    rows = [{"n": n, "text": "größe \ud800 \n"} for n in range(4)]
+def test_rows_are_resumed_after_the_last_complete_batch(tmp_path):
+    path, header = tmp_path / "in/rows.jsonl", {"checkpoint": "a"}
+    rows = [{"n": n, "text": "größe \ud800 \n"} for n in range(5)]
+    assert resume_rows(path, header, 5, 2) == []
     append_rows(path, rows)
-    assert read_rows(path) == (rows, b"")
-    path.write_bytes(path.read_bytes()[:-5])  # as a kill leaves it
-    found, cut = read_rows(path)
-    assert found == rows[:3] and cut.startswith(b'{"n": 3, "text')
-    truncate_rows(path, 3)
-    append_rows(path, rows[3:])
-    assert read_rows(path) == (rows, b"")
-    path.write_text("no JSON\n")
-    with pytest.raises(ValueError):
-        read_rows(path)
+    complete = path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(complete) if byte == ord("\n")]
+    for length, n_kept in ((0, 0), (5, 0), (ends[0], 0), (ends[2] - 1, 0), (ends[2], 2),
+                           (ends[3], 2), (ends[5] - 1, 4), (ends[5], 5)):
+        path.write_bytes(complete[:length])  # as a kill leaves it
+        assert resume_rows(path, header, 5, 2) == rows[:n_kept]
+        append_rows(path, rows[n_kept:])
+        assert path.read_bytes() == complete
+
+
+@pytest.mark.parametrize("content", ["Notes", "Notes\n", '{"checkpoint": "b"}\n',
+                                     '{"checkpoint": "a"}\nno JSON\n'])
+def test_rows_behind_another_header_are_refused_and_unchanged(content, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"another checkpoint|damaged"):
+        resume_rows(path, {"checkpoint": "a"}, 1, 1)
+    assert path.read_text() == content

@@ -473,7 +473,7 @@ def test_answers_of_another_checkpoint_or_to_other_questions_are_refused(tmp_pat
     rows, out = synthetic("piqa", random.Random(4), 5), str(tmp_path / "out")
     task_runner("piqa", tmp_path, rows, out=out, checkpoint="a").run()
     for other, checkpoint in (rows, "b"), (rows[:4], "a"):
-        with pytest.raises(UserError, match="--out"):
+        with pytest.raises(UserError, match="of another checkpoint"):
             task_runner("piqa", tmp_path, other, out=out, checkpoint=checkpoint).run()
 
 
