@@ -14,10 +14,10 @@ def elapsed(function, *args):
     return time.perf_counter() - began
 
 
-def in_turn(prepares, repeats, warm):
-    """{name: median seconds}: prepare(i) of every name, in turn, returns the function to time."""
-    seconds = {name: [] for name in prepares}
-    for i in range(warm + repeats):
-        for name, prepare in prepares.items():
-            seconds[name].append(elapsed(prepare(i)))
+def in_turn(functions, repeats, warm):
+    """{name: median seconds} of functions that are called in turn, `warm` times uncounted."""
+    seconds = {name: [] for name in functions}
+    for _ in range(warm + repeats):
+        for name, function in functions.items():
+            seconds[name].append(elapsed(function))
     return {name: statistics.median(times[warm:]) for name, times in seconds.items()}

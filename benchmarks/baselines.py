@@ -1,13 +1,14 @@
 """Training steps of nanoGPT and of transformers beside ours: in one process, in turn, on models and
 batches of the same size.
 
-A "kind" is a function that builds a model and returns `prepare(i)`, which returns step i as a
-function; only that function, which waits for the device, is timed.
+A "kind" is a function that builds a model and returns its training step, a function that waits for
+the device.
 """
 
 import functools
 import gc
 import importlib.util
+import itertools
 import statistics
 from pathlib import Path
 
@@ -40,29 +41,31 @@ def compare(kinds, machine, unit, per_step, alone):
 def peak_gb(make, device):
     """Peak memory of a model's second step with no other model in memory: the GPU's, or the
     process's on a CPU."""
-    prepare = make()
-    prepare(0)()
+    step = make()
+    step()
     gc.collect()
     system.release_free_memory()
     system.reset_peak_memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    prepare(1)()
+    step()
     gpu, host = system.peak_memory_gb(device)
-    del prepare
+    del step
     gc.collect()
     return gpu if device.type == "cuda" else host
 
 
 def our_step(training):
-    """prepare(i) of a training.Training. A step includes preparing the next step's data, or the
-    loader's thread would do that during the peer's step."""
-    def step(i):
-        training.take([i])
+    """The next step of a training.Training. It includes preparing the data of the one after it, or
+    the loader's thread would do that during the peer's step."""
+    numbers = itertools.count()
+
+    def step():
+        training.take([next(numbers)])
         for batch in training.loader.ahead.values():
             batch.result()
 
-    return lambda i: functools.partial(step, i)
+    return step
 
 
 # ---- nanoGPT ------------------------------------------------------------------------------------
@@ -90,7 +93,7 @@ def beside_nanogpt(path):
 
 
 def nanogpt_step(path, ids, compiled=False, bf16=False):
-    """prepare(i) of nanoGPT's model, for ids (B, T + 1)."""
+    """A step of nanoGPT's model on ids (B, T + 1)."""
     spec = importlib.util.spec_from_file_location("peer", path)
     peer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(peer)
@@ -108,7 +111,7 @@ def nanogpt_step(path, ids, compiled=False, bf16=False):
         optimizer.step()
         optimizer.zero_grad()
 
-    return lambda i: step
+    return step
 
 
 # ---- transformers -------------------------------------------------------------------------------
@@ -119,8 +122,8 @@ def beside_transformers(cfg, stage, folder):
 
     In every step both models get the same chats and images in the same micro-batches and precision.
     Ours is packed, and its images are decoded during training; theirs are rows of one padded chat
-    each, with pixel_values prepared before the clock starts: that is in their favour, and so are
-    the fused AdamW and, in fp16, a loss that is not scaled.
+    each, whose images are decoded before the clock starts: that is in their favour, and so are the
+    fused AdamW and, in fp16, a loss that is not scaled.
     """
     example = Training(cfg, stage, folder)
     machine, tokenizer = example.run.machine, example.dataset.tokenizer
@@ -157,8 +160,8 @@ def unpack(batch):
 
 
 def llava_step(model, cfg, machine, stage, steps):
-    """prepare(i) of a LlavaForConditionalGeneration for the unpacked micro-batches in steps[i]; it
-    trains the same parts as ours, with our settings where both have them."""
+    """A step of a LlavaForConditionalGeneration on the unpacked micro-batches of the next of
+    `steps`; it trains the same parts as ours, with our settings where both have them."""
     parts = model.train().requires_grad_(stage == "vision_sft").model
     parts.vision_tower.requires_grad_(False)
     parts.multi_modal_projector.requires_grad_(True)
@@ -168,21 +171,19 @@ def llava_step(model, cfg, machine, stage, steps):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
                                   weight_decay=cfg.weight_decay, fused=True)
+    todo = itertools.cycle(steps)
 
-    def prepare(i):
-        ready = [inputs | {"pixel_values": normalise(pixels)} for pixels, inputs in steps[i]]
-        n_targets = sum(int((inputs["labels"] != -100).sum()) for inputs in ready)
+    def step():
+        batches = next(todo)
+        n_targets = sum(int((inputs["labels"] != -100).sum()) for _, inputs in batches)
+        for pixels, inputs in batches:
+            with machine.autocast():
+                loss = model(**inputs, pixel_values=normalise(pixels), use_cache=False,
+                             num_items_in_batch=n_targets).loss
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()  # waits for the device
 
-        def step():
-            for inputs in ready:
-                with machine.autocast():
-                    loss = model(**inputs, num_items_in_batch=n_targets, use_cache=False).loss
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss.item()  # waits for the device
-
-        return step
-
-    return prepare
+    return step

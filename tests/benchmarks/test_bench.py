@@ -62,7 +62,7 @@ def test_generation_is_timed_beside_transformers_and_gives_the_same_text(configs
 
 def test_the_first_token_about_an_image_is_timed(configs):
     figures, _ = figures_of("decode", configs / "vision_sft.py", "--device=cpu")
-    assert min(figures[f"{name}_ms"] for name in ("second_turn", "first_token_image")) > 0
+    assert figures["first_token_ms"] > 0 and figures["first_token_image_ms"] > 0
 
 
 def test_a_plan_lists_every_stage_and_the_sum(configs):
