@@ -2,6 +2,7 @@
 
 import json
 import os
+import tarfile
 
 import pyarrow
 import pyarrow.parquet
@@ -49,7 +50,9 @@ def test_interrupted_and_resumed_it_makes_the_same_bytes(command, vocabulary, tm
     (tmp_path / "in").mkdir()
     if command == "images":
         source = [f"--files={many_images(tmp_path / 'in')}", "--image_size=32",
-                  f"--image_root={tmp_path}/in/images"]
+                  f"--image_root={tmp_path}/in/images.tar.gz", "--shard_bytes=9000"]
+        with tarfile.open(tmp_path / "in/images.tar.gz", "w:gz") as archive:
+            archive.add(tmp_path / "in/images", "images")
     elif command == "dataset":
         many_rows(tmp_path / "in/a.parquet")
         source = [f"--dataset={tmp_path}/in"]
@@ -64,6 +67,8 @@ def test_interrupted_and_resumed_it_makes_the_same_bytes(command, vocabulary, tm
     resumed = prepared(*argv, f"--out={tmp_path}/out")
     assert "resuming after 64 completed rows" in resumed
     assert sums(tmp_path / "out") == sums(tmp_path / "complete")
+    manifests = [tmp_path / f"{name}/manifest.json" for name in ("out", "complete")]
+    assert manifests[0].read_text() == manifests[1].read_text()
     left_out = [line for line in said.splitlines() if line.startswith("left out")]
     assert left_out and set(left_out) <= set(resumed.splitlines())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["complete", "in", "out"]
