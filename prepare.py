@@ -174,8 +174,6 @@ def check_settings(cfg):
         value = getattr(cfg, name, low)
         if value < low and (name, value) != ("vocabulary", Text.vocabulary):
             raise UserError(f"--{name}={value} is too small: {low} at least")
-    if getattr(cfg, "vocabulary", 0) > 65536:
-        raise UserError(f"--vocabulary={cfg.vocabulary}: ids have 16 bits, so at most 65536")
     if not 0 <= getattr(cfg, "val_share", 0) < 1:
         raise UserError(f"--val_share={cfg.val_share} must be at least 0 and below 1")
 

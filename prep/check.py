@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+import tokenizer as tokenizers
 from common.config import UserError
 from data import Chats, ImageSpec, check_tokenizer
 from prep.convert import read_chats
 from prep.sources import Refused, show, sources_of
-from prep.writers import load_tokenizer, write_split
+from prep.writers import write_split
 from train.packing import Packed
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
@@ -77,7 +78,7 @@ def opened(path):
 def converted(cfg, work):
     """The DataSet that prepare.py images makes of rows, in one split; no more than --show needs."""
     cfg = replace(cfg, max_chats=cfg.show or cfg.max_chats, val_files="")
-    sources, tokenizer = sources_of(cfg), load_tokenizer(cfg.tokenizer)
+    sources, tokenizer = sources_of(cfg), tokenizers.load(cfg.tokenizer)
     (work / "records").mkdir()
     records, left_out = read_chats(cfg, work / "records", sources, tokenizer)
     rows, name = records["rows"], sources["rows"].name

@@ -18,7 +18,7 @@ from prep.resumable import Record, in_order, read_all
 from prep.schema import ask_shortly, check_quality, images_of, messages_of, text_of
 from prep.sources import parsed, pieces, sources_of
 from prep.splits import splits_of
-from prep.writers import load_tokenizer, new_data_set, write_manifest, write_shards, write_split
+from prep.writers import new_data_set, write_manifest, write_shards, write_split
 
 VOCABULARY_TEXT = 200_000_000  # characters that a tokenizer is trained on, at most
 LONG = 16 * BLOCK  # characters of a text that is tokenized on several cores
@@ -37,7 +37,7 @@ def convert_text(cfg):
             texts = islice(texts_of(sources["rows"], cfg.field), cfg.max_documents or None)
             tokenizer = tokenizers.train(chain.from_iterable(map(pieces, texts)), cfg.vocabulary)
         else:
-            tokenizer = load_tokenizer(cfg.tokenizer)
+            tokenizer = tokenizers.load(cfg.tokenizer)
 
         def encode(piece):
             return np.array(tokenizer.encode(piece), np.uint16)
@@ -93,7 +93,7 @@ def documents_of(cfg, records, tokenizer):
 
 def convert_chats(cfg):
     """Tokenize chats into a data folder, with their images resized where cfg is Images."""
-    tokenizer, counts = load_tokenizer(cfg.tokenizer), {}
+    tokenizer, counts = tokenizers.load(cfg.tokenizer), {}
     if hasattr(cfg, "image_root"):
         counts["stored_images"] = {"size": cfg.image_size, "fit": cfg.fit}
     sources, folder = sources_of(cfg), new_data_set(cfg.out)

@@ -200,6 +200,9 @@ def read_all(work, cfg, sources, tokenizer, make, limit, workers=None, archives=
     work: a folder for them, where an earlier start may have left some; cfg: its settings.
     archives: the identities of the files that images come from, as records depend on them too.
     """
+    if tokenizer.n_vocab > 65536:
+        raise UserError(f"the tokenizer {cfg.tokenizer} has {tokenizer.n_vocab} ids, and data sets "
+                        "hold 16-bit ids: at most 65536")
     later = ("out", "files", "val_files", "val_share", "seed", "shard_tokens", "shard_bytes")
     kept = {name: value for name, value in vars(cfg).items() if name not in later}
     found, refused = {}, Refused()

@@ -31,15 +31,6 @@ def write_manifest(folder, tokenizer, **counts):
     }))  # fmt: skip
 
 
-def load_tokenizer(where):
-    """tokenizer.load(where); UserError if its ids do not fit into a data set."""
-    tokenizer = tokenizers.load(where)
-    if tokenizer.n_vocab > 65536:
-        raise UserError(f"the tokenizer {where} has {tokenizer.n_vocab} ids, and data sets hold "
-                        "16-bit ids: at most 65536")
-    return tokenizer
-
-
 class Array:
     """A 1-D .npy file that grows; once closed it is what np.save would have written."""
 
