@@ -174,16 +174,11 @@ def cores():
     return os.cpu_count() or 1
 
 
-def need_compiler():
-    """UserError where torch.compile would find no C++ compiler."""
-    if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
-        raise UserError("--compile=True needs a C++ compiler such as g++; install one or omit it")
-
-
 def compile_blocks(model):
     """Compile the repeated blocks of `model` in place: one compilation serves all layers, and
     parameter names do not change."""
-    need_compiler()
+    if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+        raise UserError("--compile=True needs a C++ compiler such as g++; install one or omit it")
     for module in model.modules():
         if getattr(module, "repeated", False):
             module.compile()
