@@ -3,8 +3,8 @@
     text/   *train*.npy, *val*.npy      1-D uint16 token shards; <|endoftext|> begins each document
 
     chats/  {train,val}/ ids.npy, supervised.npy, offsets.npy            chats, concatenated
-            images_*.bin, image_offsets.npy, first_image.npy             their encoded images, or
-            their names where they were not copied; one <|image|> id marks the place of an image
+            images_*.bin, image_offsets.npy, first_image.npy             their encoded images; one
+            <|image|> id marks the place of an image
 
 Each data set has a manifest.json with counts and sha256 sums. prepare.py writes all of it.
 
@@ -34,7 +34,7 @@ B rows of T positions, M images of P patches and S x S pixels, N supervised posi
 """
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -42,10 +42,10 @@ import numpy as np
 import torch
 
 import tokenizer as tokenizers
-from common import archives, hub
+from common import hub
 from common.checksums import check_together
-from common.config import UserError, one_line, read_json, read_sealed
-from common.images import read_image
+from common.config import UserError, one_line, read_sealed
+from common.images import ImageError, read_image
 
 
 @dataclass
@@ -64,7 +64,6 @@ class Batch:
     keys: torch.Tensor | None = None  # (B,), for CLIP: equal for identical captions
     n_targets: int = 0  # supervised positions of the complete step, in all processes
     is_last: bool = False  # of the micro-batches of its step
-    lost: list = field(default_factory=list)  # messages about images that could not be read
 
     def to(self, device):
         """This batch with its tensors on the device; copies to a GPU are asynchronous."""
@@ -77,8 +76,7 @@ class Batch:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change):
-        for name in (part.name for part in fields(self)):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 setattr(self, name, change(value))
         return self
@@ -129,10 +127,7 @@ class Text:
         if number not in opened:
             opened[number] = read_array(self.paths[number], np.uint16)
         start = (i - int(self.first[number])) * self.T
-        window = opened[number][start : start + self.T + 1]
-        if len(window) <= self.T:
-            raise UserError(f"{self.paths[number]} is shorter than it was; fetch it again")
-        return window
+        return opened[number][start : start + self.T + 1]
 
     def batch(self, rows):
         """The Batch of some windows: ids and targets (B, T)."""
@@ -214,7 +209,8 @@ class Chats:
         self.ids = read_array(self.folder / "ids.npy", np.uint16)
         self.supervised = read_array(self.folder / "supervised.npy", np.bool_)
         self.offsets = read_array(self.folder / "offsets.npy", np.int64)
-        self.manifest = read_manifest(self.root / "manifest.json")
+        manifest = self.root / "manifest.json"
+        self.manifest = read_sealed(manifest) if manifest.is_file() else {}
         shards = sorted(self.folder.glob("images_*.bin"))
         self.has_images = bool(shards) or (self.folder / "first_image.npy").exists()
         if self.has_images:
@@ -225,22 +221,9 @@ class Chats:
             if self.shard_starts[-1] != self.image_offsets[-1]:
                 raise UserError(f"images_*.bin in {self.folder} hold {self.shard_starts[-1]} bytes,"
                                 f" expected {self.image_offsets[-1]}; prepare it again")
-            self.find = None if self.stored.get("copied", True) else self._open_images()
 
     def __reduce__(self):  # other processes open the files again
         return Chats, (self.root, self.split)
-
-    @property
-    def stored(self):
-        """How the images are stored: size, fit, copied, root; empty if the manifest has none."""
-        return self.manifest.get("stored_images", {})
-
-    def _open_images(self):
-        try:
-            return archives.open_images(self.stored["root"])
-        except UserError as error:
-            raise UserError(f"the images of {self.root} are not where they were ({error}); put "
-                            "them back or prepare it again") from None
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -254,35 +237,18 @@ class Chats:
 
     def images(self, i, spec=None):
         size = spec[1:] if spec else ()
-        found = []
-        for n in range(*self.first_image[i : i + 2]) if self.has_images else ():
-            source, name = self._bytes(n), f"image {n} of {self.folder}"
-            if self.find is not None:
-                name = source.decode()
-                source = self.find(name)
-            found.append(read_image(source, name, *size))
-        return found
+        numbers = range(*self.first_image[i : i + 2]) if self.has_images else ()
+        try:
+            return [read_image(self._bytes(n), f"image {n}", *size) for n in numbers]
+        except ImageError as error:
+            raise UserError(f"{self.folder} is damaged; prepare it again: {error}") from None
 
     def _bytes(self, n):
-        """What is stored of image n. Read, not mapped: mapped pages count as memory."""
+        """The encoded image n. Read, not mapped: mapped pages count as memory."""
         start, end = self.image_offsets[n : n + 2].tolist()
         shard = int(np.searchsorted(self.shard_starts, start, side="right")) - 1
         file = self.shards[shard].fileno()
         return os.pread(file, end - start, start - int(self.shard_starts[shard]))
-
-
-def read_manifest(path):
-    """A data set's manifest as a dict, {} without one; UserError if `stored_images` is malformed"""
-    manifest = read_json(path) if path.is_file() else {}
-    stored = manifest.get("stored_images", {}) if isinstance(manifest, dict) else None
-    kinds = {"size": int, "fit": str, "copied": bool, "root": str}
-    if not isinstance(stored, dict) or any(
-            name in stored and not isinstance(stored[name], kind) for name, kind in kinds.items()
-            ) or not ("root" in stored or stored.get("copied", True)):
-        raise UserError(f"{path} is malformed: stored_images should be like {{\"size\": 224, "
-                        "\"fit\": \"pad\", \"copied\": true}, with the images' folder as root "
-                        "where they were not copied; correct it or prepare the data again")
-    return manifest
 
 
 class Documents:

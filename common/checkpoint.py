@@ -5,7 +5,6 @@
         config.json           stage, model, settings, tokenizer, metrics, lineage
         tokenizer.json        where the vocabulary is not GPT-2's
         state/training.pt     optimizer, step: what only resuming needs
-        state/shard_00000.pt  ... in a sharded run, each process's rows of the optimizer
         manifest.json         sha256 of every other file; written last
 
 A checkpoint is written into a temporary folder, flushed to disk and renamed, so a folder with this
@@ -27,44 +26,29 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common.atomic import flush, publish
+from common.atomic import publish
 from common.config import UserError, one_line, read_json, read_sealed, seal
 
 
-def begin(run_folder, step):
-    """Make the empty temporary folder for the checkpoint of `step`."""
-    temporary = unfinished(run_folder, step)
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "state").mkdir(parents=True)
-
-
-def unfinished(run_folder, step):
-    return Path(run_folder) / f".writing-step_{step:08d}"
-
-
-def save_shard(run_folder, step, number, optimizer):
-    """Write one process's share of the optimizer state, between `begin` and `save`.
-
-    Not by torch.distributed.checkpoint, whose index is a pickle that is loaded unsafely.
-    """
-    path = unfinished(run_folder, step) / "state" / f"shard_{number:05d}.pt"
-    torch.save(optimizer, path)
-    flush(path, deep=False)
-
-
-def save(run_folder, step, weights, info, tokenizer, training_state, begun=False, keep_every=0):
+def save(run_folder, step, weights, info, tokenizer, training_state, keep_every=0):
     """Write the checkpoint of `step`, then `prune`; returns its folder.
 
-    weights: {name: tensor}; info: the content of config.json; training_state: dict; begun: whether
-    `begin` was called and shards are there. On a full disk, the older of the newest two checkpoints
-    is removed; if that is not enough, nothing of the new one is left and UserError is raised.
+    weights: {name: tensor}; info: the content of config.json; training_state: dict. On a full disk,
+    the older of the newest two checkpoints is removed; if that is not enough, nothing of the new
+    one is left and UserError is raised.
     """
-    folder, temporary = Path(run_folder) / f"step_{step:08d}", unfinished(run_folder, step)
+    folder = Path(run_folder) / f"step_{step:08d}"
+    temporary = folder.with_name(f".writing-{folder.name}")
     for retry in (True, False):
         try:
-            if not begun:
-                begin(run_folder, step)
-            fill(temporary, weights, info, tokenizer, training_state)
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "state").mkdir(parents=True)
+            save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()},
+                      temporary / "model.safetensors")
+            torch.save(training_state, temporary / "state" / "training.pt")
+            write_json(temporary / "config.json", info)
+            tokenizer.save(temporary)
+            write_json(temporary / "manifest.json", seal({"sha256": sums(temporary)}))
             publish(temporary, folder)
             break
         except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: of torch.save
@@ -73,23 +57,13 @@ def save(run_folder, step, weights, info, tokenizer, training_state, begun=False
             with contextlib.suppress(OSError):
                 if not isinstance(error, OSError) and shutil.disk_usage(temporary).free < 1 << 20:
                     reason = os.strerror(errno.ENOSPC)
-            if begun or not (retry and prune(run_folder, keep_every, newest=1)):
+            if not (retry and prune(run_folder, keep_every, newest=1)):
                 shutil.rmtree(temporary, ignore_errors=True)
                 before = "; the one before is complete" if steps_in(run_folder) else ""
                 raise UserError(f"cannot write the checkpoint of step {step} into {run_folder}: "
                                 f"{reason}{before}") from None
     prune(run_folder, keep_every)
     return folder
-
-
-def fill(folder, weights, info, tokenizer, training_state):
-    """Write the files of a checkpoint, their sums last."""
-    weights = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-    save_file(weights, folder / "model.safetensors")
-    torch.save(training_state, folder / "state" / "training.pt")
-    write_json(folder / "config.json", info)
-    tokenizer.save(folder)
-    write_json(folder / "manifest.json", seal({"sha256": sums(folder)}))
 
 
 def write_json(path, value):
@@ -194,25 +168,26 @@ def read(name, kinds=None, with_state=False):
     if not (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is not a checkpoint of this project: it has no manifest.json")
     with locked(folder):
-        files = check_files(folder, with_state)
-        info = read_json(folder / "config.json")
+        check_files(folder, with_state)
+        info, state = read_json(folder / "config.json"), None
         info["folder"], info["sha256"] = str(folder), file_sum(folder / "manifest.json")
         if kinds and info["kind"] not in kinds:
             raise UserError(f"{folder} is a {info['kind']} checkpoint (made by {info['stage']}.py);"
                             f" a {' or '.join(kinds)} checkpoint is needed here")
+        path = folder / "model.safetensors"
         try:
-            weights = load_file(folder / "model.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read {folder / 'model.safetensors'}: {error}") from None
-        return info, weights, read_state(folder, files) if with_state else None
+            weights = load_file(path)
+            if with_state:
+                path = folder / "state" / "training.pt"
+                state = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:  # a damaged file can make PyTorch raise anything
+            raise UserError(f"cannot read {path}: {one_line(error)}") from None
+        return info, weights, state
 
 
 def check_files(folder, with_state):
-    """The files in a checkpoint's manifest; UserError if one is missing or damaged."""
-    files = read_sealed(folder / "manifest.json").get("sha256")
-    if files is None:
-        raise UserError(f"{folder / 'manifest.json'} is damaged: it has no sha256 sums")
-    for file, digest in files.items():
+    """UserError if a file in a checkpoint's manifest is missing or damaged."""
+    for file, digest in read_sealed(folder / "manifest.json")["sha256"].items():
         if file.startswith("state/") and not with_state:
             continue
         if not (folder / file).is_file():
@@ -220,39 +195,19 @@ def check_files(folder, with_state):
         if file_sum(folder / file) != digest:
             raise UserError(f"{folder / file} is damaged: its sha256 is not the manifest's; "
                             "use an earlier checkpoint or copy it again")
-    return files
 
 
-def read_state(folder, files):
-    """The training state; its "optimizer" is a list: one state dict, or those of all shards."""
-    path = folder / "state" / "training.pt"
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        if not isinstance(state, dict):
-            raise ValueError("it is not a training state")
-        optimizer = [state["optimizer"]] if "optimizer" in state else []
-        for path in (folder / file for file in sorted(files) if file.startswith("state/shard_")):
-            # Memory-mapped: only the rows that are used are read.
-            optimizer.append(torch.load(path, weights_only=True, map_location="cpu", mmap=True))
-    except Exception as error:  # a damaged file can make PyTorch raise anything
-        raise UserError(f"cannot read {path}: {one_line(error)}") from None
-    return {**state, "optimizer": optimizer}
-
-
-def load_weights(module, weights, where, new=()):
-    """Copy `weights` into `module`, strictly: a missing or extra name is an error that names it.
-
-    new: prefixes of the names that a stage declares new; they keep their initial values.
-    """
+def load_weights(module, weights, where):
+    """Copy `weights` into `module`, strictly: a missing or extra name is an error that names it."""
     own = module.state_dict()
-    missing = [name for name in own if name not in weights and not name.startswith(tuple(new))]
+    missing = [name for name in own if name not in weights]
     extra = [name for name in weights if name not in own]
     shapes = [n for n in own if n in weights and own[n].shape != weights[n].shape]
     for problem, names in (("lacks", missing), ("has unknown", extra), ("has misshapen", shapes)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(f"the checkpoint {where} {problem} {', '.join(names[:3])}{more}")
-    module.load_state_dict({**own, **weights})
+    module.load_state_dict(weights)
 
 
 def lineage(info):

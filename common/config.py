@@ -72,7 +72,6 @@ class TrainSettings:
     # --- hardware
     device: str = "auto"  # auto, cpu, cuda, mps
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: the best for the device
-    shard: Literal["none", "full"] = "none"  # full: shard weights and optimizer states by FSDP
     compile: bool = False  # torch.compile: slower start, faster steps (needs a C++ compiler)
     # minutes without progress after which the stalled process is reported and the job ends;
     # 0 for never

@@ -82,21 +82,22 @@ def rows_read(loader, step):
     return [(batch.ids[:, 0] // 4).tolist() for batch in loader.step(step)]
 
 
-def test_every_epoch_reads_each_row_once_in_its_own_order(numbers):
-    loader = Loader(numbers, 6, 3, machine(), seed=1)
-    read = flat(flat(rows_read(loader, step)) for step in range(23))  # 6 epochs of 23 rows
+def test_every_epoch_reads_each_row_once_in_an_order_of_seed_and_step_alone(numbers):
+    """So resuming at step 7 needs no state."""
+    loader, later, other = (Loader(numbers, 6, 3, machine(), seed=seed) for seed in (1, 1, 2))
+    steps = [rows_read(loader, step) for step in range(23)]  # 6 epochs of 23 rows
+    assert [rows_read(later, step) for step in range(7, 23)] == steps[7:]
+    assert [rows_read(other, step) for step in range(23)] != steps
+    read = flat(flat(steps))
     epochs = [tuple(read[i : i + 23]) for i in range(0, len(read), 23)]
     assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
     assert len(set(epochs)) == 6 and tuple(range(23)) not in epochs
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000, 4097])
-def test_shuffle_is_a_permutation(n):
-    assert sorted(shuffled(np.arange(n), n, seed=3)) == list(range(n))
-
-
-def test_shuffle_is_uniform_over_seeds():
+def test_shuffle_is_a_permutation_and_uniform_over_seeds():
     """Chi-squared of 8 numbers at 8 places over 1,000 seeds."""
+    for n in (1, 2, 3, 7, 64, 65, 1000, 4097):
+        assert sorted(shuffled(np.arange(n), n, seed=3)) == list(range(n))
     n, draws = 8, 1000
     counts = np.zeros((n, n))
     for seed in range(draws):
@@ -143,16 +144,6 @@ for step in range(16):
                             env=environment, check=True)
     early, late = map(float, result.stdout.split())
     assert late < early + 20, f"{early:.0f} MB, then {late:.0f} MB"
-
-
-def test_rows_depend_on_seed_and_step_alone(numbers):
-    """So that resuming at step 7 needs no state."""
-    def read(seed, steps):
-        loader = Loader(numbers, 6, 3, machine(), seed=seed)
-        return [rows_read(loader, step) for step in steps]
-
-    assert read(1, range(7, 12)) == read(1, range(12))[7:]
-    assert read(2, range(12)) != read(1, range(12))
 
 
 @pytest.mark.parametrize(("ranks", "micro_rows"), [(1, 4), (2, 6), (2, 2), (3, 4), (4, 1)])
@@ -211,7 +202,7 @@ def test_documents_among_chats_are_supervised_to_the_last_token(tokenizer, tmp_p
 
 
 @pytest.mark.parametrize(("typical", "spread"), [(60, 0.8), (200, 0.6), (300, 0.9)])
-def test_packing_keeps_all_chats_and_fills_97_percent(typical, spread):
+def test_packing_is_seeded_keeps_all_chats_mixes_them_and_fills_97_percent(typical, spread):
     """5,000 chats, more than a window, with log-normal lengths in rows of 1,024."""
     generator = np.random.default_rng(0)
     lengths = generator.lognormal(np.log(typical), spread, 5000).astype(int).clip(1, 1024).tolist()
@@ -219,12 +210,8 @@ def test_packing_keeps_all_chats_and_fills_97_percent(typical, spread):
     assert sorted(flat(rows)) == list(range(5000))
     sums = [sum(lengths[c] for c in row) for row in rows]
     assert max(sums) <= 1024 and sum(sums) / (1024 * len(rows)) >= 0.97
-
-
-def test_packing_is_seeded_and_mixes():
-    lengths = [100 + i % 7 for i in range(400)]
-    assert pack(lengths, 1024, 1) == pack(lengths, 1024, 1) != pack(lengths, 1024, 2)
-    assert all(max(row) - min(row) > 20 for row in pack(lengths, 1024, 1) if len(row) > 5)
+    assert rows == pack(lengths, 1024, seed=3) != pack(lengths, 1024, seed=4)
+    assert all(max(row) - min(row) > 20 for row in rows if len(row) > 5)  # mixed
 
 
 def unpacked(batch):
@@ -324,17 +311,14 @@ def test_image_positions_are_the_patches_of_their_images(tokenizer, tmp_path):
     assert {tuple(ids) for ids, *_ in unpacked(batch)} >= greys.keys()
 
 
-def test_an_image_takes_a_position_for_each_patch(tokenizer, tmp_path):
+def test_an_image_takes_a_position_for_each_patch_unless_it_is_truncated(tokenizer, tmp_path):
     chats = write_chats(tmp_path, tokenizer, [chat_of(3)], [1])
     n = len(render(tokenizer, chat_of(3), 1).ids) - 1 + 63
     assert len(Packed([chats], n, tokenizer, ImageSpec(64, 8))) == 1
     with pytest.raises(UserError, match=r"of 1 chats none fits --context.* image alone takes 64"):
         Packed([chats], n - 1, tokenizer, ImageSpec(64, 8))
-
-
-def test_images_after_the_truncation_are_left_out(tokenizer, tmp_path):
     messages = chat_of(1, n_turns=2, marks=(0, 1))
-    chats = write_chats(tmp_path, tokenizer, [messages], [2])
+    chats = write_chats(tmp_path / "two", tokenizer, [messages], [2])
     T = len(render(tokenizer, messages[:2], 1).ids) + 4
     batch = Packed([chats], T, tokenizer, ImageSpec(4, 8)).batch([0])
     assert batch.pixels[:, 0, 0, 0].tolist() == [0] and len(batch.image_positions) == 4

@@ -99,7 +99,9 @@ MISTAKES = {  # start of the command: more flags | what the message has
         --data={bad}/text --init_from={runs}/pretrain --context=8 --batch_tokens=8 | {bad}/text
         --max_steps=many | --max_steps; many""",
     "clip_pretrain.py": """
-        --data={data}/captions --patch_size=7 | --patch_size=7""",
+        --data={data}/captions --patch_size=7 | --patch_size=7
+        --data={data}/captions --zero_shot={tmp}/no | --zero_shot={tmp}/no
+        --micro_pairs=-1 | --micro_pairs=-1""",
     "sft.py": """
         --max_stepz=5 | max_stepz; max_steps
         --init_from={tmp}/no | {tmp}/no

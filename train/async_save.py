@@ -32,20 +32,20 @@ class Saver:
 
         The write before must have ended, as it uses the same buffers.
         """
-        copied = self._copy(state, ())
+        def copied(value, path):
+            if isinstance(value, dict):
+                return {key: copied(part, (*path, key)) for key, part in value.items()}
+            if isinstance(value, list):
+                return [copied(part, (*path, i)) for i, part in enumerate(value)]
+            if not isinstance(value, torch.Tensor):
+                return value
+            buffer = self.buffers.get(path)
+            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+                buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+                self.buffers[path] = buffer
+            return buffer.copy_(value.detach(), non_blocking=value.is_cuda)
+
+        found = copied(state, ())
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return copied
-
-    def _copy(self, value, path):
-        if isinstance(value, dict):
-            return {key: self._copy(part, (*path, key)) for key, part in value.items()}
-        if isinstance(value, list):
-            return [self._copy(part, (*path, i)) for i, part in enumerate(value)]
-        if not isinstance(value, torch.Tensor):
-            return value
-        buffer = self.buffers.get(path)
-        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-            self.buffers[path] = buffer
-        return buffer.copy_(value.detach(), non_blocking=value.is_cuda)
+        return found

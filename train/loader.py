@@ -27,10 +27,12 @@ class Loader:
     """
 
     def __init__(self, dataset, rows, micro_rows, machine, seed, workers=0, waiting=None):
-        if len(dataset) == 0:
-            raise UserError(f"the data set {dataset.name} is empty")
+        if rows % machine.ranks:
+            raise UserError(f"a batch of {rows} rows does not divide by {machine.ranks} processes")
         self.dataset, self.rows, self.machine, self.seed = dataset, rows, machine, seed
-        self.accumulate, self.micro_rows = split(rows, micro_rows, machine.ranks)
+        mine = rows // machine.ranks
+        self.accumulate = next(n for n in range(-(-mine // micro_rows), mine + 1) if mine % n == 0)
+        self.micro_rows = mine // self.accumulate
         self.workers, self.waiting = workers, waiting or (lambda step, reason: None)
         self.thread, self.ahead = ThreadPoolExecutor(1), {}  # micro-batch -> its future
         self.stream, self.position = None, None  # the workers' micro-batches, number of the next
@@ -50,18 +52,18 @@ class Loader:
 
     def _from_thread(self, number):
         """Micro-batch `number`, counted from the start of the run; the next one is begun."""
+        def make(n):
+            return self.dataset.batch(self._rows(n)).to(self.machine.device)
+
         while True:
             for n in (number, number + 1):
                 if n not in self.ahead:
-                    self.ahead[n] = self.thread.submit(self._make, n)
+                    self.ahead[n] = self.thread.submit(make, n)
             try:
                 return self.ahead.pop(number).result()
             except hub.NotYet as missing:
                 self.waiting(number // self.accumulate, f"waiting for {missing}")
                 time.sleep(0.2)
-
-    def _make(self, number):
-        return self.dataset.batch(self._rows(number)).to(self.machine.device)
 
     def _from_workers(self, number):
         """As _from_thread, from PyTorch's worker processes.
@@ -71,12 +73,15 @@ class Loader:
         """
         if number != self.position:
             self.stream = iter(DataLoader(
-                ByRows(self.dataset), batch_size=None, sampler=map(self._rows, count(number)),
-                num_workers=self.workers, pin_memory=self.machine.device.type == "cuda",
+                range(len(self.dataset)), batch_sampler=map(self._rows, count(number)),
+                collate_fn=self.dataset.batch, num_workers=self.workers,
+                pin_memory=self.machine.device.type == "cuda",
                 generator=torch.Generator(), worker_init_fn=leave_group))
         self.position = number + 1
         try:
             return next(self.stream).to(self.machine.device)
+        except UserError as error:  # PyTorch puts the worker's traceback before the message
+            raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
         except RuntimeError as error:  # PyTorch's, when a worker was killed
             self.waiting(number // self.accumulate, "")
             raise UserError(f"a process that decodes images ended: {error} Try --workers=0, or in "
@@ -87,6 +92,12 @@ class Loader:
         step, micro = divmod(number, self.accumulate)
         share = self.rows_of(step).reshape(self.accumulate, self.machine.ranks, self.micro_rows)
         return share[micro, self.machine.rank].tolist()
+
+    def describe(self, step):
+        """Which rows a step reads, for a message."""
+        rows = sorted(self.rows_of(step).tolist())
+        more = f" and {len(rows) - 8} more" if rows[8:] else ""
+        return f"rows {', '.join(map(str, rows[:8]))}{more} of {self.dataset.name}"
 
     def rows_of(self, step):
         """The rows (numpy) that all processes read in `step`; every epoch has its own order.
@@ -107,31 +118,8 @@ class Loader:
         return found
 
 
-class ByRows:
-    """What PyTorch's DataLoader expects of a data set: a batch for each list of rows."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, rows):
-        return self.dataset.batch(rows)
-
-
 def leave_group(_worker):
     os.setsid()
-
-
-def split(rows, micro_rows, ranks):
-    """(micro-batches, rows of each) of one of `ranks` processes that share `rows` evenly."""
-    if rows < 1:
-        raise UserError("--batch_tokens is smaller than --context: a step needs one row at least")
-    if rows % ranks:
-        raise UserError(f"a batch of {rows} rows does not divide by {ranks} processes")
-    mine = rows // ranks
-    accumulate = -(-mine // micro_rows)
-    while mine % accumulate:
-        accumulate += 1
-    return accumulate, mine // accumulate
 
 
 def shuffled(places, n, seed):
@@ -162,19 +150,13 @@ def validation_loss(machine, dataset, micro_rows, model, max_rows=512):
     model(batch) gives the loss summed over the supervised positions.
     """
     n = min(len(dataset), max_rows)
-    if n == 0:
-        raise UserError(f"{dataset.name} has nothing to validate on")
     total = torch.zeros(2, dtype=torch.float64)
-    for start in range(0, n, machine.ranks * micro_rows):
-        mine = start + machine.rank * micro_rows
-        rows = list(range(mine, min(mine + micro_rows, n)))
-        batch = dataset.batch(rows or [0]).to(machine.device)  # sharded weights need every process
+    for start in range(machine.rank * micro_rows, n, machine.ranks * micro_rows):
+        batch = dataset.batch(range(start, min(start + micro_rows, n))).to(machine.device)
         with torch.no_grad(), machine.autocast():
             loss = model(batch)
-        if rows:
-            total += torch.tensor([loss.item(), batch.targets.numel()])
+        total += torch.tensor([loss.item(), batch.targets.numel()])
     total = machine.sum(total.to(machine.device) if machine.device.type == "cuda" else total)
     if total[1] == 0:
-        raise UserError(f"{dataset.name} has nothing to validate on: "
-                        f"{(*batch.lost, 'it has no answers')[0]}")
+        raise UserError(f"{dataset.name} has nothing to validate on")
     return (total[0] / total[1]).item()

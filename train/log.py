@@ -1,8 +1,8 @@
 """What a run leaves to read: printed lines, log.jsonl, and its report (common/report.py)."""
 
+import contextlib
 import dataclasses
 import io
-import json
 import math
 import os
 import platform
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from common.atomic import append_rows
+from common.atomic import append_rows, read_rows
 from common.checkpoint import file_sum
 from common.config import UserError, read_json
 from common.report import (
@@ -42,24 +42,33 @@ class Log:
     def __init__(self, folder, enabled=True, tracker="none", settings=None):
         self.folder, self.enabled = Path(folder), enabled
         self.rows, self.behind = [], False  # behind: whether some rows are not on the disk
-        self.tracker = open_tracker(tracker, folder, settings) if enabled else None
+        self.tracker = None
+        if enabled and tracker != "none":  # trackio or wandb, which share their interface
+            try:
+                module = __import__(tracker)
+            except ImportError:
+                raise UserError(f"--tracker={tracker} needs a package: pip install {tracker}"
+                                ) from None
+            self.tracker = module.init(project="nanogpt-vision", name=str(folder), config=settings)
 
     def resume(self, step):
         """Keep the rows up to `step`; those after it will be logged again."""
         if not self.enabled:
             return
-        self.rows = [row for row in read_rows(self.folder) if row["step"] <= step]
         try:
+            rows, _ = read_rows(self.folder / "log.jsonl")
+            self.rows = [row for row in rows if row["step"] <= step]
             self._rewrite()
-        except OSError as error:
-            raise UserError(f"--out={self.folder} is not writable: {error.strerror}; choose "
-                            "another folder, or fix that") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"--out={self.folder} has no log.jsonl that can be read and written: "
+                            f"{error}; choose another folder, or fix that") from None
 
     def _rewrite(self):
         """Replace log.jsonl by one with all rows."""
         self.folder.mkdir(parents=True, exist_ok=True)
         new = self.folder / ".log.jsonl"
-        new.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        new.unlink(missing_ok=True)
+        append_rows(new, self.rows)
         new.replace(self.folder / "log.jsonl")
 
     def say(self, text):
@@ -89,40 +98,7 @@ class Log:
             self.tracker.log(metrics, step=step)
 
 
-def read_rows(folder):
-    """The rows of a run's log.jsonl up to a damaged one; [] if there is no such file."""
-    path, rows = Path(folder) / "log.jsonl", []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:  # a kill may cut the last line
-                break
-    return rows
-
-
-def open_tracker(name, folder, settings):
-    """trackio or wandb, which share their interface; None when off."""
-    if name == "none":
-        return None
-    try:
-        module = __import__(name)
-    except ImportError:
-        raise UserError(f"--tracker={name} needs a package: pip install {name}") from None
-    return module.init(project="nanogpt-vision", name=str(folder), config=settings)
-
-
 # ------------------------------------------------------------------------------------ provenance
-
-
-def commit():
-    """The git commit of this code, or "unknown" outside a checkout."""
-    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True)
-    except OSError:  # git is not installed
-        return "unknown"
-    return result.stdout.strip() or "unknown"
 
 
 def origin(machine, step):
@@ -133,9 +109,13 @@ def origin(machine, step):
         nodes = machine.ranks // here
         command = ["torchrun", "--standalone" if nodes == 1 else f"--nnodes={nodes}",
                    f"--nproc_per_node={here}", *sys.argv]
-    cuda = f", CUDA {torch.version.cuda}" if machine.device.type == "cuda" else ""
+    commit, cuda = "", f", CUDA {torch.version.cuda}" if machine.device.type == "cuda" else ""
+    with contextlib.suppress(OSError):  # git is not installed
+        commit = subprocess.run(
+            ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
+            capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "step": step, "command": shlex.join(command), "commit": commit(),
+        "step": step, "command": shlex.join(command), "commit": commit or "unknown",
         "hardware": f"{machine.ranks} x {machine.name}, {str(machine.dtype)[6:]}",
         "software": f"Python {platform.python_version()}, PyTorch {torch.__version__}{cuda}, "
                     f"{platform.platform()}",
@@ -155,20 +135,21 @@ def with_origin(origins, machine, step, max_steps):
 
 def report_run(run, samples, data):
     """Write the report of a finished Run. samples: of report.Sample; data: its data folders."""
+    m, steps = run.metrics, max(run.first_step, run.cfg.max_steps)
+    amount = f"{steps * per_step(run.settings):,} {UNITS[run.unit]}"
+    lead = f"{steps:,} steps on {amount} in {duration(m['seconds'])}"
+    lead += f" for {price(m['dollars'])}." if m["dollars"] else "."
+    lead += f" Validation loss {m['val_loss']:.4f}." if "val_loss" in m else ""
     try:
-        write_report(run.folder, f"{run.stage}: {run.folder}", *run_report(run, samples, data))
+        write_report(run.folder, f"{run.stage}: {run.folder}", lead,
+                     report_sections(run, steps, amount, samples, data))
     except (OSError, UserError) as error:  # the checkpoint is saved nevertheless
         run.log.say(f"there is no report: {error}")
 
 
-def run_report(run, samples, data):
-    """(lead, sections) of a run's report, as write_report takes them."""
-    m, rows, steps = run.metrics, run.log.rows, max(run.first_step, run.cfg.max_steps)
-    each, hourly = per_step(run.settings), run.settings["dollars_per_hour"]
-    amount = f"{steps * each:,} {UNITS[run.unit]}"
-    lead = f"{steps:,} steps on {amount} in {duration(m['seconds'])}"
-    lead += f" for {price(m['dollars'])}." if m["dollars"] else "."
-    lead += f" Validation loss {m['val_loss']:.4f}." if "val_loss" in m else ""
+def report_sections(run, steps, amount, samples, data):
+    """{heading: blocks} of a run's report, as write_report takes them."""
+    m, rows, hourly = run.metrics, run.log.rows, run.settings["dollars_per_hour"]
     rate = f"at {price(hourly)} per device and hour" if hourly else "--dollars_per_hour"
     sections = {"Losses": [loss_curves(rows)] if rows else []}
     sections["Losses"].append(table(["loss or score", "last"], losses(m).items()))
@@ -176,7 +157,8 @@ def run_report(run, samples, data):
         sections["Samples"] = sample_blocks(samples)
     sections["Cost"] = [table(["cost", "value"], [
         ["steps", f"{steps:,}"],
-        ["tokens" if run.unit == "tok" else "pairs", f"{amount} ({steps:,} steps of {each:,})"],
+        ["tokens" if run.unit == "tok" else "pairs",
+         f"{amount} ({steps:,} steps of {per_step(run.settings):,})"],
         *speeds(rows, run.unit),
         ["arithmetic", f"{m['tflop']:,.4g} TFLOP"],
         ["peak memory", f"{memory(m)}, main process"],
@@ -191,8 +173,11 @@ def run_report(run, samples, data):
         code(part["command"]),
         table(["from step", f"{part['step']:,}"],
               [[name, part[name]] for name in ("commit", "hardware", "software")]))]
-    sections["Settings"] = [settings_table(run.settings, type(run.cfg))]
-    return lead, sections
+    defaults = {field.name: field.default for field in dataclasses.fields(run.cfg)}
+    sections["Settings"] = [table(["setting", "value", "default"], [
+        [name, value, defaults.get(name, "")] for name, value in run.settings.items()
+        if value != defaults.get(name)])]
+    return sections
 
 
 def per_step(settings):
@@ -204,8 +189,8 @@ def loss_curves(rows):
     """Training loss as a line, validation losses as dots."""
     lines = []
     for name in dict.fromkeys(name for row in rows for name in row):
-        points = [(row["step"] + 1, row[name]) for row in rows if name in row]
         if name == "loss" or name.startswith("val_"):
+            points = [(row["step"] + 1, row[name]) for row in rows if name in row]
             dots = name != "loss" or len(points) < 20
             style = {"marker": "o", "markersize": 3} if dots else {}
             lines.append((MEANING.get(name, name), points, style))
@@ -273,11 +258,3 @@ def data_table(folder):
         if value and name not in ("tokenizer", "seal", "sha256"):
             rows.append([name, f"{value:,}" if isinstance(value, int) else value])
     return table(["data", folder], rows)
-
-
-def settings_table(settings, config_class):
-    """The settings that differ from their defaults."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
-    return table(["setting", "value", "default"],
-                 [[name, value, defaults.get(name, "")] for name, value in settings.items()
-                  if value != defaults.get(name)])

@@ -13,15 +13,14 @@ import torch.distributed as dist
 
 from common.config import UserError
 from common.device import pick_dtype
-from train.fsdp import gathered, is_sharded, local, row_range, sharded_as
 
 
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for parameters that are matrices.
 
     A weight with the attribute `stacked` holds so many matrices one above the other (q, k and v),
-    which are orthogonalised separately; a sharded weight is gathered. As in PyTorch's optimizers,
-    `found_inf` (a tensor, 1 or 0) cancels a step without the host having to wait for it.
+    which are orthogonalised separately. As in PyTorch's optimizers, `found_inf` (a tensor, 1 or 0)
+    cancels a step without the host having to wait for it.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
@@ -37,14 +36,13 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault((p.shape, getattr(p, "stacked", 1)), []).append(p)
             for (shape, stacked), params in by_shape.items():
-                # If sharded, few at a time: all of them gathered may not fit.
-                n = dist.get_world_size() if is_sharded(params[0]) else len(params)
-                for start in range(0, len(params), n):
-                    self._step_together(params[start : start + n], shape, stacked, group)
+                self._step_together(params, shape, stacked, group)
 
     def _step_together(self, params, shape, stacked, group):
-        momenta = [local(self._momentum(p)) for p in params]
-        grads = [local(p.grad) for p in params]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        momenta, grads = [self.state[p]["momentum"] for p in params], [p.grad for p in params]
         lr = torch.full((), group["lr"], device=grads[0].device)
         if self.found_inf is not None:
             skip = self.found_inf.bool()
@@ -52,24 +50,12 @@ class Muon(torch.optim.Optimizer):
             lr = torch.where(skip, 0.0, lr)
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
-        if is_sharded(params[0]):
-            small = self.dtype if self.dtype == torch.bfloat16 else torch.float32  # fp16 overflows
-            pairs = zip(params, nesterov, strict=True)
-            nesterov = [gathered(sharded_as(p, update.to(small))) for p, update in pairs]
         updates = torch.stack(nesterov).view(-1, shape[0] // stacked, math.prod(shape[1:]))
         updates = orthogonalise_distributed(updates, self.dtype)
         rows, columns = updates.shape[-2:]
-        updates = updates.view(len(params), *shape)[:, slice(*row_range(params[0]))]
-        updates = updates * (-lr * max(1, rows / columns) ** 0.5)
-        weights = [local(p) for p in params]
-        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(weights, list(updates.unbind()))
-
-    def _momentum(self, p):
-        state = self.state[p]
-        if not state:
-            state["momentum"] = torch.zeros_like(p)
-        return state["momentum"]
+        updates = updates.view(len(params), *shape) * (-lr * max(1, rows / columns) ** 0.5)
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(params, list(updates.unbind()))
 
 
 def orthogonalise(matrices, dtype, steps=5):
@@ -105,83 +91,41 @@ def orthogonalise_distributed(matrices, dtype):
 
 
 class Optimizers:
-    """Muon and AdamW, used like one optimizer."""
+    """Muon and AdamW, used like one optimizer. Each of their groups knows its peak learning rate,
+    initial_lr as in PyTorch's schedulers. dtype: of Muon's products; fp32 without Muon."""
 
     def __init__(self, members):
         self.members = members
-        self.peaks = [[group["lr"] for group in m.param_groups] for m in members]
-
-    @property
-    def dtype(self):
-        """The type of Muon's products; fp32 without Muon."""
-        return next((m.dtype for m in self.members if isinstance(m, Muon)), torch.float32)
-
-    @dtype.setter
-    def dtype(self, dtype):
-        for member in self.members:
-            member.dtype = dtype
+        self.dtype = next((m.dtype for m in members if isinstance(m, Muon)), torch.float32)
 
     def set_lr(self, factor):
         """Set every learning rate to `factor` times its peak."""
-        for member, peaks in zip(self.members, self.peaks, strict=True):
-            for group, peak in zip(member.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
+        for member in self.members:
+            for group in member.param_groups:
+                group["lr"] = group["initial_lr"] * factor
 
     def step(self, skip):
         """Take a step unless `skip`, a bool tensor: the host need not know its value."""
         for member in self.members:
-            member.found_inf = skip.float()
+            member.found_inf, member.dtype = skip.float(), self.dtype
             member.step()
 
     def zero_grad(self):
         for member in self.members:
             member.zero_grad(set_to_none=True)
 
-    def replace(self, new):
-        """Train the parameters new[p] instead of p; before the first step."""
-        for member in self.members:
-            for group in member.param_groups:
-                group["params"] = [new[p] for p in group["params"]]
-
     def state_dict(self):
-        """The states of all members; of sharded parameters only this process's rows."""
-        found = []
-        for member in self.members:
-            state = member.state_dict()
-            state["state"] = {i: {name: local(value) for name, value in entry.items()}
-                              for i, entry in state["state"].items()}
-            found.append(state)
-        return {"members": found}
+        return {"members": [member.state_dict() for member in self.members]}
 
-    def load_state_dict(self, states):
-        """Load a list of `state_dict`s: one, or those of all shards in their order. This process
-        takes the rows that it keeps now, however many shards there were.
-
-        Settings such as weight decay are not loaded: this run's hold.
-        """
+    def load_state_dict(self, state):
+        """Settings such as weight decay are not loaded: this run's hold."""
         groups = [member["param_groups"] for member in self.state_dict()["members"]]
-        saved = [member["param_groups"] for member in states[0]["members"]]
+        saved = [member["param_groups"] for member in state["members"]]
         if [[g["params"] for g in m] for m in groups] != [[g["params"] for g in m] for m in saved]:
             raise UserError("the optimizer of the checkpoint trained other weights: set "
                             "--optimizer as it was, or start over in another --out")
-        for i, member in enumerate(self.members):
-            shards = [state["members"][i]["state"] for state in states]
-            params = [p for group in member.param_groups for p in group["params"]]
-            state = {n: {name: own_rows([shard[n][name] for shard in shards], params[n])
-                         for name in entry} for n, entry in shards[0].items()}
-            member.load_state_dict({"state": state, "param_groups": groups[i]})
-
-
-def own_rows(parts, p):
-    """This process's rows of a tensor in `parts`, one above the other; sharded as `p`."""
-    if parts[0].ndim == 0:  # a number of steps: the same in all
-        return parts[0].clone()
-    first, end = row_range(p)
-    found, start = [], 0
-    for part in parts:  # memory-mapped: only the rows taken are read
-        found.append(part[max(0, first - start) : max(0, end - start)])
-        start += len(part)
-    return sharded_as(p, torch.cat(found).to(p.device))
+        for member, own, found in zip(self.members, groups, state["members"], strict=True):
+            member.load_state_dict({"state": found["state"], "param_groups": own})
 
 
 def make_optimizer(model, cfg, factors=None):
@@ -204,7 +148,8 @@ def make_optimizer(model, cfg, factors=None):
     for (kind, prefix), params in groups.items():
         if params:
             lr, decay = kinds[kind]
-            group = dict(params=params, lr=lr * factors[prefix], weight_decay=decay)
+            lr *= factors[prefix]
+            group = dict(params=params, lr=lr, initial_lr=lr, weight_decay=decay)
             (muon if kind == "muon" else adamw).append(group)
     members = [Muon(muon, cfg.muon_lr, cfg.momentum)] if muon else []
     if adamw:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from common.config import UserError
-from common.images import ImageError, blank, to_pixels
+from common.images import to_pixels
 from data import Batch
 
 # What Packed knows of a chat that it uses.
@@ -57,11 +57,11 @@ class Packed:
             lines[0] += f"; {self.left_out} left out: too long, or nothing supervised"
         for chats in self.sources:
             reasons = chats.manifest.get("left_out", {})
-            if reasons:
-                total = sum(reason["rows"] for reason in reasons.values())
-                lines.append(f"{chats.folder.parent}: {total} rows were left out when it was "
-                             "prepared: " + ", ".join(f"{found['rows']} {reason}" for reason, found
-                                                      in reasons.items()))
+            counts = {reason: found["rows"] for reason, found in reasons.items()}
+            if counts:
+                lines.append(f"{chats.folder.parent}: {sum(counts.values())} rows were left out "
+                             "when it was prepared: "
+                             + ", ".join(f"{n} {reason}" for reason, n in counts.items()))
         return lines
 
     def measure(self, s, at_once=4096):
@@ -91,67 +91,59 @@ class Packed:
             yield found
 
     def batch(self, rows):
-        """The Batch of some rows. A chat whose images cannot be read is in it unsupervised."""
-        B, T, P = len(rows), self.T, self.n_patches
-        batch = Batch(torch.full((B, T), self.tokenizer.end_of_text),
-                      positions=torch.zeros(B, T, dtype=torch.long),
-                      segments=torch.zeros(B, T, dtype=torch.int32))
-        where, targets, image_positions = ([np.empty(0, np.int64)] for _ in range(3))
-        bounds, padding, images = [], [], []
+        """The Batch of some rows."""
+        B, T = len(rows), self.T
+        ids = np.full(B * T, self.tokenizer.end_of_text)
+        targets = np.full(B * T, -1)  # -1: unsupervised
+        positions, segments = np.zeros(B * T, int), np.zeros(B * T, np.int32)
+        bounds, padding, images, longest = [], [], [], 0
         for b, row in enumerate(rows):
-            start = b * T  # flat position
+            start = b * T
             for segment, chat in enumerate(self.chats[self.rows[row]], 1):
-                ids, supervised = self._with_image_tokens(chat)
-                part = slice(start - b * T, start - b * T + len(ids) - 1)
-                batch.ids[b, part] = torch.from_numpy(ids[:-1])
-                batch.positions[b, part] = torch.arange(len(ids) - 1)
-                batch.segments[b, part] = segment
+                found, supervised, own_images = self._read(chat)
+                length = len(found) - 1
+                part = slice(start, start + length)
+                ids[part], positions[part], segments[part] = found[:-1], np.arange(length), segment
+                targets[part] = np.where(supervised[1:], found[1:], -1)
+                images += own_images
                 bounds.append(start)
-                batch.longest = max(batch.longest, len(ids) - 1)
-                slots = np.flatnonzero(ids == self.tokenizer.image)
-                image_positions.append(start + slots)
-                n_images = len(slots) // max(1, P)
-                try:
-                    images += self._images(chat, n_images)
-                    predicting = np.flatnonzero(supervised[1:])  # the positions before them
-                    where.append(start + predicting)
-                    targets.append(ids[predicting + 1])
-                except ImageError as error:  # lost since the data was prepared
-                    batch.lost.append(str(error))
-                    images += [blank(self.spec.size)] * n_images
-                start += len(ids) - 1
+                longest = max(longest, length)
+                start += length
             padding.append((start, b * T + T))
         # Padding is cut into pieces, so that it costs the attention no more than chats do.
-        bounds += [at for tail in padding for at in range(*tail, batch.longest)]
-        batch.bounds = torch.tensor([*sorted(bounds), B * T], dtype=torch.int32)
-        batch.where = torch.from_numpy(np.concatenate(where))
-        batch.targets = torch.from_numpy(np.concatenate(targets))
+        bounds += [at for tail in padding for at in range(*tail, longest)]
+        where = np.flatnonzero(targets >= 0)
+        batch = Batch(
+            ids=torch.from_numpy(ids).view(B, T),
+            targets=torch.from_numpy(targets[where]), where=torch.from_numpy(where),
+            positions=torch.from_numpy(positions).view(B, T),
+            segments=torch.from_numpy(segments).view(B, T),
+            bounds=torch.tensor([*sorted(bounds), B * T], dtype=torch.int32), longest=longest)
         if images:
             batch.pixels = to_pixels(images, self.spec.size, self.spec.fit)
-            batch.image_positions = torch.from_numpy(np.concatenate(image_positions))
+            batch.image_positions = torch.from_numpy(np.flatnonzero(ids == self.tokenizer.image))
         return batch
 
-    def _with_image_tokens(self, chat):
-        """(ids, supervised) of a CHAT, each <|image|> id repeated for every patch."""
-        ids, supervised = (part[: chat["n_ids"]] for part in
-                           self.sources[chat["source"]].chat(chat["number"]))
-        repeats = np.where(ids == self.tokenizer.image, self.n_patches, 1)
-        return np.repeat(ids, repeats), np.repeat(supervised, repeats)
-
-    def _images(self, chat, n):
-        """The first n images of a CHAT; the others are after the truncation."""
-        return self.sources[chat["source"]].images(chat["number"], self.spec)[:n] if n else []
+    def _read(self, chat):
+        """(ids, supervised, PIL images) of a CHAT, each <|image|> id repeated for every patch."""
+        source, number = self.sources[chat["source"]], chat["number"]
+        ids, supervised = (part[: chat["n_ids"]] for part in source.chat(number))
+        is_image = ids == self.tokenizer.image
+        repeats = np.where(is_image, self.n_patches, 1)
+        n = is_image.sum() if self.spec else 0  # further images are after the truncation
+        images = source.images(number, self.spec)[:n] if n else []
+        return np.repeat(ids, repeats), np.repeat(supervised, repeats), images
 
 
 def check_stored(chats, spec):
     """UserError if the stored images of a data.ChatSource do not suit an ImageSpec."""
     stored = chats.manifest.get("stored_images", {})
-    if not spec or not stored.get("copied", True):
+    if not spec or not stored:
         return
-    if spec.fit == "crop" and stored.get("fit") == "pad":
+    if spec.fit == "crop" and stored["fit"] == "pad":
         raise UserError(f"the images in {chats.folder} were padded to squares, and this CLIP needs "
                         "them cropped; prepare them with --fit=short")
-    if stored.get("size", spec.size) < spec.size:
+    if stored["size"] < spec.size:
         raise UserError(f"the images in {chats.folder} were stored at {stored['size']} pixels, "
                         f"and this CLIP needs {spec.size}; prepare them with "
                         f"--image_size={spec.size}")
@@ -193,14 +185,12 @@ class Captions:
     """The images of data.Chats, each with the first answer about it as its caption, for CLIP."""
 
     def __init__(self, chats, tokenizer, spec, context):
-        if not chats.has_images:
-            raise UserError(f"{chats.folder} holds no images, so it cannot train CLIP")
         check_stored(chats, spec)
         self.name, self.chats, self.tokenizer = str(chats.folder), chats, tokenizer
         self.spec, self.context = spec, context
         self.chosen = [i for i in range(len(chats)) if chats.n_images(i) == 1]
         if not self.chosen:
-            raise UserError(f"no chat of {chats.folder} has exactly one image, as CLIP needs")
+            raise UserError(f"{chats.folder} has no images for CLIP, which needs chats with one")
 
     def __len__(self):
         return len(self.chosen)
@@ -217,19 +207,11 @@ class Captions:
         return [self.tokenizer.end_of_text, *text, self.tokenizer.end]
 
     def batch(self, rows):
-        """Batch of pixels, ids and keys. Where an image cannot be read, another is repeated."""
-        found, lost = {}, []
-        for i in rows:
-            try:
-                (found[i],) = self.chats.images(self.chosen[i], self.spec)
-            except ImageError as error:  # lost since the data was prepared
-                lost.append(str(error))
-        if not found:
-            raise UserError(f"no image of a complete batch of {self.name} can be read: {lost[0]}")
-        rows = [i if i in found else next(iter(found)) for i in rows]
-        captions, images = [self.caption(i) for i in rows], [found[i] for i in rows]
+        """Batch of pixels, ids and keys."""
+        captions = [self.caption(i) for i in rows]
+        images = [self.chats.images(self.chosen[i], self.spec)[0] for i in rows]
         longest = min(self.context, -(-max(map(len, captions)) // 8) * 8)  # few different shapes
         ids = [ids + [self.tokenizer.end] * (longest - len(ids)) for ids in captions]
         keys = [hash(tuple(ids)) for ids in captions]  # of ints: the same in every process
         return Batch(torch.tensor(ids), pixels=to_pixels(images, self.spec.size, self.spec.fit),
-                     keys=torch.tensor(keys), lost=lost)
+                     keys=torch.tensor(keys))

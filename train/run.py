@@ -14,7 +14,6 @@
     run.finish()
 """
 
-import contextlib
 import dataclasses
 import gc
 import os
@@ -40,7 +39,6 @@ from common.device import (
 from train.anomaly import Guard
 from train.async_save import Saver
 from train.flops import flop_counter
-from train.fsdp import gathered, gathered_weights, shard
 from train.loader import Loader
 from train.log import Log, report_run, with_origin
 from train.optim import lr_factor
@@ -65,13 +63,13 @@ class Run:
                 raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least {lowest}")
         self.machine = setup(cfg.device, cfg.precision)
         self.device, self.ranks = self.machine.device, self.machine.ranks
-        self.sharded = cfg.shard != "none" and self.ranks > 1
         self.folder = Path(cfg.out)
         self.settings = dataclasses.asdict(cfg)
         self.log = Log(self.folder, self.machine.is_main, cfg.tracker, self.settings)
         self.metrics, self.notes, self.origins = {}, [], []
-        self.n_lost, self.saved, self.reason = 0, None, ""
+        self.first_step, self.saved, self.reason = 0, None, ""
         self.began = time.time()  # of the complete run: earlier on resuming, for the cost
+        self.dollars_per_second = cfg.dollars_per_hour * self.ranks / 3600
         self.stop_signal, self.saver = StopSignal(cfg.time_limit), Saver()
         self.watch = Watch(self.folder, self.machine, cfg.step_timeout, LONG_TIMEOUT)
         self.train_loader = None
@@ -105,7 +103,7 @@ class Run:
         if reason != self.reason:
             self.log.say(reason)
         self.reason = reason
-        self.watch.waits()
+        self.watch.since = time.monotonic()  # it does not wait for another process
         if self.stop_signal():
             self.stop_early(step - 1, together=False)
 
@@ -123,55 +121,29 @@ class Run:
         """
         self.model, self.optimizer, self.tokenizer, self.info = model, optimizer, tokenizer, info
         self.unit, self.per_step, self.flops = unit, per_step, flops
-        self._make_folder()
         state = self._load_newest()  # may change the precision
         self.fp16 = torch.amp.GradScaler(self.device.type,
                                          enabled=self.machine.dtype == torch.float16)
         self.guard = Guard(self.device, self.cfg.grad_clip)
-        self.net = self._join_processes(model)
-        self.first_step = 0
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        if self.cfg.compile:
+            compile_blocks(model)
+        self.net = averaging(model, self.device) if self.ranks > 1 and self.trained else model
+        self.counter, self.step_flops = None, 0  # FLOP of a step in all processes, counted
         if state:
             self.load_state_dict(state)
-        self.counter, self.step_flops = None, 0  # FLOP of a step in all processes, counted
-        if state and not self.cfg.compile:
-            self.step_flops = self.metrics["tflop"] * 1e12 / self.first_step
-        self.origins = with_origin(self.origins, self.machine, self.first_step,
-                                   self.cfg.max_steps)
+            if not self.cfg.compile:
+                self.step_flops = self.metrics["tflop"] * 1e12 / self.first_step
+        self.origins = with_origin(self.origins, self.machine, self.first_step, self.cfg.max_steps)
         self.peak = peak_flops(self.machine) * self.ranks
         self.loss = torch.zeros((), device=self.device)  # of this step, in this process
         self.losses = torch.zeros(2, device=self.device)  # since the last printed line, in all
         # processes: sum of the losses, number of steps
-        if self.first_step >= self.cfg.max_steps:
-            self.log.say(f"all {self.cfg.max_steps} steps are done already")
         count = sum(p.numel() for p in self.trained)
         self.log.say(f"{self.stage}: {count / 1e6:.2f} M parameters to train on {self.ranks} x "
                      f"{self.machine.name} in {precision_name(self.machine.dtype)}, Muon's "
                      f"products in {precision_name(self.optimizer.dtype)}, into {self.folder}")
-        if self.cfg.shard != "none" and not self.sharded:
-            self.log.say(f"--shard={self.cfg.shard} is ignored: there is only one process")
         return self.net
-
-    def _make_folder(self):
-        """Make the run's folder, and remove what killed runs left in it."""
-        if self.machine.is_main:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                checkpoint.clear(self.folder, everything=not self.cfg.resume)
-            except OSError as error:
-                raise UserError(f"--out={self.folder} cannot be made a folder or written into: "
-                                f"{error.strerror}; choose another") from None
-        self.machine.barrier()
-
-    def _join_processes(self, model):
-        """The network to call: `model` itself, sharded, or wrapped in DDP."""
-        if self.cfg.compile:
-            compile_blocks(model)
-        if self.sharded:
-            self.optimizer.replace(shard(model, self.machine))
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        if self.ranks == 1 or self.sharded or not self.trained:
-            return model
-        return averaging(model, self.device)
 
     # -------------------------------------------------------------------------------- the loop
 
@@ -188,28 +160,24 @@ class Run:
             yield step
             self.watch.passed(f"the end of step {step}")
             if step == self.first_step + WARM_STEPS:
-                self._settle()
+                gc.collect()
+                gc.freeze()  # garbage collections spare what stays
+                if self.machine.is_main and not self.saver.job:  # allocates its buffers early
+                    self.saver.start(self.saver.copy, self.state_dict(step))
             if step + 1 < self.cfg.max_steps:
-                self._report(self.saver.ended())
+                self.end_saving(wait=False, last=False)
                 if self.machine.any(self.stop_signal()):
                     self.stop_early(step)
         self.watch.passed("the last step", long=True)
         if self.train_loader:
             self.train_loader.close()
 
-    def _settle(self):
-        """Spare garbage collections what stays, and allocate the save buffers ahead of a save."""
-        gc.collect()
-        gc.freeze()
-        if self.machine.is_main and not self.sharded and not self.saver.job:
-            self.saver.start(self.saver.copy, self._contents(self.first_step))
-
     def stop_early(self, step, together=True):
         """Save the state after `step` and end the program with status STOPPED_EARLY.
 
         together: whether all processes are here; saving needs them all.
         """
-        self.watch.stop()
+        self.watch.ended.set()
         if step >= self.first_step and (together or self.ranks == 1):
             self.save(step)
             self.end_saving()
@@ -225,22 +193,14 @@ class Run:
     def forward(self, batch):
         """Context of a forward pass: autocast; gradients are summed on the last micro-batch."""
         self.watch.passed("a forward pass")
-        for reason in batch.lost:
-            self.n_lost += 1
-            if self.n_lost <= 5:
-                self.log.say(f"left out: {reason}")
-        stack = contextlib.ExitStack()
-        if self.sharded:  # summed every time, as full gradients may not fit
-            self.net.set_is_last_backward(batch.is_last)
-        elif self.ranks > 1 and self.trained and not batch.is_last:
-            stack.enter_context(self.net.no_sync())
-        stack.enter_context(self.machine.autocast())
-        return stack
+        if self.net is not self.model:
+            self.net.require_backward_grad_sync = batch.is_last  # as DDP's no_sync does
+        return self.machine.autocast()
 
     def backward(self, loss):
         """Gradients of `loss`, this micro-batch's share of the mean loss of the step.
 
-        DDP and FSDP average over processes; times their number that is the sum.
+        DDP averages over processes; times their number that is the sum.
         """
         self.loss += loss.detach()
         self.fp16.scale(loss * self.ranks).backward()
@@ -254,12 +214,11 @@ class Run:
         for member in self.optimizer.members:
             self.fp16.unscale_(member)
         limit = self.cfg.grad_clip or float("inf")
-        self.grad_norm = gathered(torch.nn.utils.clip_grad_norm_(self.trained, limit))
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.trained, limit)
         loss = self.machine.sum(self.loss.clone())
         skip = self.guard.anomalous(step, loss, self.grad_norm)
         self.optimizer.step(skip)
-        if self.fp16.is_enabled():
-            self.fp16.update()
+        self.fp16.update()
         self.optimizer.zero_grad()
         self.losses += torch.where(skip, 0.0, torch.stack((loss, torch.ones_like(loss))))
         self.loss.zero_()
@@ -280,26 +239,18 @@ class Run:
         left = (self.cfg.max_steps - step - 1) * seconds
         f = dict(loss=losses / taken if taken else float("nan"), grad_norm=grad_norm,
                  lr=lr_factor(self.cfg, step), ms=seconds * 1e3,
-                 mfu=rate * self.flops / self.peak, dollars=self.dollars())
+                 mfu=rate * self.flops / self.peak,
+                 dollars=self.dollars_per_second * (time.time() - self.began))
         self.log.say(f"step {step:5d} | loss {f['loss']:.4f} | norm {grad_norm:.2f} | "
                      f"lr x{f['lr']:.3f} | {f['ms']:.0f} ms | {rate:,.0f} {self.unit}/s | "
                      f"mfu {f['mfu']:.0%} | {left / 60:.1f} min left | ${f['dollars']:.2f}")
-        if skipped := self.guard.messages(self._rows_of):
+        if skipped := self.guard.messages(self.train_loader.describe):
             self.note(*skipped)
             self.guard.check()
         self.log.add(step, {**f, f"{self.unit}_per_s": rate})
         self.losses.zero_()
         release_free_memory()
         self.window = (now, step + 1)
-
-    def _rows_of(self, step):
-        """Which rows a step read, for a message."""
-        rows = sorted(self.train_loader.rows_of(step).tolist())
-        more = f" and {len(rows) - 8} more" if rows[8:] else ""
-        return f"rows {', '.join(map(str, rows[:8]))}{more} of {self.train_loader.dataset.name}"
-
-    def dollars(self):
-        return self.cfg.dollars_per_hour * self.ranks * (time.time() - self.began) / 3600
 
     def record(self, step, **figures):
         """Print and log figures of an evaluation; they go into the next checkpoint as well."""
@@ -317,19 +268,17 @@ class Run:
     # ---------------------------------------------------------------------- saving and resuming
 
     def state_dict(self, step):
-        """What resuming after `step` needs besides the weights; every process must call it.
+        """The weights, and what resuming after `step` needs besides.
 
         The number of steps done is all there is of the data: which rows a step reads is a function
-        of seed and step alone (Loader.rows_of). The optimizer of a sharded run is not in here, as
-        each process writes its own part (_save_shard).
+        of seed and step alone (Loader.rows_of).
         """
-        state = dict(step=step + 1, fp16=self.fp16.state_dict(), guard=self.guard.state_dict(),
-                     rng=torch.get_rng_state())
-        return state if self.sharded else {**state, "optimizer": self.optimizer.state_dict()}
+        return {"weights": self.model.state_dict(), "training": dict(
+            step=step + 1, fp16=self.fp16.state_dict(), guard=self.guard.state_dict(),
+            rng=torch.get_rng_state(), optimizer=self.optimizer.state_dict())}
 
     def load_state_dict(self, state):
-        """Continue from a state_dict as checkpoint.read gives it: its optimizer is a list of parts,
-        which may be of another number of processes."""
+        """Continue from the "training" of a state_dict; the weights are loaded already."""
         self.first_step = state["step"]
         self.fp16.load_state_dict(state["fp16"])
         self.guard.load_state_dict(state["guard"])
@@ -337,131 +286,102 @@ class Run:
         torch.set_rng_state(state["rng"])
 
     def save(self, step):
-        """Write a checkpoint of the state after `step`, unless that is the last one written.
-
-        A thread writes a copy of the state; if the run is sharded, all wait until it is written.
-        """
-        self._report(self.saver.ended(wait=True))  # one of this step that failed is tried again
+        """Let a thread write a checkpoint of the state after `step`, unless that was the last."""
+        self.end_saving(last=False)  # one of this step that failed is tried again
         if not self.machine.any(step != self.saved):  # only the main process knows of a failure
             return
         self.saved = step
-        contents = self._contents(step)
-        if self.sharded:
-            self._save_shard(step)
         if self.machine.is_main:
-            copy = self.saver.copy(contents)
-            self.saver.start(checkpoint.save, self.folder, step + 1, copy["weights"],
-                             self._description(step), self.tokenizer, copy["training"],
-                             begun=self.sharded, keep_every=self.cfg.keep_every)
-        if self.sharded:
-            self.end_saving()
+            state = self.saver.copy(self.state_dict(step))
+            m, (gpu_gb, host_gb) = self.metrics, peak_memory_gb(self.device)
+            seconds = time.time() - self.began
+            m.update(seconds=seconds, dollars=self.dollars_per_second * seconds,
+                     tflop=(step + 1) * (self.step_flops or self.per_step * self.flops) / 1e12,
+                     peak_gpu_gb=max(gpu_gb, m.get("peak_gpu_gb", 0)),
+                     peak_rss_gb=max(host_gb, m.get("peak_rss_gb", 0)))
+            info = dict(stage=self.stage, **self.info, step=step + 1, settings=self.settings,
+                        tokenizer=self.tokenizer.fingerprint, tokenizer_name=self.tokenizer.name,
+                        precision=precision_name(self.machine.dtype),
+                        muon_precision=precision_name(self.optimizer.dtype),
+                        processes=self.ranks, metrics=dict(m), origins=self.origins)
+            self.saver.start(checkpoint.save, self.folder, step + 1, state["weights"], info,
+                             self.tokenizer, state["training"], self.cfg.keep_every)
         self.machine.barrier()
 
-    def _contents(self, step):
-        return {"weights": gathered_weights(self.model, self.machine.is_main),
-                "training": self.state_dict(step)}
-
-    def _description(self, step):
-        """The config.json of a checkpoint."""
-        m, (gpu_gb, host_gb) = self.metrics, peak_memory_gb(self.device)
-        m.update(seconds=time.time() - self.began, dollars=self.dollars(),
-                 tflop=(step + 1) * (self.step_flops or self.per_step * self.flops) / 1e12,
-                 peak_gpu_gb=max(gpu_gb, m.get("peak_gpu_gb", 0)),
-                 peak_rss_gb=max(host_gb, m.get("peak_rss_gb", 0)))
-        return dict(stage=self.stage, **self.info, step=step + 1, settings=self.settings,
-                    tokenizer=self.tokenizer.fingerprint, tokenizer_name=self.tokenizer.name,
-                    precision=precision_name(self.machine.dtype),
-                    muon_precision=precision_name(self.optimizer.dtype),
-                    processes=self.ranks, metrics=dict(m), origins=self.origins)
-
-    def _save_shard(self, step):
-        """Write this process's part of the optimizer's state into the unfinished checkpoint."""
-        if self.machine.is_main:
-            checkpoint.begin(self.folder, step + 1)
-        self.machine.barrier()
-        checkpoint.save_shard(self.folder, step + 1, self.machine.rank, self.optimizer.state_dict())
-        self.machine.barrier()
-
-    def _report(self, error):
-        """Say that a checkpoint could not be written; training continues."""
-        if isinstance(error, UserError):
+    def end_saving(self, wait=True, last=True):
+        """Raise the error of the last write. Unless no save follows, a failed one (a full disk) is
+        only reported and training continues; without `wait` a write may still run."""
+        error = self.saver.ended(wait)
+        if isinstance(error, UserError) and not last:
             self.log.say(f"{error}; training continues, the next save tries again")
             self.saved = None
         elif error:
             raise error
 
-    def end_saving(self):
-        """Wait until the checkpoint is written; raises if it could not be."""
-        error = self.saver.ended(wait=True)
-        if error:
-            raise error
-        self.machine.barrier()
-
     def _load_newest(self):
         """Load the weights of the newest intact checkpoint; returns its training state, or None."""
+        info, weights, state = self._read_newest()
+        if not info:
+            self.log.resume(-1)
+            return None
+        if (info["stage"] != self.stage or info["tokenizer"] != self.tokenizer.fingerprint
+                or "imported_from" in info):  # without an optimizer
+            raise UserError(f"{self.folder} holds a run of {info['stage']}.py, of another tokenizer"
+                            " or imported; choose another --out, or --resume=False to replace it")
+        checkpoint.load_weights(self.model, weights, info["folder"])
+        self.metrics, self.origins = info["metrics"], info["origins"]
+        self.began -= self.metrics["seconds"]
+        self.log.resume(state["step"] - 1)
+        changed = [f"{name} ({info['settings'].get(name)} -> {value})"
+                   for name, value in self.settings.items() if info["settings"].get(name) != value]
+        self.log.say(f"resuming from {info['folder']}" + "; changed: " * bool(changed)
+                     + ", ".join(changed))
+        if state["step"] >= self.cfg.max_steps:  # nothing is trained with other settings
+            self.settings = info["settings"]
+        before = PRECISIONS[info["precision"]], PRECISIONS[info["muon_precision"]]
+        if self.cfg.precision == "auto" and (self.machine.dtype, self.optimizer.dtype) != before:
+            self.log.say(f"the run began in {info['precision']}, Muon's products in "
+                         f"{info['muon_precision']}, and stays so to be exact; this machine would "
+                         f"choose --precision={precision_name(self.machine.dtype)}")
+            self.machine.dtype, self.optimizer.dtype = before
+        if info["processes"] != self.ranks:
+            self.log.say(f"{info['processes']} processes before, {self.ranks} now: the same batches"
+                         ", but sums in another order, so results differ in the last bits")
+        return state
+
+    def _read_newest(self):
+        """(info, weights, training state) of the newest intact checkpoint, None each without one;
+        makes the run's folder, and removes what killed runs left in it."""
+        if self.machine.is_main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                checkpoint.clear(self.folder, everything=not self.cfg.resume)
+            except OSError as error:
+                raise UserError(f"--out={self.folder} cannot be made a folder or written into: "
+                                f"{error.strerror}; choose another") from None
+        self.machine.barrier()
         found = checkpoint.steps_in(self.folder)
         newest = torch.tensor(max(found, default=0) if self.folder.is_dir() else -1,
                               device=self.device)
         if self.machine.sum(newest.clone()) != self.ranks * newest:
             raise UserError(f"the processes see different contents in --out={self.folder}: it must "
                             "be a folder that all machines share")
-        if not found:
-            self.log.resume(-1)
-            return None
-        folder, info, weights, state = self._newest_intact(list(found.values()))
-        if "imported_from" in info:
-            raise UserError(f"{self.folder} holds an imported checkpoint, without an optimizer; "
-                            f"choose another --out, and --init_from={self.folder}")
-        if info["stage"] != self.stage or info["tokenizer"] != self.tokenizer.fingerprint:
-            raise UserError(f"{self.folder} holds a run of {info['stage']}.py or of another "
-                            "tokenizer; choose another --out, or --resume=False to replace it")
-        checkpoint.load_weights(self.model, weights, folder)
-        self.metrics, self.origins = info["metrics"], info["origins"]
-        self.began -= self.metrics["seconds"]
-        self.log.resume(state["step"] - 1)
-        changed = [f"{name} ({info['settings'].get(name)} -> {value})"
-                   for name, value in self.settings.items() if info["settings"].get(name) != value]
-        self.log.say(f"resuming from {folder}" + "; changed: " * bool(changed) + ", ".join(changed))
-        if state["step"] >= self.cfg.max_steps:  # nothing is trained with other settings
-            self.settings = info["settings"]
-        self._keep_precision(info)
-        if info["processes"] != self.ranks:
-            self.log.say(f"{info['processes']} processes before, {self.ranks} now: the same batches"
-                         ", but sums in another order, so results differ in the last bits")
-        return state
-
-    def _newest_intact(self, folders):
-        """(folder, info, weights, training state) of the newest checkpoint without damage."""
-        while True:
-            folder = folders.pop()
+        for folder in reversed(found.values()):
             try:
-                return folder, *checkpoint.read(folder, with_state=True)
+                return checkpoint.read(folder, with_state=True)
             except UserError as error:
-                if not folders:
+                if folder == min(found.values()):
                     raise
                 self.log.say(f"{error}; trying the one before")
-
-    def _keep_precision(self, info):
-        """With --precision=auto, compute in the types that the run began with, so that it stays
-        exact on another processor."""
-        here, muon_here = self.machine.dtype, self.optimizer.dtype
-        before = PRECISIONS[info["precision"]], PRECISIONS[info["muon_precision"]]
-        if self.cfg.precision == "auto" and (here, muon_here) != before:
-            self.machine.dtype, self.optimizer.dtype = before
-            name = precision_name(here)
-            self.log.say(f"the run began in {info['precision']}, Muon's products in "
-                         f"{info['muon_precision']}, and stays so to be exact; this machine would "
-                         f"choose {name}: --precision={name}")
+        return None, None, None
 
     def finish(self, samples, data):
         """Write the report. samples(model): the report.Samples of a model; it gets the one that was
-        saved, neither compiled nor sharded. data: the folders that were read."""
+        saved, not compiled. data: the folders that were read."""
         self.end_saving()
-        self.watch.stop()
+        self.machine.barrier()
+        self.watch.ended.set()
         self.optimizer.members.clear()  # makes room
-        n_lost = self.machine.sum(torch.tensor(float(self.n_lost), device=self.device)).item()
-        if n_lost:
-            self.note(f"{n_lost:.0f} times a chat was left out because its image was lost")
         if self.machine.is_main:
             model, _, _ = open_model(self.folder, self.device)
             report_run(self, samples(model), data)

@@ -38,18 +38,11 @@ class Watch:
             self.thread.start()
             sys.excepthook = functools.partial(self._failed, sys.excepthook)
 
-    def stop(self):
-        self.ended.set()
-
     def passed(self, place, long=False):
         """This process has passed `place`; long: the next may take the long limit."""
         self.place, self.since = place, time.monotonic()
         self.limit = self.limits[long or self.patient]
         self.count += 1
-
-    def waits(self):
-        """This process waits for something other than the other processes."""
-        self.since = time.monotonic()
 
     def file(self, rank):
         return self.folder / f"process_{rank:05d}.json"

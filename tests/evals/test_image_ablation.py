@@ -227,15 +227,19 @@ def test_a_run_with_workers_is_identical(pipeline, tmp_path):
 # ------------------------------------------------------------------------------- damaged images
 
 
-def test_damaged_and_truncated_images_are_refused(mixed):
-    chats, path = Chats(mixed[0], "train"), mixed[0] / "train/images_000000.bin"
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_and_truncated_images_are_refused(mixed, workers):
+    folder, tokenizer = mixed
+    packed = Packed([Chats(folder, "train")], 64, tokenizer, SPEC)
+    path = folder / "train/images_000000.bin"
     with open(path, "r+b") as file:
         file.write(b"\0" * 20)
-    with pytest.raises(UserError, match=r"damaged|not a readable image"):
-        chats.images(1)
+    loader = Loader(packed, len(packed), len(packed), MACHINE, 0, workers)
+    with pytest.raises(UserError, match=r"^.*train is damaged; prepare it again: image 0 is .*$"):
+        next(loader.step(0))
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(UserError, match="prepare it again"):
-        Chats(mixed[0], "train")
+        Chats(folder, "train")
 
 
 def test_padded_images_are_not_cropped(mixed):

@@ -3,11 +3,10 @@
 import json
 import math
 import shutil
-import signal
 
 import pytest
 from conftest import STAGES, STEPS, log_rows, logged, newest, run, run_stage
-from faults.harness import start, start_together, until
+from faults.harness import start_together
 from safetensors.torch import load_file
 
 
@@ -64,7 +63,7 @@ def test_checkpoints_name_their_lineage(pipeline):
     assert len(set(hashes)) == 4 and {len(digest) for digest in hashes} == {64}
 
 
-def test_vision_pretrain_trains_only_the_projector(pipeline, tmp_path):
+def test_the_vision_stages_train_the_projector_and_then_also_the_decoder(pipeline, tmp_path):
     found = weights(pipeline.folder / "vision_pretrain")
     decoder, clip = weights(pipeline.folder / "sft"), weights(pipeline.folder / "clip_pretrain")
     pipeline.run_stage("vision_pretrain", tmp_path, "--max_steps=1", "--lr=0", "--muon_lr=0")
@@ -76,11 +75,8 @@ def test_vision_pretrain_trains_only_the_projector(pipeline, tmp_path):
         else:
             before = decoder[rest] if part == "decoder" else clip[f"vision_model.{rest}"]
             assert weight.equal(before), name
-
-
-def test_vision_sft_trains_projector_and_decoder(pipeline):
-    before, after = (weights(pipeline.folder / s) for s in ("vision_pretrain", "vision_sft"))
-    same = {name for name in after if after[name].equal(before[name])}
+    after = weights(pipeline.folder / "vision_sft")
+    same = {name for name in after if after[name].equal(found[name])}
     assert same == {name for name in after if name.startswith("vision_tower.")}
 
 
@@ -100,23 +96,6 @@ def test_resume_gives_identical_weights(pipeline, stage, tmp_path):
     assert [row["step"] for row in log_rows(stopped)] == [row["step"] for row in log_rows(complete)]
 
 
-def test_sigterm_saves_and_the_same_command_resumes(pipeline, tmp_path):
-    flags = [*pipeline.flags("pretrain"), "--max_steps=30", "--save_every=0", "--eval_every=0"]
-    job = start("pretrain.py", *flags, f"--out={tmp_path}/stopped")
-    until(lambda: "\nstep     1 " in job.said)
-    job.kill(signal.SIGTERM)
-    job.kill(signal.SIGTERM)  # as torchrun and a batch system both may
-    assert job.wait() == 75, job.said
-    steps = int(newest(tmp_path / "stopped").name.removeprefix("step_"))
-    assert job.said.splitlines()[-1].startswith(f"stopped after step {steps - 1} and saved")
-    assert 2 <= steps < 30
-    said = run_stage("pretrain", *flags, f"--out={tmp_path}/stopped")
-    assert f"resuming from {tmp_path}/stopped/step_{steps:08d}" in said
-    run_stage("pretrain", *flags, f"--out={tmp_path}/complete")
-    assert_same_weights(tmp_path / "stopped", tmp_path / "complete")
-    assert logged(tmp_path / "stopped", "loss") == logged(tmp_path / "complete", "loss")
-
-
 def test_runs_ended_by_the_time_limit_resume_to_identical_weights(pipeline, tmp_path):
     ends = []
     while not ends or ends[-1] == 75:
@@ -125,14 +104,6 @@ def test_runs_ended_by_the_time_limit_resume_to_identical_weights(pipeline, tmp_
         assert len(ends) <= STEPS
     assert len(ends) > 1 and ends[-1] == 0
     assert_same_weights(tmp_path / "sft", pipeline.folder / "sft")
-
-
-def test_a_finished_run_started_again_changes_nothing(pipeline, tmp_path):
-    shutil.copytree(pipeline.folder / "sft", tmp_path / "sft")
-    said = pipeline.run_stage("sft", tmp_path / "sft")
-    assert "step     " not in said and "done" in said
-    assert_same_weights(tmp_path / "sft", pipeline.folder / "sft")
-    assert log_rows(tmp_path / "sft") == log_rows(pipeline.folder / "sft")
 
 
 def test_resume_false_starts_over(pipeline, tmp_path):
@@ -158,39 +129,28 @@ def test_a_mistake_in_the_command_loses_nothing(pipeline, tmp_path, stage, flags
 
 
 @pytest.mark.parametrize("flag", ["--max_steps=0", "--micro_rows=-1", "--batch_tokens=0",
-                                  "--context=0", "--val_rows=0"])
-def test_settings_below_their_minimum_are_named(pipeline, tmp_path, flag):
+                                  "--context=0", "--val_rows=0", "--out={}/file",
+                                  "--out={}/file/run"])
+def test_settings_that_cannot_be_used_are_named(pipeline, tmp_path, flag):
+    flag, file = flag.format(tmp_path), tmp_path / "file"
+    file.write_text("kept")
     argv = [*pipeline.flags("pretrain"), f"--out={tmp_path}/run", flag]
-    assert f"{flag}: it must be at least 1" in run("pretrain.py", *argv).refusal
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("out", ["file", "file/run"])
-def test_a_run_cannot_be_written_into_a_file(pipeline, tmp_path, out):
-    (tmp_path / "file").write_text("kept")
-    refusal = run("pretrain.py", *pipeline.flags("pretrain"), f"--out={tmp_path}/{out}").refusal
-    assert f"--out={tmp_path}/{out}" in refusal
-    assert (tmp_path / "file").read_text() == "kept"
-
-
-def test_resume_names_changed_settings(pipeline, tmp_path):
-    shutil.copytree(pipeline.folder / "pretrain", tmp_path / "run")
-    shutil.rmtree(newest(tmp_path / "run"))
-    said = pipeline.run_stage("pretrain", tmp_path / "run", "--weight_decay=0.5")
-    assert "changed: " in said and "weight_decay (0.01 -> 0.5)" in said
+    wanted = flag if "out" in flag else f"{flag}: it must be at least 1"
+    assert wanted in run("pretrain.py", *argv).refusal
+    assert not (tmp_path / "run").exists() and file.read_text() == "kept"
 
 
 # ------------------------------------------------------------- processes and micro-batches
 
 # AdamW, as Muon's bf16 products turn differences in the last bit of a gradient into 1e-3 of a step.
 EQUAL = ("--max_steps=3", "--save_every=0", "--eval_every=0", "--optimizer=adamw", "--lr=1e-4")
-SPLIT = {"sft": ("--micro_rows=2",), "clip_pretrain": (),
+SPLIT = {"sft": ("--micro_rows=2",), "pretrain": ("--micro_rows=2",), "clip_pretrain": (),
          "vision_sft": ("--micro_rows=1", "--text_share=2")}  # some processes have no image
 
 
 @pytest.mark.parametrize("stage", SPLIT)
 def test_two_processes_take_the_same_steps_as_one(pipeline, stage, tmp_path):
-    """And, but for CLIP, in other micro-batches; test_distributed.py has pretrain."""
+    """And, but for CLIP, in other micro-batches."""
     flags = [*pipeline.flags(stage), *EQUAL, *SPLIT[stage]]
     jobs = start_together(2, f"{stage}.py", *flags, f"--out={tmp_path}/two")
     one = () if stage == "clip_pretrain" else ("--micro_rows=8",)
@@ -199,11 +159,3 @@ def test_two_processes_take_the_same_steps_as_one(pipeline, stage, tmp_path):
     assert "on 2 x " in jobs[0].said and jobs[0].said.count("done: ") == 1, jobs[0].said
     assert not jobs[1].said, jobs[1].said
     assert_close(tmp_path / "one", tmp_path / "two")
-
-
-@pytest.mark.parametrize("stage", ["pretrain", "vision_sft"])
-def test_micro_batches_take_the_same_steps_as_one_batch(pipeline, stage, tmp_path):
-    for micro_rows in (8, 4):
-        flags = (*EQUAL, *SPLIT.get(stage, ()), f"--micro_rows={micro_rows}")
-        pipeline.run_stage(stage, tmp_path / str(micro_rows), *flags)
-    assert_close(tmp_path / "8", tmp_path / "4")

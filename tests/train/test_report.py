@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, STAGES, STEPS, log_rows, newest, run
 from PIL import Image
+from test_stages import assert_same_weights
 
 import tokenizer as tokenizers
 from common.device import Machine
@@ -220,21 +221,25 @@ def test_a_report_loads_nothing_from_the_network(hostile, reports):
 # ---------------------------------------------------------------------------------- several starts
 
 
-def test_a_finished_run_started_again_writes_the_same_report(pipeline, tmp_path):
+def test_a_finished_run_started_again_changes_nothing(pipeline, tmp_path):
     """Speed, cost, command and settings are those of the training, not of the second start."""
     folder = shutil.copytree(pipeline.folder / "sft", tmp_path / "sft")
     before = (folder / "report.md").read_text()
     (folder / "report.md").unlink()
-    pipeline.run_stage("sft", folder, "--dollars_per_hour=5", "--lr=1")
+    said = pipeline.run_stage("sft", folder, "--dollars_per_hour=5", "--lr=1")
+    assert "step     " not in said and "done" in said
+    assert_same_weights(folder, pipeline.folder / "sft")
+    assert log_rows(folder) == log_rows(pipeline.folder / "sft")
     after = (folder / "report.md").read_text()
     assert after.replace(str(folder), str(pipeline.folder / "sft")) == before
 
 
-def test_a_resumed_run_names_both_commands(pipeline, tmp_path):
+def test_a_resumed_run_names_both_commands_and_what_changed(pipeline, tmp_path):
     folder = shutil.copytree(pipeline.folder / "pretrain", tmp_path / "run")
     for _ in range(2):  # the third start repeats the command of the second
         shutil.rmtree(newest(folder))
-        pipeline.run_stage("pretrain", folder, "--log_every=2")
+        said = pipeline.run_stage("pretrain", folder, "--log_every=2")
+        assert "changed: " in said and "log_every (1 -> 2)" in said
     made = info_of(folder)["origins"]
     assert [part["step"] for part in made] == [0, 4]
     assert "--log_every=2" in made[1]["command"] and "--log_every=2" not in made[0]["command"]
