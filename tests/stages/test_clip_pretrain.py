@@ -158,7 +158,7 @@ def test_images_are_classified_by_the_names_of_their_folders(
     images = Labelled(labelled, "one {}")
     assert zero_shot(colours, tokenizer, images, MACHINE, batch=2) == (5, 5)
     assert zero_shot(colours, tokenizer, images, MACHINE) == (5, 5)
-    assert seen == [how] * 10 and "broken.jpg" in capsys.readouterr().err
+    assert set(seen) == {how} and "broken.jpg" in capsys.readouterr().err
     shutil.copytree(labelled, tmp_path / "labelled")
     (tmp_path / "labelled/red_circle/red.png").rename(tmp_path / "labelled/blue_square/red.png")
     assert zero_shot(colours, tokenizer, Labelled(tmp_path / "labelled", "one {}"),
