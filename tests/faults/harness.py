@@ -93,6 +93,8 @@ class Job:
         if self.poll() is None:
             self.kill(signal.SIGKILL)
             raise AssertionError(f"still running after {seconds} s: {self.said}")
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # workers that a killed process left
         return self.poll()
 
     def kill(self, number):
