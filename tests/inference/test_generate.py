@@ -42,11 +42,6 @@ def ended_by_stop(model, prompt):
     return answer[:n], answer[n]
 
 
-def likeliest(model, ids):
-    """The greedy continuation, without any cache: every logit from the whole text."""
-    return model.logits(ids[None])[0, -1].argmax().item()
-
-
 # ---------------------------------------------------------------------------------------- the text
 
 
@@ -66,14 +61,6 @@ def test_batched_generation_equals_single(sampling):
     if sampling == GREEDY:
         assert min(map(len, alone)) < 8 == max(map(len, alone))
         assert generate_batch(decoding, x, lengths, 8, stop) == alone
-
-
-@torch.no_grad()
-def test_generation_equals_the_model_without_a_cache():
-    model, ids = new_model(seed=3), some_ids(5)
-    for token in answer_of(model, ids, 20):
-        assert token == likeliest(model, ids)
-        ids = torch.cat((ids, torch.tensor([token])))
 
 
 def test_uninitialized_memory_does_not_reach_an_answer():
