@@ -57,7 +57,7 @@ def read_run(folder):
     steps = checkpoint.steps_in(folder)
     if not steps:
         raise UserError(f"{folder} is not a run: it has no step_* folder with a checkpoint")
-    newest, rows = list(steps.values())[-1], log.read_rows(folder / "log.jsonl")[0]
+    newest, rows = list(steps.values())[-1], log.read_rows(folder)
     info = read_json(newest / "config.json")
     if not {"settings", "metrics", "stage", "step"} <= info.keys() or not info["metrics"]:
         raise UserError(f"{newest} was not trained here, so there is nothing to compare")

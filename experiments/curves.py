@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.atomic import read_rows
 from common.config import UserError, run_main
+from train.log import read_rows
 
 EXCLUDED = ("ms", "mfu", "dollars", "tok_per_s", "img_per_s")  # depend on the machine
 
@@ -25,7 +25,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     for run in map(Path, sys.argv[2:]):
         rows = {}
-        for row in read_rows(run / "log.jsonl")[0]:
+        for row in read_rows(run):
             rows.setdefault(row["step"], {}).update(
                 (name, value) for name, value in row.items() if name not in EXCLUDED)
         if not rows:

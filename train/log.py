@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import math
 import os
 import platform
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from common.atomic import append_rows, read_rows
+from common.atomic import append_rows
 from common.checkpoint import file_sum
 from common.config import UserError, read_json
 from common.report import (
@@ -56,12 +57,11 @@ class Log:
         if not self.enabled:
             return
         try:
-            rows, _ = read_rows(self.folder / "log.jsonl")
-            self.rows = [row for row in rows if row["step"] <= step]
+            self.rows = [row for row in read_rows(self.folder) if row["step"] <= step]
             self._rewrite()
-        except (OSError, ValueError) as error:
-            raise UserError(f"--out={self.folder} has no log.jsonl that can be read and written: "
-                            f"{error}; choose another folder, or fix that") from None
+        except OSError as error:
+            raise UserError(f"--out={self.folder} is not writable: {error.strerror}; choose "
+                            "another folder, or fix that") from None
 
     def _rewrite(self):
         """Replace log.jsonl by one with all rows."""
@@ -96,6 +96,17 @@ class Log:
             self.behind = True
         if self.tracker:
             self.tracker.log(metrics, step=step)
+
+
+def read_rows(folder):
+    """The rows of a run's log.jsonl up to a damaged one; [] if there is no such file."""
+    path, rows = Path(folder) / "log.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # a kill may cut the last line
+            break
+    return rows
 
 
 # ------------------------------------------------------------------------------------ provenance
