@@ -123,18 +123,6 @@ def resume_rows(path, header, n, batch):
     return rows
 
 
-def read_rows(path):
-    """(rows, cut) of a .jsonl file; cut: the bytes after the last line break, of a line that a kill
-    cut short. ([], b"") where there is no file; ValueError if a complete line is not JSON."""
-    if not Path(path).exists():
-        return [], b""
-    *lines, cut = Path(path).read_bytes().split(b"\n")
-    try:
-        return [json.loads(line) for line in lines], cut
-    except RecursionError:
-        raise ValueError("JSON that is nested too deeply") from None
-
-
 def append_rows(path, rows):
     """Append rows to a .jsonl file, whose last line must be complete; makes the file if needed."""
     # Half a surrogate pair, which JSON may contain and UTF-8 may not, is escaped as JSON does it.
