@@ -21,7 +21,6 @@ COLOURS, PLACES, NUMBERS = WORDS["colours"], WORDS["places"], WORDS["numbers"]
 NAMES = WORDS["names"]  # of a thing t, each with the kinds of questions whose answers it contains
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": 13, "large": 19}  # diameter in pixels in an image of 64; a place is 21 wide
-BACKGROUNDS = ("plain", "gradient", "stripes", "noise")
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 HELD_OUT = frozenset({("green", "circle"), ("yellow", "square"), ("purple", "triangle"),
                       ("blue", "star"), ("red", "cross"), ("pink", "ring")})
@@ -50,7 +49,7 @@ class Thing:
 class Scene:
     """The content of an image."""
 
-    things: tuple  # in reading order: row by row, left to right
+    things: list  # in reading order: row by row, left to right
     background: str
     light: tuple  # the two background colours
     dark: tuple
@@ -79,8 +78,8 @@ def draw_scene(rng, pairs="train") -> Scene:
     # A pale or dark grey, from which every colour stands out.
     grey = rng.choice((rng.randint(15, 45), rng.randint(195, 240)))
     light = shifted(rng, (grey, grey, grey), 8)
-    return Scene(tuple(things), rng.choice(BACKGROUNDS), light, shifted(rng, light, 14),
-                 rng.randrange(2**32))
+    background = rng.choice(("plain", "gradient", "stripes", "noise"))
+    return Scene(things, background, light, shifted(rng, light, 14), rng.randrange(2**32))
 
 
 # ---- painting -----------------------------------------------------------------------------------
@@ -141,13 +140,13 @@ def paint(scene, size=64) -> Image.Image:
 
 # ---- captions -----------------------------------------------------------------------------------
 
-ARTICLE = re.compile(r"\ba (?=[aeiou])")
 SENTENCE_START = re.compile(r'(^"?|[.!?] "?|\." "?|[?!]" ")([a-z])')  # not in '"Where?" asked Mia'
 
 
 def grammar(text):
     """'a orange' -> 'an orange', and a capital letter at the start of every sentence."""
-    return SENTENCE_START.sub(lambda match: match[1] + match[2].upper(), ARTICLE.sub("an ", text))
+    text = re.sub(r"\ba (?=[aeiou])", "an ", text)
+    return SENTENCE_START.sub(lambda match: match[1] + match[2].upper(), text)
 
 
 def listed(parts):

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 WRITER, READER, WRONG = "hf_ThisOneMayWrite", "hf_ThisOneMayRead", "hf_ThisOneIsNobodys"
 RESOLVE = re.compile(r"/(?:(spaces|datasets)/)?([\w-]+/[\w.-]+)/resolve/\w+/(.+)")
-API = re.compile(r"/api/(models|spaces|datasets)/([\w-]+/[\w.-]+)(?:/(\w+)(?:/(.*))?)?")
+API = re.compile(r"/api/(models|spaces|datasets)/([\w-]+/[\w.-]+)(?:/(\w+)(?:/.*)?)?")
 COMMIT = "c" * 40
 
 
@@ -67,7 +67,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self):
-        path, body, hub = unquote(urlsplit(self.path).path), self.body(), self.server
+        path, hub = unquote(urlsplit(self.path).path), self.server
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         hub.log.append((self.command, path))
         for part in [part for part in hub.closed if part in path]:
             hub.closed.remove(part)
@@ -94,16 +95,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = do_HEAD
 
-    def body(self):
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        content = b""
-        while size := int(self.rfile.readline(), 16):
-            content += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return content
-
     def create(self, settings):
         key = f"{settings['type']}s", f"{settings['organization']}/{settings['name']}"
         answer = {"url": f"{self.server.url}/{key[1]}"}
@@ -120,13 +111,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                    for item in request["objects"]]
         self.send(200, {"transfer": "basic", "objects": objects})
 
-    def api(self, kind, name, verb, rest, body):
+    def api(self, kind, name, verb, body):
         files = self.server.repos.get((kind, name))
         if files is None:
             return self.send(404, {"error": "Repository not found"},
                              {"X-Error-Code": "RepoNotFound"})
-        if verb == "tree" and "/" in rest:
-            return self.send(404, {}, {"X-Error-Code": "EntryNotFound"})
         if verb == "tree":
             return self.send(200, [self.described(path, content)
                                    for path, content in sorted(files.items())])

@@ -44,7 +44,8 @@ def server(monkeypatch):
 
 
 def test_a_file_is_complete_and_undamaged_or_absent(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    for library in "file_download", "utils._http":
+        monkeypatch.setattr(f"huggingface_hub.{library}.time.sleep", lambda seconds: None)
     remote = hub.listing(REPOSITORY)[0]
     path, content = tmp_path / remote.name, server.files[remote.name]
     server.damaged.add(remote.name)
@@ -59,6 +60,9 @@ def test_a_file_is_complete_and_undamaged_or_absent(server, tmp_path, monkeypatc
     path.write_bytes(content[:-1] + b"x")
     hub.fetch(REPOSITORY, remote, tmp_path)
     assert path.read_bytes() == content and len(server.sent) == 4
+    server.close()
+    with pytest.raises(UserError, match="cannot list the data set some/one"):
+        hub.listing("some/one")
 
 
 def test_background_downloads_outlast_failures(server, tmp_path, monkeypatch):
@@ -68,13 +72,6 @@ def test_background_downloads_outlast_failures(server, tmp_path, monkeypatch):
     hub.fetch_all(REPOSITORY, hub.listing(REPOSITORY), tmp_path, said.append)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(NAMES)
     assert len(said) == 1 and "trying again" in said[0]
-
-
-def test_an_unreachable_hub_is_named(server, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    server.close()
-    with pytest.raises(UserError, match="cannot list the data set some/one"):
-        hub.listing("some/one")
 
 
 def test_fineweb_downloads_shards_once_and_the_folder_trains(server, tmp_path, monkeypatch):
