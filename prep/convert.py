@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import warnings
 from functools import partial
 from itertools import chain, islice
 
@@ -134,9 +133,7 @@ def read_chats(cfg, work, sources, tokenizer):
 
     # One thread for text: turns are so short that two, which share Python's lock, are 1.6x slower.
     workers, archives = (None, find.identity) if find else (1, ())
-    with warnings.catch_warnings():  # here, because threads share the setting in read_image
-        warnings.simplefilter("ignore")
-        return read_all(work, cfg, sources, tokenizer, make, cfg.max_chats, workers, archives)
+    return read_all(work, cfg, sources, tokenizer, make, cfg.max_chats, workers, archives)
 
 
 def resized(source, find, cfg):

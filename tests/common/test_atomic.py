@@ -8,25 +8,19 @@ from common.atomic import NewFolder, append_rows, resume_rows
 from common.config import UserError
 
 
-def test_a_folder_appears_complete_and_replaces_an_older_one(tmp_path):
+def test_a_folder_appears_complete_and_is_kept_by_a_later_error(tmp_path):
+    out = tmp_path / "in/out"
     for text in "old", "new":
-        with NewFolder(tmp_path / "in/out") as folder:
+        with NewFolder(out) as folder:
             (folder / "a").write_text(text)
-            assert (tmp_path / "in/out").exists() == (text == "new")
-        assert os.listdir(tmp_path / "in") == ["out"]
-        assert os.listdir(tmp_path / "in/out") == ["a"]
-        assert (tmp_path / "in/out/a").read_text() == text
-
-
-@pytest.mark.parametrize("error, raised", [(KeyboardInterrupt(), KeyboardInterrupt),
-                                           (OSError("No space left on device"), UserError)])
-def test_an_error_keeps_the_older_folder_and_removes_the_new_one(error, raised, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/a").write_text("old")
-    with pytest.raises(raised), NewFolder(tmp_path / "out") as folder:
-        (folder / "b").write_text("new")
-        raise error
-    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["a"]
+            assert out.exists() == (text == "new")
+        assert (out / "a").read_text() == text
+    for error, raised in ((KeyboardInterrupt(), KeyboardInterrupt),
+                          (OSError("No space left on device"), UserError)):
+        with pytest.raises(raised), NewFolder(out) as folder:
+            (folder / "b").write_text("newer")
+            raise error
+        assert os.listdir(out.parent) == ["out"] and os.listdir(out) == ["a"]
 
 
 @pytest.mark.parametrize("keep", [False, True])
