@@ -57,7 +57,7 @@ def main():
     train, val = (Packed([Chats(cfg.data, split)], cfg.context, tokenizer)
                   for split in ("train", "val"))
     loader = run.loader(train, rows, cfg.micro_rows)
-    run.note(*train.notes())
+    run.note(train.note())
 
     optimizer = make_optimizer(model, cfg)
     net = run.start(model, optimizer, tokenizer, {**describe(model), "lineage": lineage(info)},

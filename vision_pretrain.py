@@ -67,7 +67,7 @@ def main():
     val = Chats(cfg.data, "val")
     ablation = ImageAblation(val, cfg.val_chats, cfg.context, tokenizer, model.image_spec)
     loader = run.loader(train, rows, cfg.micro_rows)
-    run.note(*train.notes())
+    run.note(train.note())
 
     optimizer = make_optimizer(model, cfg)
     info = {**describe(model), "lineage": [line for p in parents for line in lineage(p)]}

@@ -270,7 +270,7 @@ def test_chats_without_an_answer_that_fits_are_left_out(tokenizer, tmp_path):
     chats = write_chats(tmp_path, tokenizer, [chat_of(2), chat_of(3), chat_of(2)[:1]])
     assert len(render(tokenizer, chat_of(3)).ids) < first
     packed = Packed([chats], first - 2, tokenizer)
-    assert len(packed) == 1 and packed.left_out == 2 and "2 left out" in packed.notes()[0]
+    assert len(packed) == 1 and packed.left_out == 2 and "2 left out" in packed.note()
 
 
 def test_a_share_is_seeded_and_repeats_chats_where_they_are_too_few(tokenizer, tmp_path):

@@ -47,22 +47,15 @@ class Packed:
     def n_targets(self, rows):
         return int(self.targets[rows].sum())
 
-    def notes(self):
-        """Lines for the report: how full the rows are, what was truncated and left out."""
-        lines = [f"{self.name}: {len(self.chats)} chats in {len(self)} rows of {self.T}, "
-                 f"{self.filled:.1%} filled"]
+    def note(self):
+        """A line for the report: how full the rows are, what was truncated and left out."""
+        line = (f"{self.name}: {len(self.chats)} chats in {len(self)} rows of {self.T}, "
+                f"{self.filled:.1%} filled")
         if truncated := self.chats["truncated"].sum():
-            lines[0] += f"; {truncated} truncated after an answer"
+            line += f"; {truncated} truncated after an answer"
         if self.left_out:
-            lines[0] += f"; {self.left_out} left out: too long, or nothing supervised"
-        for chats in self.sources:
-            reasons = chats.manifest.get("left_out", {})
-            counts = {reason: found["rows"] for reason, found in reasons.items()}
-            if counts:
-                lines.append(f"{chats.folder.parent}: {sum(counts.values())} rows were left out "
-                             "when it was prepared: "
-                             + ", ".join(f"{n} {reason}" for reason, n in counts.items()))
-        return lines
+            line += f"; {self.left_out} left out: too long, or nothing supervised"
+        return line
 
     def measure(self, s, at_once=4096):
         """Yield arrays of CHAT for source s, a few thousand chats at a time."""

@@ -76,15 +76,10 @@ def test_orthogonalise_brings_singular_values_near_one(dtype, tolerance, shape, 
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_skipped_steps_leave_no_trace(optimizer):
-    expected = trained(optimizer, 4)[0].state_dict()
-    found = trained(optimizer, 4, bad_step=2)[0].state_dict()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_loaded_state_continues_exactly(optimizer):
+def test_skipped_steps_leave_no_trace_and_a_loaded_state_continues_exactly(optimizer):
     model, optimizers = trained(optimizer, 3)
+    assert all(map(torch.equal, model.parameters(),
+                   trained(optimizer, 3, bad_step=2)[0].parameters()))
     other, loaded = trained(optimizer, 0, copy.deepcopy(optimizers.state_dict()))
     other.load_state_dict(model.state_dict())
     for network, steps in ((model, optimizers), (other, loaded)):
