@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.baselines import beside_nanogpt, beside_transformers
+from benchmarks.baselines import beside_nanogpt
 from benchmarks.decoding import decode_speeds
 from benchmarks.training import STAGES, Training, plan, profile, step_speed
 from common.config import UserError, parse, run_main
@@ -27,7 +27,8 @@ class Config:
     # --- measurement
     steps: int = 4  # steps of a measurement; there are five measurements, after two warm-up steps
     profile: bool = False  # print the most expensive operations of a step instead
-    peer: str = ""  # transformers, or the path of nanoGPT's model.py: measure it beside ours
+    # the path of nanoGPT's model.py: measure its step beside ours; transformers: its generation
+    peer: str = ""
     vocabulary: int = 50304  # number of the tokenizer's ids, for plan
 
 
@@ -45,7 +46,8 @@ def main():
     elif command == "decode":
         show(decode_speeds(*read_config(argv, STAGES[1:]), bench.peer))
     elif bench.peer:
-        show(beside_transformers(*read_config(argv, STAGES[3:])))
+        raise UserError("--peer=transformers goes with decode; for a training step of a vision "
+                        "stage: python experiments/llava_speed.py CONFIG")
     else:
         training = Training(*read_config(argv, STAGES))
         figures = (profile if bench.profile else step_speed)(training, bench.steps)

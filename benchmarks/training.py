@@ -32,6 +32,7 @@ from train.packing import Captions, Packed
 from train.run import Run
 from vision import VisionLanguageModel, image_spec
 
+SLOW = 45 * 60  # seconds: about twice what the slowest processor in docs/processors.md needs
 STAGES = ("clip_pretrain", "pretrain", "sft", "vision_pretrain", "vision_sft")  # in working order
 
 
@@ -121,6 +122,9 @@ def plan(folder, vocabulary):
     machine = training.run.machine
     print(f"{'all stages':16s} about {duration(total)} on {machine.name} in "
           f"{precision_name(machine.dtype)}; evaluations add about a tenth", flush=True)
+    if total > SLOW:
+        print("This machine is slower than any in docs/processors.md. STEPS=0.2 make demo trains "
+              f"the same stages to lower scores in about {duration(0.2 * total)}.")
 
 
 # ---- models and random data ----------------------------------------------------------------------

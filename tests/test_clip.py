@@ -91,15 +91,18 @@ L_14 = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, pa
 L_TEXT = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
 
 
-@pytest.mark.parametrize(("vision", "text", "E"), [
-    ({}, {}, 512), ({"patch_size": 16}, {}, 512), (L_14, L_TEXT, 768)], ids=["B32", "B16", "L14"])
+@pytest.mark.parametrize(("vision", "text", "E", "layers"), [
+    ({}, {}, 512, 2), ({"patch_size": 16}, {}, 512, 2), (L_14, L_TEXT, 768, 2),
+    pytest.param(L_14, L_TEXT, 768, 24, marks=pytest.mark.slow),
+], ids=["B32", "B16", "L14", "L14 with all layers"])
 @torch.no_grad()
-def test_clips_of_transformers_open_and_compute_the_same(vision, text, E, tmp_path):
-    """B/32 is the default, most of which is omitted in config.json. All with two layers."""
+def test_clips_of_transformers_open_and_compute_the_same(vision, text, E, layers, tmp_path):
+    """B/32 is the default, most of which is omitted in config.json."""
     torch.manual_seed(0)
-    two = {"num_hidden_layers": 2, "projection_dim": E}
     theirs = transformers.CLIPModel(transformers.CLIPConfig(
-        vision_config=vision | two, text_config=text | two, projection_dim=E)).eval()
+        vision_config={**vision, "num_hidden_layers": layers, "projection_dim": E},
+        text_config={**text, "num_hidden_layers": min(layers, 12), "projection_dim": E},
+        projection_dim=E)).eval()
     for name, p in theirs.named_parameters():
         draw_weight(name, p)
     theirs.save_pretrained(tmp_path)
@@ -111,7 +114,7 @@ def test_clips_of_transformers_open_and_compute_the_same(vision, text, E, tmp_pa
                         [49406, 518, 49407, 9, 99, 999, 1]])  # what follows the end is ignored
     found = theirs(input_ids=ids, pixel_values=pixels)
     hidden = theirs.vision_model(pixels, output_hidden_states=True).hidden_states
-    assert F.cosine_similarity(*found.text_embeds, dim=0) < 0.9 and len(hidden) == 3
+    assert F.cosine_similarity(*found.text_embeds, dim=0) < 0.9 and len(hidden) == layers + 1
     same(ours.image_features(pixels), found.image_embeds, scale=0.02)
     same(ours.text_features(ids), found.text_embeds, scale=0.02)
     same(ours.text_features(ids[1:, :3]), found.text_embeds[1:], scale=0.02)

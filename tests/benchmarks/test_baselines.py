@@ -1,4 +1,4 @@
-"""What benchmarks/baselines.py measures beside ours computes the same on the same chats."""
+"""What is measured beside our steps computes the same on the same chats."""
 
 import pytest
 import torch
@@ -6,11 +6,12 @@ from test_clip import MACHINE
 
 import tokenizer as tokenizers
 from benchmarks import REPEATS, WARM
-from benchmarks.baselines import beside_nanogpt, compare, llava_step, unpack
+from benchmarks.baselines import beside_nanogpt, compare
 from benchmarks.training import RandomChats
 from clip import CLIPConfig, normalise
 from common.config import TrainSettings
 from common.device import Processor
+from experiments.llava_speed import llava_step, unpack
 from export.to_transformers import their_model
 from model import GPTConfig
 from train.packing import Packed

@@ -49,7 +49,9 @@ def test_the_most_expensive_operations_are_listed(configs):
 
 
 def test_a_vision_step_is_timed_beside_transformers(configs):
-    figures, _ = figures_of(configs / "vision_pretrain.py", *SMALL, "--peer=transformers")
+    result = run("experiments/llava_speed.py", configs / "vision_pretrain.py", *SMALL[1:])
+    assert result.status == 0, result.err
+    figures = json.loads(result.out[result.out.rindex("\n{") :])
     assert figures["times_transformers"] > 0 and figures["memory_of_transformers"] > 0
 
 
@@ -65,11 +67,14 @@ def test_the_first_token_about_an_image_is_timed(configs):
     assert figures["first_token_ms"] > 0 and figures["first_token_image_ms"] > 0
 
 
-def test_a_plan_lists_every_stage_and_the_sum(configs):
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_plan_lists_every_stage_and_warns_on_slow_machines(slow, configs, monkeypatch):
+    monkeypatch.setattr("benchmarks.training.SLOW", 0.0 if slow else 1e9)
     result = run("bench.py", "plan", configs, "--vocabulary=512")
     assert result.status == 0, result.err
     lines = result.out.splitlines()
-    assert [line.split()[0] for line in lines] == [*STAGES, "all"]
+    assert [line.split()[0] for line in lines[:6]] == [*STAGES, "all"]
+    assert [("STEPS=0.2 make demo" in line) for line in lines[6:]] == [True] * slow
     assert all(" steps of" in line for line in lines[:5])
 
 
@@ -78,7 +83,7 @@ def test_a_plan_lists_every_stage_and_the_sum(configs):
     (("configs/full/nothing.py",), "vision_sft"),
     (("configs/full/sft.py", "--stepz=3"), "stepz"),
     (("--peer=nowhere.py",), "nowhere.py"),
-    (("configs/full/sft.py", "--peer=transformers"), "vision_pretrain"),
+    (("configs/full/sft.py", "--peer=transformers"), "experiments/llava_speed.py"),
     (("plan", "configs/nowhere"), "configs/nowhere"),
 ])
 def test_mistakes_are_named(argv, named, monkeypatch):
