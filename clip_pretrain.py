@@ -68,11 +68,6 @@ class Config(TrainSettings):
             tokenizer.n_vocab, tokenizer.end, self.embed_dim, self.activation, self.fit)
 
 
-def loss(net, batch, pull):
-    """This micro-batch's share of the step's contrastive loss; pull: see clip.feature_pulls."""
-    return pull(net(normalise(batch.pixels), batch.ids))
-
-
 def main():
     cfg = parse(Config)
     run = Run(cfg, "clip_pretrain")
@@ -96,8 +91,8 @@ def main():
         pulls = feature_pulls(model, batches, run.machine)
         for batch, pull in zip(batches, pulls, strict=True):
             with run.forward(batch):
-                micro_loss = loss(net, batch, pull)
-            run.backward(micro_loss)
+                loss = pull(net(normalise(batch.pixels), batch.ids))  # see feature_pulls
+            run.backward(loss)
         run.optimizer_step(step)
         run.progress(step)
         if run.due(step, cfg.eval_every):

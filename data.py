@@ -36,7 +36,7 @@ B rows of T positions, M images of P patches and S x S pixels, N supervised posi
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -186,23 +186,12 @@ def check_tokenizer(folder, tokenizer=None):
 # ------------------------------------------------------------------------------------------ chats
 
 
-class ChatSource(Protocol):
-    """What train.packing.Packed packs: Chats, Documents, Share, AblatedChats."""
-
-    folder: Path  # names it in messages
-    manifest: dict  # what prepare.py recorded of it; may be empty
-
-    def __len__(self): ...
-
-    def chat(self, i):
-        """(ids int64 (n,), supervised bool (n,)) of chat i, with one <|image|> id an image."""
-
-    def images(self, i, spec=None):
-        """The PIL images of chat i; with an ImageSpec, decoded no finer than that needs."""
-
-
 class Chats:
-    """The chats of one split of a folder that prepare.py made, and their images."""
+    """The chats of one split of a folder that prepare.py made, and their images.
+
+    train.packing.Packed packs these and all that has the same folder, manifest (what prepare.py
+    noted, may be empty), length, chat and images: Documents, Share, AblatedChats.
+    """
 
     def __init__(self, folder, split):
         self.root, self.split, self.folder = Path(folder), split, Path(folder) / split
@@ -229,6 +218,7 @@ class Chats:
         return len(self.offsets) - 1
 
     def chat(self, i):
+        """(ids int64 (n,), supervised bool (n,)) of chat i, with one <|image|> id an image."""
         part = slice(self.offsets[i], self.offsets[i + 1])
         return self.ids[part].astype(np.int64), self.supervised[part]
 
@@ -236,6 +226,7 @@ class Chats:
         return int(self.first_image[i + 1] - self.first_image[i]) if self.has_images else 0
 
     def images(self, i, spec=None):
+        """The PIL images of chat i; with an ImageSpec, decoded no finer than that needs."""
         size = spec[1:] if spec else ()
         numbers = range(*self.first_image[i : i + 2]) if self.has_images else ()
         try:

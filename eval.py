@@ -1,16 +1,11 @@
-"""Score a checkpoint on validation data, and report on a complete pipeline.
+"""Score a checkpoint on validation data or benchmarks, and report on a complete pipeline.
 
-    python eval.py out/demo/pretrain --data=data/demo
     python eval.py out/demo/vision_sft --data=data/demo --report=out/demo
     python eval.py out/full/clip_pretrain --zero_shot=data/imagenet/val
-    python eval.py compare out/a out/b --out=out/comparison          # several runs
-    python eval.py out/full/pretrain --tasks=hellaswag:hellaswag_val.jsonl,piqa:piqa.jsonl
     python eval.py out/full/vision_sft --tasks=pope:coco_pope.json --image_root=val2014.zip
+    python eval.py compare out/a out/b --out=out/comparison          # several runs
 
-The checkpoint determines what is scored, see evals/validation.py. --report also scores those it was
-trained from and writes report.md and report.json; the error of the score NAME is NAME_error.
---tasks=NAME:FILE,... scores public benchmarks or your own questions in local files instead (names:
-evals/tasks.py); --out keeps the answers, and the same command resumes a stopped evaluation.
+docs/evaluation.md says what is scored. --report also scores the checkpoints it was trained from.
 """
 
 import itertools

@@ -54,11 +54,6 @@ class Config(TrainSettings):
                          self.max_positions)
 
 
-def loss(net, batch):
-    """This micro-batch's share of the step's mean cross-entropy, in nats per token."""
-    return net(batch) / batch.n_targets
-
-
 def main():
     cfg = parse(Config)
     run = Run(cfg, "pretrain")
@@ -85,8 +80,8 @@ def main():
     for step in run.steps():
         for batch in loader.step(step):
             with run.forward(batch):
-                micro_loss = loss(net, batch)
-            run.backward(micro_loss)
+                loss = net(batch) / batch.n_targets  # sum over the step: nats per token
+            run.backward(loss)
         run.optimizer_step(step)
         run.progress(step)
         if run.due(step, cfg.eval_every):

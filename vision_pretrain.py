@@ -46,11 +46,6 @@ class Config(TrainSettings):
     workers: int = -1  # processes that decode images; -1 for the cores that each GPU leaves over
 
 
-def loss(net, batch):
-    """This micro-batch's share of the step's mean cross-entropy, in nats per supervised token."""
-    return net(batch) / batch.n_targets
-
-
 def main():
     cfg = parse(Config)
     run = Run(cfg, "vision_pretrain")
@@ -77,8 +72,8 @@ def main():
     for step in run.steps():
         for batch in loader.step(step):
             with run.forward(batch):
-                micro_loss = loss(net, batch)
-            run.backward(micro_loss)
+                loss = net(batch) / batch.n_targets  # sum over the step: nats per token
+            run.backward(loss)
         run.optimizer_step(step)
         run.progress(step)
         if run.due(step, cfg.eval_every):

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from benchmarks import REPEATS, WARM, elapsed
-from clip import CLIP, feature_pulls
+from clip import CLIP, feature_pulls, normalise
 from common.config import UserError, parse
 from common.device import peak_memory_gb, precision_name
 from common.images import read_image
@@ -46,7 +46,6 @@ class Training:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)  # nothing needs saving
         tokenizer = tokenizer or tokenizer_of(cfg)
-        self.loss = importlib.import_module(stage).loss
         self.model = build_model(cfg, stage, folder, tokenizer).to(run.device).train()
         self.dataset = random_data(cfg, stage, self.model, tokenizer)
         if stage == "clip_pretrain":
@@ -63,13 +62,14 @@ class Training:
     def take(self, steps):
         """Train for these steps, and wait for the device."""
         for step in steps:
-            batches, pulls = self.loader.step(step), itertools.repeat(())
+            batches, pulls = self.loader.step(step), itertools.repeat(None)
             if self.run.stage == "clip_pretrain":
                 batches = list(batches)
-                pulls = [[pull] for pull in feature_pulls(self.model, batches, self.run.machine)]
+                pulls = feature_pulls(self.model, batches, self.run.machine)
             for batch, pull in zip(batches, pulls, strict=False):
                 with self.run.forward(batch):
-                    loss = self.loss(self.net, batch, *pull)
+                    loss = (pull(self.net(normalise(batch.pixels), batch.ids)) if pull
+                            else self.net(batch) / batch.n_targets)
                 self.run.backward(loss)
             self.run.optimizer_step(step)
         return self.run.loss.item()

@@ -1,14 +1,9 @@
 """Checkpoints: complete or absent, checked on reading, never unpickled unsafely.
 
-    out/demo/pretrain/step_00001000/
-        model.safetensors     the weights, under their plain names
-        config.json           stage, model, settings, tokenizer, metrics, lineage
-        tokenizer.json        where the vocabulary is not GPT-2's
-        state/training.pt     optimizer, step: what only resuming needs
-        manifest.json         sha256 of every other file; written last
-
-A checkpoint is written into a temporary folder, flushed to disk and renamed, so a folder with this
-name is complete. Readers check the sums, as safetensors and torch.load accept a flipped byte.
+A folder step_00001000 has the weights under their plain names (model.safetensors), config.json,
+tokenizer.json unless the vocabulary is GPT-2's, what only resuming needs (state/training.pt), and
+manifest.json, the sha256 of all others. It is written under another name, flushed and renamed, so
+it is complete. Readers check the sums, as safetensors and torch.load accept a flipped byte.
 """
 
 import contextlib
@@ -168,7 +163,14 @@ def read(name, kinds=None, with_state=False):
     if not (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is not a checkpoint of this project: it has no manifest.json")
     with locked(folder):
-        check_files(folder, with_state)
+        for file, digest in read_sealed(folder / "manifest.json")["sha256"].items():
+            if file.startswith("state/") and not with_state:
+                continue
+            if not (folder / file).is_file():
+                raise UserError(f"the checkpoint {folder} lacks its file {file}")
+            if file_sum(folder / file) != digest:
+                raise UserError(f"{folder / file} is damaged: its sha256 is not the manifest's; "
+                                "use an earlier checkpoint or copy it again")
         info, state = read_json(folder / "config.json"), None
         info["folder"], info["sha256"] = str(folder), file_sum(folder / "manifest.json")
         if kinds and info["kind"] not in kinds:
@@ -183,18 +185,6 @@ def read(name, kinds=None, with_state=False):
         except Exception as error:  # a damaged file can make PyTorch raise anything
             raise UserError(f"cannot read {path}: {one_line(error)}") from None
         return info, weights, state
-
-
-def check_files(folder, with_state):
-    """UserError if a file in a checkpoint's manifest is missing or damaged."""
-    for file, digest in read_sealed(folder / "manifest.json")["sha256"].items():
-        if file.startswith("state/") and not with_state:
-            continue
-        if not (folder / file).is_file():
-            raise UserError(f"the checkpoint {folder} lacks its file {file}")
-        if file_sum(folder / file) != digest:
-            raise UserError(f"{folder / file} is damaged: its sha256 is not the manifest's; "
-                            "use an earlier checkpoint or copy it again")
 
 
 def load_weights(module, weights, where):

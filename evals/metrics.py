@@ -1,7 +1,4 @@
-"""Evaluation metrics as pure functions.
-
-Marks (N,) are the scores of single items, 0 to 1 each.
-"""
+"""Evaluation metrics as pure functions. Marks (N,) are the scores of single items, 0 to 1 each."""
 
 import math
 import re

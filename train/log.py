@@ -101,10 +101,11 @@ class Log:
 def read_rows(folder):
     """The rows of a run's log.jsonl up to a damaged one; [] if there is no such file."""
     path, rows = Path(folder) / "log.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            rows.append(json.loads(line))
-        except ValueError:  # a kill may cut the last line
+            row = json.loads(line)
+            rows.append({"step": row["step"]} | row)
+        except (ValueError, KeyError, TypeError):  # a kill may cut the last line
             break
     return rows
 
@@ -230,10 +231,11 @@ def losses(metrics):
 
 def speeds(rows, unit):
     """Median speed and MFU, so that a slow first step counts little."""
-    found = [row for row in rows if f"{unit}_per_s" in row]
+    names = f"{unit}_per_s", "mfu"
+    found = [row for row in rows if row.keys() >= {*names}]
     if not found:
         return []
-    rate, mfu = (statistics.median(row[name] for row in found) for name in (f"{unit}_per_s", "mfu"))
+    rate, mfu = (statistics.median(row[name] for row in found) for name in names)
     return [["median speed", f"{rate:,.0f} {unit}/s"], ["MFU", f"{mfu:.1%}"]]
 
 

@@ -1,17 +1,6 @@
 """One training run: processes, run folder, steps, checkpoints, and resuming from them.
 
-    run = Run(cfg, "pretrain")
-    loader = run.loader(data, rows, micro_rows)
-    net = run.start(model, optimizer, ...)         # resumes, compiles, joins the processes
-    for step in run.steps():                       # ends early on SIGTERM, Ctrl-C or --time_limit
-        for batch in loader.step(step):
-            with run.forward(batch):
-                loss = net(batch) / batch.n_targets
-            run.backward(loss)
-        run.optimizer_step(step)
-        run.progress(step)
-        ...
-    run.finish()
+pretrain.py and the other stages show its use. What a step is made of stands there.
 """
 
 import dataclasses

@@ -13,8 +13,7 @@ from test_distributed import ADAMW
 from test_stages import assert_close
 
 import tokenizer as tokenizers
-from clip import contrast, feature_pulls
-from clip_pretrain import loss
+from clip import contrast, feature_pulls, normalise
 from common.config import UserError
 from common.device import Machine
 from common.images import to_pixels
@@ -35,7 +34,7 @@ def gradients(n, machine=MACHINE):
     total = 0
     for batch, pull in zip(batches, feature_pulls(model, batches, machine), strict=True):
         with machine.autocast():
-            share = loss(model, batch, pull)
+            share = pull(model(normalise(batch.pixels), batch.ids))
         share.backward()
         total += share.item()
     # Softmax does not depend on a bias of the keys, so its gradient is nothing but rounding.
