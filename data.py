@@ -90,9 +90,6 @@ class ImageSpec(NamedTuple):
     fit: str = "pad"  # see common.images.fit
 
 
-# ------------------------------------------------------------------------------------------- text
-
-
 class Text:
     """Windows of T + 1 tokens over all shards of a split; consecutive windows share one token.
 
@@ -157,11 +154,9 @@ def read_array(path, dtype):
 
 
 def check_tokenizer(folder, tokenizer=None):
-    """The tokenizer of the data in `folder`, which must be `tokenizer` if that is given.
-
-    Raises UserError, also if a file does not have the manifest's sha256. A folder without a
-    manifest (the public token shards) is taken to be GPT-2's.
-    """
+    """The tokenizer of the data in `folder`, which must be `tokenizer` if that is given, and whose
+    files must have the manifest's sha256. A folder without a manifest (the public token shards) is
+    taken to be GPT-2's."""
     manifest = Path(folder) / "manifest.json"
     if not Path(folder).is_dir():
         raise UserError(f"there is no data folder {folder}; prepare.py makes it")
@@ -181,9 +176,6 @@ def check_tokenizer(folder, tokenizer=None):
         raise UserError(f"the data in {folder} was made with another tokenizer than the model's; "
                         "prepare it again with --tokenizer pointing at the model's")
     return tokenizer
-
-
-# ------------------------------------------------------------------------------------------ chats
 
 
 class Chats:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common import checkpoint
 from common.checkpoint import write_json
-from common.config import parse, parse_checkpoint, read_json, run_main
+from common.config import UserError, parse, parse_checkpoint, read_json, run_main
 from common.device import peak_memory_gb, pick_device, setup
 from common.images import read_image
 from common.report import ReportImage, Sample, lineage_table, sample_blocks, table, write_report
@@ -64,6 +64,8 @@ def main():
         flags = argv[1 + len(names):]
         return compare.compare(names, parse(compare.Config, flags, "compare RUN RUN ...").out)
     name, cfg = parse_checkpoint(Config)
+    if cfg.items < 1:
+        raise UserError(f"--items={cfg.items}: it must be at least 1")
     machine = setup(cfg.device)
     if cfg.tasks:
         return benchmarks(name, cfg, machine)

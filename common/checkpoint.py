@@ -155,10 +155,8 @@ def locate(name):
 
 def read(name, kinds=None, with_state=False):
     """(info, weights, training state or None) of the checkpoint that `name` means, sums checked.
-
-    kinds: the kinds of model that the caller accepts ("decoder", "clip", "vision"); UserError for
-    another. info gains "folder" and "sha256".
-    """
+    kinds: of model that the caller accepts ("decoder", "clip", "vision"). info gains "folder" and
+    "sha256"."""
     folder = locate(name)
     if not (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is not a checkpoint of this project: it has no manifest.json")

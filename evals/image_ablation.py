@@ -90,10 +90,7 @@ class ImageAblation:
 
 @torch.no_grad()
 def nats_by_chat(machine, model, packed, micro_rows):
-    """{number: (nats, supervised tokens)} of the chats of a Packed of one AblatedChats.
-
-    Not distributed: every process computes everything.
-    """
+    """{number: (nats, supervised tokens)} of the chats of a Packed of one AblatedChats."""
     found, decoder, ablated = {}, getattr(model, "decoder", model), packed.sources[0]
     for start in range(0, len(packed), micro_rows):
         rows = range(start, min(start + micro_rows, len(packed)))

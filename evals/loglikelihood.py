@@ -104,10 +104,8 @@ def layout(rows, T):
 
 
 def token_likelihoods(decoder, states, state_of, wanted):
-    """(log-likelihoods of the ids wanted (N,), whether each is the likeliest) as lists.
-
-    states (M, C): final states; state_of (N,): which of them predicts each id.
-    """
+    """(log-likelihoods of the ids wanted (N,), whether each is the likeliest) as lists, from the
+    final states (M, C). state_of (N,): which of them predicts each id."""
     nats = torch.empty(len(wanted), device=states.device)
     greedy = torch.empty(len(wanted), dtype=torch.bool, device=states.device)
     step = max(1, LOGITS_AT_ONCE[states.device.type] // decoder.config.vocab_size)

@@ -18,11 +18,8 @@ WINDOW = 256  # tokens of a window of text, as in validation.text_loss
 
 
 class TaskRunner:
-    """The questions of one task's file for one model.
-
-    out: folder for the answers; checkpoint: sha256 of the model. left_out lists the rows that are
-    not scored, with the reason.
-    """
+    """The questions of one task's file for one model. out: folder for the answers; checkpoint:
+    sha256 of the model; left_out: the rows that are not scored, with the reason."""
 
     def __init__(self, name, path, model, tokenizer, items=1000, image_root="", out="",
                  checkpoint=""):

@@ -120,10 +120,8 @@ def own(row):
 
 
 def text_windows(questions, tokenizer, T, most):
-    """Their texts end to end, each after <|endoftext|>, as `most` Questions of T + 1 ids at most.
-
-    Each begins with the last id of the one before; the last may be shorter.
-    """
+    """Their texts end to end, each after <|endoftext|>, as `most` Questions of T + 1 ids at most,
+    each of which begins with the last id of the one before."""
     ids, end = [], tokenizer.end_of_text
     for question in questions:
         ids += [end, *tokenizer.encode(question.messages[0]["content"])]

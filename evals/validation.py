@@ -93,10 +93,7 @@ def text_loss(model, tokenizer, folder, items, machine, batch=32, split="val"):
 
 def turns(model, tokenizer, chats, n, max_tokens=None):
     """Yield (number of the chat, prompt, answer as ids, images) of every assistant turn in the
-    first n chats that fits the context.
-
-    max_tokens: room for a generated answer; None for just the reference.
-    """
+    first n chats that fits the context, with max_tokens, if given, instead of the answer."""
     spec, too_long = getattr(model, "image_spec", None), 0
     for i in range(min(n, len(chats))):
         images = chats.images(i, spec)
@@ -132,10 +129,8 @@ def answer_scores(model, tokenizer, data, stage, items, split):
 
 
 def exact_answers(model, tokenizer, chats, items, images):
-    """{"": whether each generated answer equals its reference, "/GROUP": of each group in it}.
-
-    Each turn follows the reference turns before it. images: see AblatedChats.
-    """
+    """{"": whether each answer, generated after the reference turns before it, equals its
+    reference, "/GROUP": of each group in it}. images: see AblatedChats."""
     ablated = AblatedChats(chats, items, tokenizer, images)
     asked = list(turns(model, tokenizer, ablated, items, ANSWER_TOKENS))
     if not asked:
@@ -153,11 +148,8 @@ def exact_answers(model, tokenizer, chats, items, images):
 
 
 def caption_choice(model, tokenizer, chats, items):
-    """How often an image's caption is the likeliest per token of 32 different ones.
-
-    model: ready to chat. The prompt is everything before the first answer of a chat with one
-    image; each group of 32 such chats chooses among its captions.
-    """
+    """How often an image's caption is the likeliest per token of 32 different ones: those of 32
+    chats with one image. The prompt is everything before the first answer."""
     first = {}  # of each chat (prompt, answer, images)
     for number, prompt, answer, images in turns(model, tokenizer, chats, len(chats)):
         if len(first) == min(items, CHOOSERS):

@@ -1,10 +1,9 @@
 """Zero-shot classification and caption retrieval by a CLIP.
 
     folder/tabby_cat/*.jpg    one subfolder per class, named as in a caption, with _ for a space
-    folder/golf_ball/*.jpg
 
-The caption of each class, "a photo of a golf ball.", is compared with each image, and the most
-similar is the answer (Radford et al. 2021, section 3.1).
+The class whose caption, "a photo of a tabby cat.", is the most similar to an image is the answer
+(Radford et al. 2021, section 3.1).
 """
 
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from clip import normalise
 from common.config import UserError
@@ -84,10 +84,9 @@ def zero_shot(model, tokenizer, labelled, machine, batch=256):
 
 def caption_ids(tokenizer, captions, context):
     """Captions in the form that CLIP was trained on, as one tensor (captions, T)."""
-    rows = [[tokenizer.end_of_text, *tokenizer.encode(text)[: context - 2], tokenizer.end]
-            for text in captions]
-    longest = max(map(len, rows))
-    return torch.tensor([ids + [tokenizer.end] * (longest - len(ids)) for ids in rows])
+    rows = [torch.tensor([tokenizer.end_of_text, *tokenizer.encode(text)[: context - 2],
+                          tokenizer.end]) for text in captions]
+    return pad_sequence(rows, batch_first=True, padding_value=tokenizer.end)
 
 
 @torch.no_grad()

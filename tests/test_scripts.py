@@ -247,6 +247,10 @@ def evaluated(pipeline, tmp_path_factory):
     return printed, folder
 
 
+def test_eval_needs_something_to_score(pipeline):
+    assert "--items=0: it must" in run("eval.py", pipeline.folder / "sft", "--items=0").refusal
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_eval_scores_a_checkpoint_by_what_it_is(evaluated, pipeline, stage):
     """The report of vision_sft scores its pretrain and clip_pretrain too."""

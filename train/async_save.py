@@ -28,10 +28,8 @@ class Saver:
         return job.exception()
 
     def copy(self, state):
-        """`state` (dicts, lists, tensors) with its tensors copied to the host, until the next call.
-
-        The write before must have ended, as it uses the same buffers.
-        """
+        """`state` (dicts, lists, tensors) with its tensors copied to the host, in buffers that the
+        write before must no longer use."""
         def copied(value, path):
             if isinstance(value, dict):
                 return {key: copied(part, (*path, key)) for key, part in value.items()}

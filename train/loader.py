@@ -66,11 +66,8 @@ class Loader:
                 time.sleep(0.2)
 
     def _from_workers(self, number):
-        """As _from_thread, from PyTorch's worker processes.
-
-        They leave the process group that Ctrl-C and batch systems send signals to: the training
-        process still needs batches until it has saved.
-        """
+        """As _from_thread, from PyTorch's worker processes. They leave the process group that
+        Ctrl-C goes to, as the training process needs batches until it has saved."""
         if number != self.position:
             self.stream = iter(DataLoader(
                 range(len(self.dataset)), batch_sampler=map(self._rows, count(number)),
@@ -100,11 +97,8 @@ class Loader:
         return f"rows {', '.join(map(str, rows[:8]))}{more} of {self.dataset.name}"
 
     def rows_of(self, step):
-        """The rows (numpy) that all processes read in `step`; every epoch has its own order.
-
-        A data set with `groups`, row numbers from 0 to its length, is shuffled within each group,
-        and the groups come one after the other.
-        """
+        """The rows (numpy) that all processes read in `step`; every epoch has its own order, in
+        which the `groups` of a data set (row numbers from 0 to its length) follow each other."""
         n = len(self.dataset)
         groups = getattr(self.dataset, "groups", (0, n))
         epochs, places = np.divmod(np.arange(step * self.rows, (step + 1) * self.rows), n)
@@ -145,10 +139,7 @@ def shuffled(places, n, seed):
 
 
 def validation_loss(machine, dataset, micro_rows, model, max_rows=512):
-    """Mean loss in nats over the first rows of `dataset`, the same ones every time.
-
-    model(batch) gives the loss summed over the supervised positions.
-    """
+    """Mean loss in nats over the first rows of `dataset`, of which model(batch) gives the sum."""
     n = min(len(dataset), max_rows)
     total = torch.zeros(2, dtype=torch.float64)
     for start in range(machine.rank * micro_rows, n, machine.ranks * micro_rows):

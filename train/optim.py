@@ -60,11 +60,8 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalise(matrices, dtype, steps=5):
     """(N, rows, columns) -> roughly the nearest orthogonal matrices: singular values near 1.
-
-    Products are in `dtype`. The quintic's coefficients are Keller Jordan's, chosen for the steepest
-    slope at zero.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    Products are in `dtype`."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # Keller Jordan's, for the steepest slope at zero
     norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
     x = torch.mul(matrices, 1 / (norms + 1e-7), out=matrices.new_empty(matrices.shape, dtype=dtype))
     tall = x.size(-2) > x.size(-1)

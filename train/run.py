@@ -1,6 +1,6 @@
 """One training run: processes, run folder, steps, checkpoints, and resuming from them.
 
-pretrain.py and the other stages show its use. What a step is made of stands there.
+The stage files, such as pretrain.py, show its use.
 """
 
 import dataclasses
@@ -37,8 +37,9 @@ from vision import open_model
 
 WARM_STEPS = 5  # after so many steps, what is in memory stays there
 LOWEST = dict(max_steps=1, context=1, batch_tokens=1, batch_pairs=1, micro_rows=1, val_rows=1,
-              val_chats=1, micro_pairs=0, seed=0, workers=-1,
-              projector_lr=0, text_share=0, replay_share=0, keep_every=0)
+              val_chats=1, val_pairs=1, n_head=1, vision_heads=1, text_heads=1, patch_size=1,
+              micro_pairs=0, seed=0, workers=-1, projector_lr=0, text_share=0, replay_share=0,
+              keep_every=0)
 LONG_TIMEOUT = 60.0  # minutes that compiling, evaluating or saving may take
 
 
@@ -63,8 +64,6 @@ class Run:
         self.watch = Watch(self.folder, self.machine, cfg.step_timeout, LONG_TIMEOUT)
         self.train_loader = None
         torch.manual_seed(cfg.seed)
-
-    # ------------------------------------------------------------------- before the first step
 
     def rows(self, max_positions):
         """Rows of `context` tokens in a step, in all processes together."""
@@ -134,8 +133,6 @@ class Run:
                      f"products in {precision_name(self.optimizer.dtype)}, into {self.folder}")
         return self.net
 
-    # -------------------------------------------------------------------------------- the loop
-
     def steps(self):
         """The steps still to do. Saves and ends the program early if asked to stop."""
         self.window = (time.perf_counter(), self.first_step)
@@ -162,10 +159,8 @@ class Run:
             self.train_loader.close()
 
     def stop_early(self, step, together=True):
-        """Save the state after `step` and end the program with status STOPPED_EARLY.
-
-        together: whether all processes are here; saving needs them all.
-        """
+        """Save the state after `step`, for which all processes must be here (together), and end
+        the program with status STOPPED_EARLY."""
         self.watch.ended.set()
         if step >= self.first_step and (together or self.ranks == 1):
             self.save(step)
@@ -187,19 +182,15 @@ class Run:
         return self.machine.autocast()
 
     def backward(self, loss):
-        """Gradients of `loss`, this micro-batch's share of the mean loss of the step.
-
-        DDP averages over processes; times their number that is the sum.
-        """
+        """Gradients of `loss`, this micro-batch's share of the mean loss of the step."""
         self.loss += loss.detach()
+        # DDP averages over processes; times their number that is the sum.
         self.fp16.scale(loss * self.ranks).backward()
         self.watch.passed("a backward pass")
 
     def optimizer_step(self, step):
-        """Clip and step, unless anomaly.Guard finds the loss or the gradient anomalous.
-
-        The decision stays on the device, as waiting for a GPU here would leave it idle.
-        """
+        """Clip and step, unless anomaly.Guard finds the loss or the gradient anomalous, which the
+        host does not wait to know."""
         for member in self.optimizer.members:
             self.fp16.unscale_(member)
         limit = self.cfg.grad_clip or float("inf")
@@ -254,14 +245,9 @@ class Run:
         """Whether something done every so many steps is due after this one; the last always is."""
         return step + 1 == self.cfg.max_steps or (every > 0 and (step + 1) % every == 0)
 
-    # ---------------------------------------------------------------------- saving and resuming
-
     def state_dict(self, step):
-        """The weights, and what resuming after `step` needs besides.
-
-        The number of steps done is all there is of the data: which rows a step reads is a function
-        of seed and step alone (Loader.rows_of).
-        """
+        """The weights, and what resuming after `step` needs besides. The number of steps is all
+        there is of the data, see Loader.rows_of."""
         return {"weights": self.model.state_dict(), "training": dict(
             step=step + 1, fp16=self.fp16.state_dict(), guard=self.guard.state_dict(),
             rng=torch.get_rng_state(), optimizer=self.optimizer.state_dict())}

@@ -34,10 +34,8 @@ class StopSignal:
 
 
 def torchrun_seconds():
-    """How long torchrun ran before this process began (0 without it, and without /proc).
-
-    torchrun restarts a process that died, and the time limit is for the job.
-    """
+    """How long torchrun, which restarts processes that died, ran before this one began (0 without
+    it, and without /proc)."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         with contextlib.suppress(OSError):
             ticks = [int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])

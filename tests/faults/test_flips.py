@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import newest, run
+from conftest import STEPS, log_rows, newest, run
 from test_stages import assert_same_weights
 
 import tokenizer as tokenizers
@@ -16,6 +16,7 @@ from common.config import UserError
 from data import check_tokenizer
 from faults.harness import scale, start_together
 from prep.writers import write_manifest
+from train.log import Log, speeds
 
 FLIPS = scale(60, 200)  # over the files of each folder in turn
 
@@ -67,6 +68,22 @@ def test_every_fault_is_refused_by_the_name_of_its_file(kind, pipeline, tmp_path
         assert path.name in str(refusal.value) and "\n" not in str(refusal.value), refusal.value
         path.write_bytes(content)
     read(folder)
+
+
+def test_a_byte_changed_in_a_log_costs_only_the_rows_after_it(pipeline, tmp_path):
+    content, rows = (pipeline.folder / "sft/log.jsonl").read_bytes(), log_rows(
+        pipeline.folder / "sft")
+    generator = random.Random(0)
+    for flip in 0xFF, *(generator.randrange(1, 256) for _ in range(FLIPS)):
+        position = generator.randrange(len(content))
+        changed = bytes([content[position] ^ flip])
+        (tmp_path / "log.jsonl").write_bytes(
+            content[:position] + changed + content[position + 1 :])
+        before = content[:position].count(b"\n")
+        log = Log(tmp_path)
+        log.resume(STEPS)
+        assert log.rows[:before] == rows[:before]
+        speeds(log.rows, "tok")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "state/training.pt"])
