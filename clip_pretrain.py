@@ -59,9 +59,11 @@ class Config(TrainSettings):
 
     def clip(self, tokenizer):
         """The CLIPConfig for these settings and a tokenizer."""
-        if self.image_size % self.patch_size:
-            raise UserError(f"--patch_size={self.patch_size} does not divide --image_size="
-                            f"{self.image_size}")
+        for part, whole in (("patch_size", "image_size"), ("vision_heads", "vision_width"),
+                            ("text_heads", "text_width")):
+            if getattr(self, whole) % getattr(self, part):
+                raise UserError(f"--{part}={getattr(self, part)} does not divide --{whole}="
+                                f"{getattr(self, whole)}")
         return CLIPConfig(
             self.image_size, self.patch_size, self.vision_width, self.vision_layers,
             self.vision_heads, self.text_width, self.text_layers, self.text_heads, self.context,

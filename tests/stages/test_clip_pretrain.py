@@ -14,6 +14,7 @@ from test_stages import assert_close
 
 import tokenizer as tokenizers
 from clip import contrast, feature_pulls, normalise
+from clip_pretrain import Config
 from common.config import UserError
 from common.device import Machine
 from common.images import to_pixels
@@ -52,6 +53,12 @@ def test_micro_batches_give_the_full_batch_gradient(n, dtype, tolerance):
     for name, gradient in expected.items():
         assert gradient.any(), name
         assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+@pytest.mark.parametrize("name", ["patch_size", "vision_heads", "text_heads"])
+def test_sizes_that_do_not_divide_are_named(name):
+    with pytest.raises(UserError, match=f"--{name}=9 does not divide --"):
+        Config(**{name: 9}).clip(tokenizers.load("gpt2"))
 
 
 def test_the_loss_is_computed_in_fp32_under_autocast():
