@@ -19,6 +19,7 @@ from typing import Literal
 import tokenizer as tokenizers
 from common.checkpoint import write_json
 from common.config import UserError, parse, run_main, seal
+from common.device import peak_memory_gb
 from prep.check import check
 from prep.convert import convert_chats, convert_text
 from prep.fineweb import fetch_shards
@@ -88,8 +89,7 @@ class Text(Rows):
 class Chat(Rows):
     """Chats from JSONL, JSON or parquet: conversations, messages, or instruction and response.
 
-    Rows with Magpie's columns are filtered by them as Magpie's authors did (arXiv 2406.08464,
-    table 5).
+    Rows with Magpie's columns are filtered as its authors did (arXiv 2406.08464, table 5).
     """
 
     # --- source
@@ -125,7 +125,6 @@ class Images(Rows):
     image_size: int = 224  # pixels of the square that images are fitted into, or of the short side
     # pad: padded to a square, as in LLaVA; short: not padded, so that training can pad or crop
     fit: Literal["pad", "short"] = "pad"
-    short_answers: bool = False  # if all answers have 3 words at most, ask for short answers
     shard_bytes: int = 1_000_000_000  # bytes of images per file
 
 
@@ -133,9 +132,8 @@ class Images(Rows):
 class Check(Images):
     """Count what is in a data set, what is wrong with it, and what training makes of it.
 
-    DATA is a folder that prepare.py made, or a .json, .jsonl or .parquet file or a pattern: then
-    `prepare.py check` takes the flags of `prepare.py images`, of which those about validation and
-    files written have no effect.
+    DATA is a folder that prepare.py made, or a .json, .jsonl or .parquet file or a pattern, which
+    is converted as `prepare.py images` does it; flags about validation and files have no effect.
     """
 
     # --- training
@@ -168,25 +166,16 @@ LOWEST = {"stories": 1, "chats": 1, "captions": 1, "conversations": 1, "question
           "vocabulary": 256 + len(tokenizers.SPECIALS)}  # every byte, and the special tokens
 
 
-def check_settings(cfg):
-    """UserError for a setting that is out of range."""
-    for name, low in LOWEST.items():
-        value = getattr(cfg, name, low)
-        if value < low and (name, value) != ("vocabulary", Text.vocabulary):
-            raise UserError(f"--{name}={value} is too small: {low} at least")
-    if not 0 <= getattr(cfg, "val_share", 0) < 1:
-        raise UserError(f"--val_share={cfg.val_share} must be at least 0 and below 1")
-
-
 def demo(cfg):
     """Draw the demo's data: text, chats, captions, scenes, and a folder of held-out images."""
     began = time.time()
     with new_data_set(cfg.out) as out:
         n_train = write_demo(out, cfg)
-        write_json(out / "manifest.json", seal({"test_seed": cfg.test_seed}))
+        seconds = time.time() - began
+        write_json(out / "manifest.json", seal({
+            "test_seed": cfg.test_seed, "seconds": seconds, "peak_rss_gb": peak_memory_gb()[1]}))
     print(f"{cfg.out}: {cfg.stories} stories ({n_train:,} tokens), {cfg.chats} chats, "
-          f"{cfg.captions} captions, {cfg.conversations} image chats, "
-          f"in {time.time() - began:.0f} s")
+          f"{cfg.captions} captions, {cfg.conversations} image chats, in {seconds:.0f} s")
 
 
 COMMANDS = {"demo": (Demo, demo), "text": (Text, convert_text), "chat": (Chat, convert_chats),
@@ -204,7 +193,12 @@ def main():
     if config is Check and argv and not argv[0].startswith("-"):
         argv[0] = f"--files={argv[0]}"
     cfg = parse(config, argv, f"{name} {'DATA' if config is Check else '[CONFIG]'}")
-    check_settings(cfg)
+    for setting, low in LOWEST.items():
+        value = getattr(cfg, setting, low)
+        if value < low and value != getattr(config, setting):  # a default may mean "none"
+            raise UserError(f"--{setting}={value} is too small: {low} at least")
+    if not 0 <= getattr(cfg, "val_share", 0) < 1:
+        raise UserError(f"--val_share={cfg.val_share} must be at least 0 and below 1")
     command(cfg)
 
 

@@ -18,7 +18,7 @@ import tarfile
 import threading
 import zipfile
 import zlib
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from pathlib import Path
 
 from common import hub
@@ -113,18 +113,14 @@ class ImageFiles:
         similar = self.by_base.get(os.path.basename(wanted))
         if not similar:
             raise ImageError("a missing image", f"there is no image {name[:200]}")
-        return max(similar, key=lambda item: n_shared(item[1], wanted))  # the first of equals
+        parts = wanted.split("/")[::-1]  # most of them in common; of equals the first
+        return max(similar, key=lambda item: len(os.path.commonprefix(  # noqa: RUF071 (of lists)
+            [item[1].split("/")[::-1], parts])))
 
 
 def normalized(name):
     """A name with single slashes, and none in front."""
     return "/".join(part for part in name.split("/") if part not in ("", "."))
-
-
-def n_shared(name, other):
-    """How many parts, from the end, two names have in common."""
-    pairs = zip(reversed(name.split("/")), reversed(other.split("/")), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class Folder:
@@ -151,9 +147,6 @@ class Folder:
         return content if len(content) <= MAX_BYTES else None
 
 
-# ---------------------------------------------------------------------------------------- archives
-
-
 class Archive(dict):
     """{name: place} of the files of a zip or tar, which any number of threads may read."""
 
@@ -169,7 +162,6 @@ class Archive(dict):
                             "download it again") from None
 
     def read(self, name):
-        """The bytes of a file, None if there are too many."""
         offset, size, full_size, method, crc = self[name]
         if max(size, full_size) > MAX_BYTES:
             return None
@@ -230,8 +222,7 @@ def zip_members(file):
 
 
 def tar_members(file):
-    """Yield (name, (offset, size, size, None, 0)) of the files of a tar; blocks with a damaged
-    header are skipped."""
+    """The same of a tar, with the method None; blocks with a damaged header are skipped."""
     if file.size % tarfile.BLOCKSIZE:
         raise ValueError("unexpected end of data")
     archive = tarfile.open(fileobj=io.BufferedReader(file, BLOCK), mode="r:",  # noqa: SIM115
@@ -246,9 +237,6 @@ def tar_members(file):
             yield member.name, (member.offset_data, member.size, member.size, None, 0)
 
 
-# ----------------------------------------------------------------------------- paths and patterns
-
-
 def local_paths(patterns, setting="the path"):
     """The paths that comma-separated paths and patterns match, part-9 before part-10.
 
@@ -260,8 +248,8 @@ def local_paths(patterns, setting="the path"):
             found = fetched(pattern)
         else:
             found = [pattern] if os.path.exists(pattern) else glob.glob(pattern)
-        if not found:
-            raise UserError(f"no file matches {pattern}; correct {setting}")
+        if not found or not all(map(os.path.exists, found)):
+            raise UserError(f"no file matches {pattern}, or a link is broken; correct {setting}")
         paths += map(Path, sorted(sorted(found), key=lambda path: [
             int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]))
     return paths

@@ -72,29 +72,18 @@ class NewFolder:
         try:
             if kind is None:
                 publish(self.new, self.path)
-            elif self._has_work():
+            files = [p for p in self.work.rglob("*") if p.is_file() and p.stat().st_size]
+            if kind and any(self.keep or self.new not in file.parents for file in files):
                 print(f"completed work is kept in {self.work}; the same command resumes there",
                       flush=True)
-                return self._as_user_error(error)
-            shutil.rmtree(self.work, ignore_errors=True)
+            else:
+                shutil.rmtree(self.work, ignore_errors=True)
         except OSError as failure:
-            self._as_user_error(failure)
+            error = failure
         finally:
             os.close(self.lock)
-        return self._as_user_error(error)
-
-    def _has_work(self):
-        files = (p for p in self.work.rglob("*") if p.is_file() and p.stat().st_size)
-        return any(self.keep or self.new not in file.parents for file in files)
-
-    def _as_user_error(self, error):
-        """Raise the error of a full or broken disk as a UserError; False for any other."""
-        if isinstance(error, OSError):
+        if isinstance(error, OSError):  # a full or broken disk
             raise UserError(f"cannot write {self.path}: {error}") from None
-        return False
-
-
-# -------------------------------------------------------------------------------------- JSON lines
 
 
 def resume_rows(path, header, n, batch):

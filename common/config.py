@@ -15,7 +15,6 @@ import functools
 import hashlib
 import inspect
 import json
-import math
 import os
 import re
 import signal
@@ -142,7 +141,7 @@ def value_of(kind, text):
     """The value of type `kind` that `text` spells."""
     try:
         value = ("False", "True").index(text) == 1 if kind is bool else kind(text)
-        if kind is float and not math.isfinite(value):
+        if kind is not str and not abs(value) < 2**63:  # NaN is not below it either
             raise ValueError
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a valid {kind.__name__}") from None
@@ -173,7 +172,7 @@ def read_config_file(path, config_class):
     """The assignments in the file `path` as a list of flags."""
     try:
         lines = ast.parse(Path(path).read_text(encoding="utf-8")).body
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"cannot read the config file {path}: {one_line(error)}") from None
     flags = []
     for node in lines:
@@ -183,9 +182,9 @@ def read_config_file(path, config_class):
         try:
             (target,), value = node.targets, ast.literal_eval(node.value)
             name = target.id
-            if not isinstance(value, int | float | str):
+            if not isinstance(value, int | float | str) or b"\0" in str(value).encode():
                 raise TypeError
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError, RecursionError, MemoryError):
             raise UserError(f"{where}: a config file holds only lines like `max_steps = 500`, with "
                             "a plain number, string, True or False") from None
         check_name(name, config_class, f"in {where}")

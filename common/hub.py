@@ -91,9 +91,6 @@ def matches(path, remote):
             and remote.sha256 in ("", file_sum(path)))
 
 
-# ---------------------------------------------------------------------------------------- streaming
-
-
 def stream(data, run):
     """The folder to read `data` from: `data` itself, or for hf://OWNER/NAME one that is filled.
 
@@ -141,8 +138,7 @@ def fetch_all(repository, remotes, folder, say):
 
 
 def listed(folder):
-    """The files that a folder's shards.json says are, or will be, in it, as [Remote]; [] without
-    a shards.json."""
+    """The [Remote] that a folder's shards.json says are, or will be, in it; [] without one."""
     path = Path(folder) / "shards.json"
     return [Remote(**file) for file in read_sealed(path)["files"]] if path.is_file() else []
 

@@ -4,7 +4,6 @@ Rows are converted as `prepare.py images` does it, in a temporary folder; a fold
 made is taken as it is. Then every chat is read as training reads it.
 """
 
-import hashlib
 import os
 import tempfile
 import textwrap
@@ -91,17 +90,13 @@ def converted(cfg, work):
     return DataSet(name, tokenizer, [Chats(work / "data", "train")], chats, left_out)
 
 
-# ------------------------------------------------------------------------------------- its figures
-
-
 def inspected(cfg, data, packed):
     """(counts of good chats, positions of every chat, Refused by training, Refused with notes)."""
     used = packed.chats[["source", "number", "truncated"]].tolist()
     truncated = {tuple(place): truncated for *place, truncated in used}
-    good, positions, left_out, notes, keys = Counter(), [], Refused(), Refused(), set()
+    good, positions, left_out, notes = Counter(), [], Refused(), Refused()
     for name, split, number in data.chats:
-        chats = data.splits[split]
-        ids, supervised = chats.chat(number)
+        ids, supervised = data.splits[split].chat(number)
         n_images = np.count_nonzero(ids == data.tokenizer.image)
         n_answers = np.count_nonzero(supervised & (ids == data.tokenizer.end))
         positions.append(len(ids) + n_images * (cfg.patches - 1))
@@ -109,17 +104,8 @@ def inspected(cfg, data, packed):
             left_out.add(f"its first answer ends beyond {cfg.context:,} positions" if n_answers
                          else "no supervised token", [name])
             continue
-        key = hashlib.blake2b(ids.tobytes(), digest_size=8)
-        for n in range(*chats.first_image[number : number + 2]) if n_images else ():
-            key.update(chats._bytes(n))
-        for note, applies in {
-            f"truncated after an answer to {cfg.context:,} positions": truncated[split, number],
-            "no image": n_images == 0, "more than one image": n_images > 1,
-            "a copy of an earlier chat: the same text and images": key.digest() in keys,
-        }.items():
-            if applies:
-                notes.add(note, [name])
-        keys.add(key.digest())
+        if truncated[split, number]:
+            notes.add(f"truncated after an answer to {cfg.context:,} positions", [name])
         good.update(rows=1, answers=n_answers, images=n_images)
     return good, positions, left_out, notes
 
@@ -143,16 +129,11 @@ def print_figures(cfg, data):
     n_rows = len(data.chats) + sum(entry["rows"] for entry in data.left_out.values())
     if good["rows"] == n_rows:
         return f"all {n_rows:,} rows are good: this can be trained on as it is"
-    hint = "; look at the reasons first" if good["rows"] < 0.9 * n_rows else ""
-    return f"{good['rows']:,} of {n_rows:,} rows are good; training leaves the others out{hint}"
-
-
-# ------------------------------------------------------------------------------------ single chats
+    return f"{good['rows']:,} of {n_rows:,} rows are good; training leaves the others out"
 
 
 def print_tokens(data, name, split, number, patches):
-    """The ids of a chat one per line: position, id, whether it is supervised, text (special
-    tokens without quotes)."""
+    """The ids of a chat one per line; text is in quotes, special tokens are not."""
     tokenizer = data.tokenizer
     print(f"{name}\n{'position':>9}  {'id':>6}  {'supervised':<10}  token")
     at, special = 0, set(tokenizer.specials.values())

@@ -14,18 +14,14 @@ from common.archives import BLOCK, Joined, identity_of, open_images
 from common.config import UserError
 from common.images import fit, read_image
 from prep.resumable import Record, in_order, read_all
-from prep.schema import ask_shortly, check_quality, images_of, messages_of, text_of
+from prep.schema import check_quality, images_of, messages_of, text_of
 from prep.sources import parsed, pieces, sources_of
-from prep.splits import splits_of
 from prep.writers import new_data_set, write_manifest, write_shards, write_split
 
 VOCABULARY_TEXT = 200_000_000  # characters that a tokenizer is trained on, at most
 LONG = 16 * BLOCK  # characters of a text that is tokenized on several cores
 MOST_IDS = 499_000_000  # of a document: SQLite stores at most 10^9 bytes in a row
 RATIO, ROOM = 100, 1 << 30  # an archive that unpacks to more than RATIO times and ROOM is a bomb
-
-
-# -------------------------------------------------------------------------------------------- text
 
 
 def convert_text(cfg):
@@ -87,7 +83,38 @@ def documents_of(cfg, records, tokenizer):
         yield split, len(numbers), (source[i].ids for i in numbers)
 
 
-# ------------------------------------------------------------------------------------------- chats
+def splits_of(cfg, records, limit):
+    """{split: (Records, numbers of its records)}; training numbers come in a seeded order.
+
+    Rows that show the same image stay together, as an image that several rows ask about could else
+    be in both: LLaVA-Instruct-150K has about two rows per image.
+    """
+    from scipy.sparse import coo_array, csgraph
+
+    rows = records["rows"]
+    n, generator = min(len(rows), limit or len(rows)), np.random.default_rng(cfg.seed)
+    if "val_rows" in records:
+        val = records["val_rows"]
+        return {"train": (rows, generator.permutation(n)), "val": (val, np.arange(len(val)))}
+    # Nodes are the rows and the images that they show, so a group is a connected component.
+    keys = rows.column("image_keys")[:n]  # of each row, 8 bytes per image
+    row = np.repeat(np.arange(n), [len(key) // 8 for key in keys])
+    names, image = np.unique(np.frombuffer(b"".join(keys), np.int64), return_inverse=True)
+    edges = coo_array((np.ones(len(row), np.int8), (row, n + image)), [n + len(names)] * 2)
+    group = csgraph.connected_components(edges, directed=False)[1][:n]
+    sizes = np.bincount(group)
+    groups = generator.permutation(len(sizes))
+    wanted = left = min(round(n * cfg.val_share) or int(cfg.val_share > 0), max(0, n - 1))
+    held_out = []  # the first groups that make `wanted` records, without those that are too large
+    for number in groups.tolist():
+        if sizes[number] <= left:
+            held_out.append(number)
+            left -= sizes[number]
+    if wanted and not held_out and len(groups) > 1:  # all are too large
+        held_out = [groups[np.argmin(sizes[groups])]]
+    is_val = np.isin(group, held_out)
+    order = np.argsort(np.argsort(groups)[group], kind="stable")  # rows, one group after another
+    return {"train": (rows, order[~is_val[order]]), "val": (rows, np.flatnonzero(is_val))}
 
 
 def convert_chats(cfg):
@@ -126,8 +153,6 @@ def read_chats(cfg, work, sources, tokenizer):
             check_quality(row, cfg)
         else:
             images = [resized(source, find, cfg) for source in images_of(row, messages)]
-            if cfg.short_answers:
-                ask_shortly(messages)
         chat = tokenizers.render(tokenizer, messages, len(images))
         return Record(np.array(chat.ids, np.uint16), chat.supervised, images)
 
@@ -176,8 +201,7 @@ def decompressed(source, codec, name):
     """Yield blocks of the decompressed content of the file `source`."""
     import pyarrow  # supports zstd on every version of Python
 
-    file = pyarrow.PythonFile(io.BufferedReader(source, BLOCK), "r")
-    stream = pyarrow.CompressedInputStream(file, codec)
+    stream = pyarrow.input_stream(io.BufferedReader(source, BLOCK), compression=codec)
     try:
         while block := stream.read(BLOCK):
             yield block

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 from urllib.parse import quote
 
@@ -127,7 +128,8 @@ def fill(records, source, make, limit=0, workers=None):
     """
     if records.state["complete"]:
         return
-    done = in_order(partial(convert, make), batches(source.rows(records.state["rows"])), workers)
+    rows = islice(source.rows(), records.state["rows"], None)
+    done = in_order(partial(convert, make), batches(rows), workers)
     try:
         with tqdm(total=source.total or None, initial=records.state["bytes"], unit="B",
                   unit_scale=True, mininterval=PROGRESS_SECONDS, delay=PROGRESS_SECONDS) as bar:

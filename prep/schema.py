@@ -4,8 +4,6 @@ from tokenizer import IMAGE_MARK
 
 QUALITIES = ("very poor", "poor", "average", "good", "excellent")
 MAX_IMAGES = 4  # of a row
-SHORT_ANSWER = "Answer with a word or a short phrase."
-SHORT_WORDS = 3
 
 
 def text_of(row, field):
@@ -91,11 +89,3 @@ def image_of(item):
     if not isinstance(item, str | bytes) or item == "":
         raise ValueError("an image that is neither a name nor bytes")
     return item
-
-
-def ask_shortly(messages):
-    """If all answers are short, let the first question ask for a short answer."""
-    answers = [m["content"] for m in messages if m["role"] == "assistant"]
-    if all(len(answer.split()) <= SHORT_WORDS for answer in answers):
-        first = next(m for m in messages if m["role"] == "user")
-        first["content"] = "\n".join(filter(None, (first["content"], SHORT_ANSWER)))

@@ -1,12 +1,11 @@
 """Where rows come from: local files, and data sets of the Hugging Face Hub.
 
-A source has `rows(skip)`, which yields (where, row, bytes) after the first `skip` rows. `where`
-names the row for the user. A line of JSON stays bytes until `parsed`, in the threads that tokenize.
+A source has `rows()`, which yields (where, row, bytes). `where` names the row for the user. A line
+of JSON stays bytes until `parsed`, in the threads that tokenize.
 """
 
 import json
 import re
-from itertools import islice
 from pathlib import Path
 
 from common.archives import identity_of, local_paths
@@ -49,9 +48,6 @@ def parsed(row):
         raise ValueError("not a line of JSON") from None
 
 
-# ------------------------------------------------------------------------------------------ files
-
-
 class Files:
     """The rows of .jsonl, .json and .parquet files; a .txt file is one row, its text."""
 
@@ -60,11 +56,7 @@ class Files:
         self.identity = identity_of(self.paths)
         self.total = sum(size for _, size, _ in self.identity)
 
-    def rows(self, skip=0):
-        """Yield (where, row, bytes) of all files in order, after the first `skip` rows."""
-        return islice(self._all_rows(), skip, None)
-
-    def _all_rows(self):
+    def rows(self):
         for path in self.paths:
             try:
                 rows = READERS.get(path.suffix, read_lines)(path)
@@ -142,9 +134,6 @@ def pieces(text):
     yield text[start:]
 
 
-# ----------------------------------------------------------------------------- data sets of the hub
-
-
 class Dataset:
     """The rows of a data set of the Hugging Face Hub, streamed, or of a local folder of one."""
 
@@ -155,10 +144,8 @@ class Dataset:
         files = sorted(path for path in Path(name).rglob("*") if path.is_file())
         self.identity = [name, subset, split, [(str(path), path.stat().st_size) for path in files]]
 
-    def rows(self, skip=0):
-        """Yield (where, row, bytes) after the first `skip` rows. `datasets` itself retries a
-        failing connection for minutes."""
-        import datasets
+    def rows(self):
+        import datasets  # which itself retries a failing connection for minutes
 
         datasets.disable_progress_bars()
         try:
@@ -166,7 +153,7 @@ class Dataset:
                                          streaming=True)
             if data.features and "Image(" in repr(data.features):
                 data = data.decode(False)  # images as bytes
-            for number, row in enumerate(data.skip(skip) if skip else data, skip + 1):
+            for number, row in enumerate(data, 1):
                 yield f"{self.name}:{number}", row, size_of(row)
         except Exception as error:  # the exception types depend on the file format and HTTP client
             raise UserError(f"cannot read the data set {self.name} (subset {self.subset or 'none'}"

@@ -8,14 +8,17 @@ test split has a seed that no other split shares: the recipe is tuned on validat
 import functools
 import io
 import itertools
+import multiprocessing
+import os
 import random
 import re
+import threading
 from concurrent.futures import ProcessPoolExecutor
 
 from common.checkpoint import write_json
 from common.device import cores
 from prep import toy_images, toy_stories
-from prep.writers import write_chats, write_manifest, write_text
+from prep.writers import write_chats, write_manifest, write_shards
 from tokenizer import train
 
 CHUNK = 250  # samples that one job draws
@@ -38,6 +41,15 @@ class Workers(ProcessPoolExecutor):
         seeds = [f"{seed} {first + number}" for number in range(len(sizes))]
         chunks = self.map(draw_chunk, seeds, sizes, *map(itertools.repeat, (job, *args)))
         return itertools.chain.from_iterable(chunks)
+
+
+def end_with_parent():
+    """End this worker when its parent has ended, which a killed parent cannot do itself."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def draw_chunk(seed, n, job, *args):
@@ -83,7 +95,7 @@ def image_folders(cfg):
 def write_demo(out, cfg):
     """Draw all of the demo's data into the folder `out`; returns the number of training tokens."""
     print("drawing stories and chats", flush=True)
-    with Workers(cores()) as workers:
+    with Workers(cores(), initializer=end_with_parent) as workers:
         stories = distinct(workers, cfg, toy_stories.story, "stories", cfg.stories)
         chats = distinct(workers, cfg, toy_stories.text_chat, "chats", cfg.chats)
         image_words = list(workers.draw(cfg, "words", words, 4000))
@@ -105,8 +117,10 @@ def write_demo(out, cfg):
     for split, messages in chats.items():
         write_chats(out / "chats" / split, tokenizer, ((chat, ()) for chat in messages))
     (out / "text").mkdir()
-    tokens = {f"{split}_tokens": write_text(out / "text", split, documents, tokenizer)
-              for split, documents in stories.items()}
+    tokens = {}
+    for split, documents in stories.items():
+        ids = ([tokenizer.end_of_text, *tokenizer.encode(text)] for text in documents)
+        tokens[f"{split}_tokens"] = write_shards(out / "text", split, ids)
     write_manifest(out / "text", tokenizer, **tokens)
     for kind in "captions", "scenes", "chats":
         write_manifest(out / kind, tokenizer)

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-# ---- scenes -------------------------------------------------------------------------------------
-
 WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 COLOURS, PLACES, NUMBERS = WORDS["colours"], WORDS["places"], WORDS["numbers"]
 NAMES = WORDS["names"]  # of a thing t, each with the kinds of questions whose answers it contains

@@ -70,12 +70,6 @@ def write_shards(folder, split, documents, shard_tokens=100_000_000):
     return n
 
 
-def write_text(folder, split, documents, tokenizer):
-    """Shards of `documents` (strings), each after <|endoftext|>; returns the number of tokens."""
-    return write_shards(folder, split, ([tokenizer.end_of_text, *tokenizer.encode(document)]
-                                        for document in documents))
-
-
 def write_split(folder, chats, shard_bytes=1_000_000_000):
     """Write chats, each (ids, supervised, encoded images), into the files that data.Chats reads;
     returns counts for the manifest.

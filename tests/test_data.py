@@ -18,7 +18,7 @@ from common.config import UserError, seal
 from common.device import Machine
 from data import Chats, Documents, ImageSpec, Share, Text, check_tokenizer
 from prep import writers
-from prep.writers import write_manifest, write_text
+from prep.writers import write_manifest, write_shards
 from tokenizer import render
 from train.loader import Loader, shuffled, validation_loss
 from train.packing import Captions, Packed, pack
@@ -179,8 +179,8 @@ def test_validation_loss_is_the_mean_over_the_same_first_rows(numbers):
 
 def test_windows_contain_every_token_as_a_target_once(tokenizer, tmp_path):
     documents = [f"{WORDS[i % 4]} {i}" for i in range(50)]
-    n = write_text(tmp_path, "train", documents, tokenizer)
     stream = [i for text in documents for i in (tokenizer.end_of_text, *tokenizer.encode(text))]
+    n = write_shards(tmp_path, "train", [stream])
     text = Text(tmp_path, "train", 8, tokenizer.n_vocab)
     batch = text.batch(range(len(text)))
     assert n == len(stream) and len(text) == (n - 1) // 8
@@ -357,7 +357,7 @@ def resave(convert):
                                   "train/offsets.npy", "train/first_image.npy"])
 def test_a_malformed_array_is_named(tokenizer, tmp_path, file, spoil):
     write_chats(tmp_path, tokenizer, [chat_of(0), chat_of(1)], [1, 1])
-    write_text(tmp_path, "train", WORDS * 5, tokenizer)
+    write_shards(tmp_path, "train", [tokenizer.encode(text) for text in WORDS * 5])
     spoil(tmp_path / file)
     with pytest.raises(UserError, match=rf"{file} (is not a complete .npy file|holds .*expected)"):
         if "/" in file:

@@ -81,7 +81,8 @@ def test_an_unknown_name_in_a_file_names_the_line_and_the_nearest_setting(writte
 
 @pytest.mark.parametrize("flag", [
     "--max_steps=many", "--max_steps=5.5", "--max_steps=", "--lr=fast", "--lr=nan", "--lr=-inf",
-    "--lr=1e999", "--size=medium", "--resume=maybe", "--resume", "--max_steps", "stray.py"])
+    "--lr=1e999", "--seed=-" + "9" * 30, "--max_steps=9223372036854775808", "--size=medium",
+    "--resume=maybe", "--resume", "--max_steps", "stray.py"])
 def test_a_value_of_the_wrong_type_is_named(written, flag):
     with pytest.raises(UserError, match=flag.split("=")[0]):
         parse(Config, [written("max_steps = 5"), flag])
@@ -114,6 +115,8 @@ def test_help_shows_groups_and_complete_comments(capsys, monkeypatch):
     "max_steps, lr = 5, 1",
     "max_steps = n_layer = 5",
     "data = {{[]: 1}}",
+    "data = 'a\\0b'",
+    "data = '\\ud800'",
 ])
 def test_a_config_file_is_not_executed(written, tmp_path, line):
     bait = tmp_path / "it_ran"
@@ -123,8 +126,8 @@ def test_a_config_file_is_not_executed(written, tmp_path, line):
     assert not bait.exists()
 
 
-@pytest.mark.parametrize("content", [b"max_steps = ", b"max_steps 5", b"\xff\xfe", b"out = '\x00'"],
-                         ids=repr)
+@pytest.mark.parametrize("content", [b"max_steps = ", b"max_steps 5", b"\xff\xfe", b"out = '\x00'",
+                                     b"seed = " + b"-" * 5000 + b"1"], ids=lambda text: text[:14])
 def test_a_file_that_cannot_be_read_is_named(written, tmp_path, content):
     for path in written(content), str(tmp_path), str(tmp_path / "nowhere.py"):
         with pytest.raises(UserError, match=path):

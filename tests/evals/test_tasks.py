@@ -19,7 +19,7 @@ from evals.tasks import DESCRIBE, LETTER, SHORT, TASKS, Question, question_of
 from evals.validation import text_loss
 from export.to_transformers import write_folder
 from model import GPT
-from prep.writers import write_manifest, write_text
+from prep.writers import write_manifest, write_shards
 from vision import VisionLanguageModel
 
 HELLASWAG = {"ind": 4, "activity_label": "Removing ice", "label": "3", "split": "val",
@@ -285,7 +285,8 @@ def test_a_text_has_the_loss_of_its_prepared_shards(tmp_path):
     rng, model = random.Random(3), text_model(512)
     texts = [some(rng, 20, 90) for _ in range(40)]
     (tmp_path / "text").mkdir()
-    write_text(tmp_path / "text", "val", texts, TOKENIZER)
+    write_shards(tmp_path / "text", "val", [[TOKENIZER.end_of_text, *TOKENIZER.encode(text)]
+                                            for text in texts])
     write_manifest(tmp_path / "text", TOKENIZER)
     expected = text_loss(model, TOKENIZER, tmp_path / "text", 6,
                          Machine(torch.device("cpu"), torch.float32))

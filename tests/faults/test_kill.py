@@ -191,6 +191,25 @@ def test_prepare_killed_at_any_change_keeps_the_older_data_and_makes_the_same_by
         assert [path.name for path in folder.iterdir()] == ["out"]
 
 
+def test_no_worker_outlives_a_killed_prepare(tmp_path):
+    job = start("prepare.py", "demo", f"--out={tmp_path}/demo")
+
+    def commands(workers):
+        """Their command lines, which are empty when they have ended."""
+        paths = [Path(f"/proc/{worker}/cmdline") for worker in workers]
+        return [path.read_text() for path in paths if path.exists()]
+
+    def children():
+        paths = Path(f"/proc/{job.process.pid}/task").glob("*/children")
+        return [worker for path in paths for worker in path.read_text().split()]
+
+    workers = until(children)
+    time.sleep(0.5)  # they draw
+    job.kill(signal.SIGKILL)
+    until(lambda: not any(commands(workers)), seconds=10)
+    assert job.wait() == -signal.SIGKILL, job.said
+
+
 # -------------------------------------------------------------------------------------- downloads
 
 FETCHING = {

@@ -320,21 +320,6 @@ def test_a_row_has_up_to_four_images_or_none(vocabulary, tmp_path):
     assert len(captions) == 2  # the rows with one image
 
 
-@pytest.mark.parametrize("answers, short", [
-    (["Red."], True), (["It is red.", "Two of them."], True),
-    (["It is quite red."], False), (["Red.", "There are two of them."], False)])
-def test_short_answers_are_requested_if_all_are_short(answers, short, vocabulary, tmp_path):
-    root = store(tmp_path / "images", "folder", ONE)
-    turns = [{"role": "system", "content": "be kind"}]
-    for answer in answers:
-        turns += [{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}]
-    convert(tmp_path, vocabulary, [{"image": "red.png", "messages": turns}], root,
-            "--short_answers=True")
-    ((text, supervised),) = chats(tmp_path / "out")
-    assert ("<|image|>What?\nAnswer with a word or a short phrase.<|end|>" in text) == short
-    assert text.count("Answer with") == short and "Answer with" not in supervised
-
-
 BROKEN = {
     "a missing image": asked("gone.png"), "an unreadable image": asked("text.jpg"),
     "a truncated image": asked("cut.jpg"), "an image that is too large": asked("bomb.png"),

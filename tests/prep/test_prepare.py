@@ -335,8 +335,8 @@ INVALID = {
              "--dataset=books", "--out={tmp}/a.jsonl", "--out={tmp}/a.jsonl/x", "--out=/proc/x"],
     "chat": ["--val_share=2", "--max_chats=-1", "--seed=-7"],
     "images": ["--image_size=0"],
-    "demo": ["--vocabulary=100", "--image_size=0", "--held_out=0", "--captions=0", "--stories=-1",
-             "--questions=0"],
+    "demo": ["--vocabulary=100", "--vocabulary=0", "--image_size=0", "--held_out=0",
+             "--captions=0", "--stories=-1", "--questions=0"],
     "fineweb": ["--shards=-1"],
 }
 
@@ -390,6 +390,8 @@ def test_the_demo_has_the_requested_counts_and_checksums(world_data):
         found = Chats(world_data / Path(name).parent, Path(name).name)
         sizes = [image.size for i in range(n) for image in found.images(i)]
         assert len(found) == n and sizes == ([] if "chats" in name else [(32, 32)] * n)
+    costs = json.loads((world_data / "manifest.json").read_text())
+    assert costs["seconds"] > 0 and costs["peak_rss_gb"] > 0  # which eval.py --report adds
     for kind in "text", "chats", *KINDS:
         manifest = json.loads((world_data / kind / "manifest.json").read_text())
         assert manifest["sha256"] == sums(world_data / kind)
