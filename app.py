@@ -45,16 +45,9 @@ from common.config import UserError, parse_checkpoint, run_main
 from common.device import pick_device
 from common.images import read_image
 from export.model_card import held_out_images
-from inference.conversation import (
-    UNFINISHED,
-    Conversation,
-    EncodedImage,
-    decoder_of,
-    encode_images,
-    open_for_chat,
-)
+from inference.conversation import Conversation, EncodedImage, encode_images, open_for_chat
 from inference.engine import Engine
-from inference.generate import Generation, Sampler
+from inference.generate import UNFINISHED, Generation, Sampler
 from inference.quantized_linear import fastest_precision
 
 SESSIONS = 256  # pages remembered; the least recently used is forgotten first
@@ -104,7 +97,7 @@ class App:
 
     def __init__(self, model, tokenizer, info, cfg):
         self.model, self.tokenizer, self.info, self.cfg = model, tokenizer, info, cfg
-        self.engine = Engine(decoder_of(model), cfg.streams)
+        self.engine = Engine(model, cfg.streams)
         self.sessions = OrderedDict()
         os.environ["GRADIO_TEMP_DIR"] = str(UPLOADS)  # a second import of this file changes it
 
@@ -147,8 +140,7 @@ class App:
             gr.Info("The model gave an empty answer.")
 
     def conversation(self, session, message, history, cfg):
-        """The Conversation of a page: its answered questions since the last new image, and the
-        one in `message`."""
+        """The Conversation of a page: its questions since the last new image, then `message`."""
         text, files = message.get("text") or "", message.get("files") or []
         if not text.strip() and not files:
             raise UserError("Type a question, or choose an image")
@@ -171,8 +163,7 @@ class App:
         return conversation
 
     def encode_upload(self, session, file, images, cfg):
-        """The EncodedImage of an uploaded file, also stored in `images`; UserError if it has too
-        many pixels, or is not an image. Gradio has limited its bytes."""
+        """The EncodedImage of an upload, whose bytes gradio has limited; also put in `images`."""
         path = Path(file["path"] if isinstance(file, dict) else file).resolve()
         if not path.is_relative_to(UPLOADS) or not path.is_file():
             raise UserError("That file is not here any more; choose it again")
@@ -247,11 +238,10 @@ class App:
         """Messages to try."""
         if not vision:
             return [{"text": text, "files": []} for text in REQUESTS]
-        files = sorted(path for path in Path("examples").glob("*")  # of upload.py --space
-                       if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-        EXAMPLES.mkdir(exist_ok=True)
-        return [{"text": text, "files": [shutil.copy(path, EXAMPLES)]} for path, text in
-                zip(files or held_out_images(self.info), QUESTIONS, strict=False)]
+        files = sorted(Path("examples").glob("*.png")) or held_out_images(self.info)
+        EXAMPLES.mkdir(exist_ok=True)  # the first are those of upload.py --space
+        return [{"text": text, "files": [shutil.copy(path, EXAMPLES)]}
+                for path, text in zip(files, QUESTIONS, strict=False)]
 
     def launch(self):
         """Serve the page, in a thread; returns what has to be closed."""

@@ -17,7 +17,6 @@ from PIL import Image
 
 from clip import CLIP, CLIPConfig, feature_pulls, normalise
 from common.config import TrainSettings, UserError, parse, run_main
-from common.report import Sample
 from data import Chats, check_tokenizer
 from evals.zero_shot import Labelled, caption_choice, features_of, zero_shot
 from train.optim import make_optimizer
@@ -124,7 +123,7 @@ def sample_choices(model, tokenizer, pairs, machine, n=8, choices=32):
                 for ids in batch.ids.tolist()]
     label = f"model, choosing among {len(set(captions))} captions"
     shown = [Image.fromarray(image) for image in pixels.cpu().numpy()]
-    return [Sample([(label, captions[i]), ("reference", reference)], [image])
+    return [([(label, captions[i]), ("reference", reference)], [image])
             for i, reference, image in zip(nearest, captions[:n], shown, strict=True)]
 
 

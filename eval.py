@@ -22,7 +22,7 @@ from common.checkpoint import write_json
 from common.config import UserError, parse, parse_checkpoint, read_json, run_main
 from common.device import peak_memory_gb, pick_device, setup
 from common.images import read_image
-from common.report import ReportImage, Sample, lineage_table, sample_blocks, table, write_report
+from common.report import ReportImage, lineage_table, sample_blocks, table, write_report
 from evals import compare
 from evals.contamination import overlaps, sentence
 from evals.metrics import Score
@@ -167,7 +167,7 @@ def report(name, cfg, by_split):
 
 
 def conversations(name, cfg, n=4):
-    """A report.Sample of a conversation about each of the first images of the data."""
+    """A sample for the report: a conversation about each of the first images of the data."""
     model, tokenizer, _ = open_for_chat(name, pick_device(cfg.device))
     samples = []
     for path in sorted(Path(cfg.data, "images").glob("*.png"))[:n]:
@@ -175,7 +175,7 @@ def conversations(name, cfg, n=4):
         for question in ("What do you see?", "How many things are there?", "Is there a red thing?"):
             answer = "".join(conversation.ask(question, [] if turns else images))
             turns += [("user", question), ("model", answer)]
-        samples.append(Sample(turns, images))
+        samples.append((turns, images))
     return samples
 
 

@@ -5,9 +5,6 @@
     python upload.py out/demo/vision_sft --repo=NAME/REPO --native=True   # for sample.py NAME/REPO
     python upload.py out/demo/vision_sft --space=NAME/SPACE         # app.py with it, as a Space
     python upload.py out/demo/sft --gguf=model.gguf                 # a text model for llama.cpp
-
---dry_run=True lists what would be pushed. The token comes from the environment (HF_TOKEN) or from
-`hf auth login`.
 """
 
 import importlib.metadata
@@ -63,7 +60,13 @@ def main():
     if not any((cfg.to, cfg.repo, cfg.space, cfg.gguf)):
         raise UserError("name a target: --to, --repo, --space or --gguf")
     if cfg.gguf:
-        fill_file(name, Path(cfg.gguf), cfg)
+        path = Path(cfg.gguf)
+        if path.exists() and not cfg.overwrite:
+            raise UserError(f"{path} exists already; choose another name, or --overwrite=True")
+        model, tokenizer, info = open_model(name, kinds=("decoder", "vision"))
+        template = None if info["stage"] == "pretrain" else CHAT_TEMPLATE
+        write_gguf(model, tokenizer, path, cfg.gguf_dtype, template)
+        print(f"written: {path}")
     if cfg.to:
         check_target(Path(cfg.to), cfg.overwrite)
         with NewFolder(cfg.to) as folder:
@@ -86,16 +89,6 @@ def check_target(target, overwrite):
     if not (target / "README.md").is_file() or not all(map(Path.is_file, target.iterdir())):
         raise UserError(f"{target} is not an earlier export, so it is not replaced; choose another "
                         "folder")
-
-
-def fill_file(name, path, cfg):
-    """Write the file `path` for llama.cpp."""
-    if path.exists() and not cfg.overwrite:
-        raise UserError(f"{path} exists already; choose another name, or --overwrite=True")
-    model, tokenizer, info = open_model(name, kinds=("decoder", "vision"))
-    template = None if info["stage"] == "pretrain" else CHAT_TEMPLATE
-    write_gguf(model, tokenizer, path, cfg.gguf_dtype, template)
-    print(f"written: {path}")
 
 
 def fill_model(name, folder, cfg):

@@ -101,7 +101,9 @@ def first_tokens(model, tokenizer):
     conversation, photo = Conversation(model, tokenizer), jpeg(640, 480)
 
     def ask(files):
-        conversation.reset()
+        conversation.turns = []
+        if conversation.decoding:
+            conversation.decoding.cut(0)
         images = [read_image(file) for file in files]
         next(conversation.ask("What do you see in this picture?", images, 1), None)
 

@@ -9,7 +9,7 @@ import base64
 import html
 import io
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
@@ -37,10 +37,6 @@ def code(text):
     text = clean(text)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"
-
-
-def bullets(lines):
-    return "\n".join(f"- {escape(line)}" for line in lines)
 
 
 def table(head, rows, total=False):
@@ -87,34 +83,25 @@ class ReportImage:
         return f"![{escape(self.alt)}]({self.name})"
 
 
-@dataclass
-class Sample:
-    """An example of a model's input and output: texts as (label, text), and PIL images."""
-
-    parts: list
-    images: list = field(default_factory=list)
-
-
 def sample_blocks(samples):
-    """The blocks of a report that show some Sample, with their images in samples/."""
+    """The blocks of a report that show samples of a model's input and output, each a list of
+    (label, text) and one of PIL images, which go into samples/."""
     blocks = []
-    for i, sample in enumerate(samples):
+    for i, (parts, images) in enumerate(samples):
         blocks.append(f"### {i + 1}")
-        for k, image in enumerate(sample.images):
+        for k, image in enumerate(images):
             image, file = image.convert("RGB"), io.BytesIO()
             image.thumbnail((LARGEST, LARGEST))
             image.save(file, "JPEG", quality=90, optimize=True)
             name = f"samples/{i}" + f"_{k}" * (k > 0) + ".jpg"
             blocks.append(ReportImage(name, file.getvalue(), "model input"))
-        blocks += [f"{escape(label)}:\n\n{code(text)}" for label, text in sample.parts]
+        blocks += [f"{escape(label)}:\n\n{code(text)}" for label, text in parts]
     return blocks
 
 
 def write_report(folder, title, lead, sections):
-    """Write report.md, its images and report.html into `folder`.
-
-    sections: {heading: blocks}; a block is Markdown or a ReportImage.
-    """
+    """Write report.md, its images and report.html into `folder`. sections: {heading: blocks}; a
+    block is Markdown or a ReportImage."""
     blocks = [f"# {escape(title)}", escape(lead)]
     for heading, content in sections.items():
         blocks += [f"## {escape(heading)}", *content]

@@ -1,5 +1,4 @@
-"""The model card of an upload, filled in from the checkpoints: stages, commands, data, losses,
-time, price, scores, and an example with an answer of the model."""
+"""The model card of an upload, filled in from the records of its checkpoints."""
 
 import dataclasses
 import importlib
@@ -19,10 +18,7 @@ QUESTION = "What do you see?"
 
 
 def write_card(folder, model, tokenizer, info, cfg):
-    """Write README.md and its example image into `folder`.
-
-    info: the checkpoint's config; cfg: upload.Config.
-    """
+    """Write README.md and its example image into `folder`. cfg: upload.Config."""
     if cfg.image and info["kind"] != "vision":
         raise UserError(f"--image={cfg.image}: {TEXT_ONLY}")
     parameters = sum(p.numel() for p in model.parameters())  # ready_to_chat converts some of them

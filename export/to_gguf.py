@@ -1,13 +1,9 @@
 """Export a decoder as one GGUF file, for llama.cpp and the programs that build on it.
 
-Its architecture there is gptneox. Facts of llama.cpp's source that this file depends on:
-
-- GELU is hard-coded where we have ReLU. GELU(s x) / s approaches ReLU(x) as s grows, so the matrix
-  before it is multiplied by s and the one after it by 1/s (`gelu_scale`).
-- q, k and v are stored as ours are, not interleaved by head as in `transformers`; every product
-  except the head has a bias; without a base of its own, RoPE has 10,000.
-- Special tokens in text are parsed if the caller asks for it (parse_special), and its chats do: a
-  user can forge a turn there.
+Its architecture there, gptneox, has GELU where we have ReLU. GELU(s x) / s approaches ReLU(x) as s
+grows, so the matrix before it is multiplied by s and the one after it by 1/s (`gelu_scale`). q, k
+and v are stored as ours are, not interleaved by head as in `transformers`; every product except the
+head has a bias. Its chats parse special tokens in text (parse_special): a user can forge a turn.
 """
 
 import json
@@ -34,9 +30,7 @@ def write_gguf(model, tokenizer, path, dtype="f16", chat_template=None):
 
     dtype: "f32" or "f16", of the matrices; vectors are f32 (lower precision changes greedy text:
     q8_0 5 and bf16 3 of the demo's 40). chat_template: a Jinja template for a model that chats,
-    whose answers end with <|end|>; without one, text ends with <|endoftext|>. Raises UserError for
-    a vision model, a tokenizer that llama.cpp does not have, numbers that f16 cannot hold, and if
-    the package `gguf` is missing.
+    whose answers end with <|end|>; without one, text ends with <|endoftext|>.
     """
     if not isinstance(model, GPT):
         raise UserError("only a text-only model can be a GGUF file, as llama.cpp's gptneox takes "

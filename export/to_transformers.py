@@ -41,11 +41,9 @@ def neox_config(config):
 
 
 def neox_weights(weights, config, body="gpt_neox."):
-    """Weights of a GPT (its state dict) under the names of a `GPTNeoXForCausalLM`.
-
-    There q, k and v are interleaved by head, and every product has a bias: ours are zero.
-    body: the prefix of all names except the head's.
-    """
+    """Weights of a GPT (its state dict) under the names of a `GPTNeoXForCausalLM`, where q, k and v
+    are interleaved by head, and every product has a bias: ours are zero. body: the prefix of all
+    names except the head's."""
     C = config.n_embd
     named = {f"{body}embed_in.weight": weights["token_embedding.weight"],
              "lm_head.weight": weights["head.weight"]}

@@ -14,14 +14,13 @@ from torch.nn.utils.rnn import pad_sequence
 from common.config import UserError
 from common.device import pick_dtype
 from common.images import to_pixels
-from common.report import Sample
-from inference.generate import Decoding, Sampler, Sampling, generate, generate_batch
+from inference.generate import UNFINISHED, Decoding, Sampler, Sampling, generate, generate_batch
 from inference.quantized_linear import for_decoding
+from tokenizer import END_OF_TEXT
 from vision import VisionLanguageModel, open_model
 
 TEXT_ONLY = ("this checkpoint is a text-only model; "
              "a vision_pretrain or vision_sft checkpoint takes images")
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character decode to
 
 
 def open_for_chat(name, device, precision="auto"):
@@ -61,9 +60,6 @@ def check_length(model, n):
                         f"{context}; shorten it")
 
 
-# --------------------------------------------------------------------------------- one conversation
-
-
 @dataclass
 class EncodedImage:
     """An image as the decoder reads it, and the negative id that stands for each of its patches."""
@@ -87,12 +83,6 @@ class Conversation:
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer, self.decoding, self.turns = model, tokenizer, None, []
-
-    def reset(self):
-        """Drop all turns and the cache."""
-        self.turns = []
-        if self.decoding:
-            self.decoding.cut(0)
 
     def ids(self, turns=None):
         """The prompt: all turns, the last one without its <|end|>."""
@@ -130,10 +120,9 @@ class Conversation:
                     list(answer))
 
     def fit(self, turns, max_tokens):
-        """Continue with these turns, without the oldest of them until the prompt and an answer (of
-        max_tokens, at most a quarter) fit the context; returns how many were dropped. Images of a
-        dropped turn move to the next one, unless later turns have their own. UserError if the last
-        turn does not fit."""
+        """Continue with the newest of these turns that fit the context with an answer (max_tokens,
+        at most a quarter); returns how many were dropped. Images of a dropped turn move to the next
+        one, unless later turns have their own. UserError if the last turn does not fit."""
         n, context = len(turns), self.model.config.max_positions
         limit = context - min(max_tokens, context // 4)
         while len(self.ids(turns)) > limit and len(turns) > 1:
@@ -176,9 +165,6 @@ class Conversation:
             shown = text
         if rest := self.tokenizer.decode(answer)[len(shown) :]:
             yield rest
-
-
-# ------------------------------------------------------------------------------------- many prompts
 
 
 @torch.inference_mode()
@@ -243,7 +229,7 @@ def turns_of(chats, i):
 
 
 def sample_answers(model, tokenizer, chats, n=8, max_tokens=64):
-    """A report.Sample of the first turn of each of the first n chats that fit."""
+    """Samples for a report: the first turn of each of the first n chats that fit."""
     spec, numbers = getattr(model, "image_spec", None), range(min(len(chats), 10 * n))
     turns = {i: turns_of(chats, i)[0] for i in numbers}
     fitting = [i for i in numbers if fits(model, tokenizer, turns[i][0], max_tokens)][:n]
@@ -252,7 +238,7 @@ def sample_answers(model, tokenizer, chats, n=8, max_tokens=64):
 
 
 def sample_texts(model, tokenizer, texts, n=8, given=16, max_tokens=60):
-    """A report.Sample of the first tokens of each of n windows of a data.Text, continued."""
+    """Samples for a report: the first tokens of n windows of a data.Text, continued."""
     n, given = min(n, len(texts)), min(given, texts.T // 2, model.config.max_positions // 2)
     windows = [texts.window(i * len(texts) // n).tolist() for i in range(n)]
     turns = [(window[:given], window[given : given + max_tokens]) for window in windows]
@@ -260,9 +246,9 @@ def sample_texts(model, tokenizer, texts, n=8, given=16, max_tokens=60):
 
 
 def samples(model, tokenizer, turns, images, max_tokens, stop=None):
-    """report.Sample of (prompt, reference) ids with the model's answers."""
+    """Samples of (prompt, reference) ids for report.sample_blocks, with the model's answers."""
     answers = answer_all(model.eval(), tokenizer, [prompt for prompt, _ in turns], images,
                          max_tokens, stop=stop)
-    return [Sample([("prompt", tokenizer.decode(prompt)), ("model", answer.strip()),
-                    ("reference", tokenizer.decode(reference).strip())], shown)
+    return [([("prompt", tokenizer.decode(prompt)), ("model", answer.strip()),
+              ("reference", tokenizer.decode(reference).split(END_OF_TEXT)[0].strip())], shown)
             for (prompt, reference), answer, shown in zip(turns, answers, images, strict=True)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from inference.conversation import Conversation
+from inference.conversation import Conversation, decoder_of
 from inference.generate import Decoding, Sampler, pick
 
 
@@ -31,8 +31,8 @@ class Request:
 class Engine:
     """The thread that decodes, and its queue of requests."""
 
-    def __init__(self, decoder, rows=8):
-        self.decoding = Decoding(decoder, rows)
+    def __init__(self, model, rows):
+        self.decoding = Decoding(decoder_of(model), rows)
         self.waiting, self.active = queue.SimpleQueue(), {}  # active: row -> Request
         # Least recently used first, and of those never used the lowest: a step computes all rows
         # from the first active one to the last.
@@ -58,8 +58,6 @@ class Engine:
         finally:
             request.cancelled = True
 
-    # ------------------------------------------------------------------------------ in the thread
-
     def _run(self):
         while True:
             try:
@@ -73,9 +71,8 @@ class Engine:
                     self._finish(row, error)
 
     def _admit(self):
-        """Start the next request, if there is one and a free row; wait for one if idle. It gets the
-        row with the longest common prefix, if that is most of either; else the least recently used.
-        """
+        """Start the next request if a row is free; wait for one if idle. It gets the row with the
+        longest common prefix, if that is most of either; else the least recently used."""
         if not self.free:
             return
         try:

@@ -17,6 +17,7 @@ from inference.kv_cache import KVCache
 
 LIMITS = {"temperature": (0, 1e9), "top_k": (0, 1e9), "top_p": (1e-9, 1), "seed": (0, 2**63 - 1),
           "repetition_penalty": (1e-9, 1e9), "max_tokens": (1, 1e9)}
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character decode to
 BUCKET = 256  # slots that a CUDA graph attends to; doubled as long as a row is longer
 
 
@@ -62,8 +63,7 @@ class Sampler:
         return self.generator is None and self.sampling.repetition_penalty == 1
 
     def begin(self, ids):
-        """Start an answer to a context of ids (list of int). The repetition penalty does not count
-        negative ids, which are image patches."""
+        """Start an answer to a context of ids (list of int); negative ones are image patches."""
         self.seen = torch.tensor([i for i in ids if i >= 0], device=self.device)
 
     def __call__(self, logits):
@@ -107,21 +107,17 @@ def most_likely(logits, top_k, top_p):
 
 
 class Decoding:
-    """A decoder and its KV cache, one row per sequence.
-
-    Each row has one slot to spare: a step computes waiting rows as well, and writes their result
-    after their last valid position.
-    """
+    """A decoder and its KV cache, one row per sequence. Each row has one slot to spare: a step
+    computes waiting rows as well, and writes their result after their last valid position."""
 
     def __init__(self, model, rows=1, slots=None):
         self.model, self.slots = model, slots or model.config.max_positions
         self.cache = KVCache(model, rows, self.slots + 1)
         self.device = self.cache.keys.device
         self.cached_ids = [[] for _ in range(rows)]  # see reuse_prefix
-        self.graphs = {}
-        if self.device.type == "cuda":
-            self.ids = torch.zeros(rows, dtype=torch.long, device=self.device)
-            self.positions = torch.zeros_like(self.ids)
+        self.graphs = {}  # and their inputs:
+        self.ids = torch.zeros(rows, dtype=torch.long, device=self.device)
+        self.positions = torch.zeros_like(self.ids)
 
     def cut(self, length, row=0):
         """Drop what a row holds after its first `length` positions."""
@@ -179,11 +175,9 @@ class Decoding:
         x = self.model.hidden(self.model.token_embedding(ids)[:, None], cache=cache)
         return self.model.head(x[:, 0])
 
-    # A CUDA graph has fixed addresses and shapes: ids and positions are copied to its inputs, and
-    # it attends to `end` slots under a mask.
-
     def _replay(self, ids, row):
-        """A step of all rows, with ids for those from `row` on."""
+        """A step of all rows, with ids for those from `row` on. A CUDA graph has fixed shapes and
+        addresses: ids and positions are copied there, and a mask hides unused slots of `end`."""
         end = BUCKET
         while end <= max(self.cache.lengths):
             end *= 2

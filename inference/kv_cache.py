@@ -33,10 +33,8 @@ class Slots(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of B sequences, one row each, allocated once.
-
-    lengths[b] is the number of slots that row b has used; lowering it drops the later positions.
-    """
+    """Keys and values of B sequences, one row each, allocated once. lengths[b] is the number of
+    slots that row b has used; lowering it drops the later positions."""
 
     def __init__(self, model, batch=1, slots=None):
         c, weight = model.config, model.token_embedding.weight

@@ -14,7 +14,6 @@ from torch import nn
 
 from common.config import UserError
 from common.device import pick_dtype, processor
-from model import MLP
 
 FEW = 4  # rows up to which FBGEMM's fp16 weights are faster than oneDNN's fp32 or bf16 ones
 
@@ -109,24 +108,14 @@ def for_decoding(decoder, precision="auto"):
             raise UserError("--precision=int8 needs an x86 CPU; use --precision=auto")
         return decoder.to(pick_dtype(device, precision))
     decoder.float()
-    if precision == "int8":
-        # Without VNNI: these weights, a quarter of a block's, cause half of the quantization error
-        # (docs/log.md).
-        for block in decoder.blocks if not processor().vnni else ():
-            block.attention.qkv = PackedLinear(block.attention.qkv, dtype=torch.float16)
-        replace(decoder, Int8Linear)
-    else:
-        replace(decoder, functools.partial(PackedLinear, dtype=pick_dtype(device, precision)))
+    kind = Int8Linear if precision == "int8" else functools.partial(
+        PackedLinear, dtype=pick_dtype(device, precision))
+    # Without VNNI, 8-bit qkv weights cause half of the quantization error (docs/log.md).
+    fp16 = functools.partial(PackedLinear, dtype=torch.float16)
+    qkv_kind = fp16 if precision == "int8" and not processor().vnni else kind
+    for block in decoder.blocks:
+        attention, mlp = block.attention, block.mlp
+        attention.qkv, attention.out = qkv_kind(attention.qkv), kind(attention.out)
+        mlp.up, mlp.down, mlp.relu = kind(mlp.up, relu=True), kind(mlp.down), nn.Identity()
+    decoder.head = kind(decoder.head)
     return decoder
-
-
-def replace(module, kind):
-    """Replace every Linear in `module` by kind(linear), with the ReLU of an MLP fused."""
-    for name, child in list(module.named_children()):
-        if isinstance(child, nn.Linear):
-            setattr(module, name, kind(child))
-        elif isinstance(child, MLP):
-            child.up, child.down = kind(child.up, relu=True), kind(child.down)
-            child.relu = nn.Identity()
-        else:
-            replace(child, kind)

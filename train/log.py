@@ -18,15 +18,7 @@ import torch
 from common.atomic import append_rows
 from common.checkpoint import file_sum
 from common.config import UserError, read_json
-from common.report import (
-    ReportImage,
-    bullets,
-    code,
-    lineage_table,
-    sample_blocks,
-    table,
-    write_report,
-)
+from common.report import ReportImage, code, lineage_table, sample_blocks, table, write_report
 
 UNITS = {"tok": "tokens", "img": "image-caption pairs"}
 COSTS = ("seconds", "dollars", "tflop", "peak_gpu_gb", "peak_rss_gb")  # metrics that are not scores
@@ -48,8 +40,7 @@ class Log:
             try:
                 module = __import__(tracker)
             except ImportError:
-                raise UserError(f"--tracker={tracker} needs a package: pip install {tracker}"
-                                ) from None
+                raise UserError(f"--tracker={tracker}: first pip install {tracker}") from None
             self.tracker = module.init(project="nanogpt-vision", name=str(folder), config=settings)
 
     def resume(self, step):
@@ -110,11 +101,9 @@ def read_rows(folder):
     return rows
 
 
-# ------------------------------------------------------------------------------------ provenance
-
-
-def origin(machine, step):
-    """Command, commit, hardware and software of this process, which starts at `step`."""
+def with_origin(origins, machine, step, max_steps):
+    """The starts of a run (command, commit, hardware, software), with this one at `step` unless it
+    repeats the last command on the same machine or has no steps to do."""
     command = [os.path.basename(sys.executable), *sys.argv]
     if machine.ranks > 1:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", machine.ranks))
@@ -126,27 +115,18 @@ def origin(machine, step):
         commit = subprocess.run(
             ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
             capture_output=True, text=True, check=False).stdout.strip()
-    return {
+    now = {
         "step": step, "command": shlex.join(command), "commit": commit or "unknown",
         "hardware": f"{machine.ranks} x {machine.name}, {str(machine.dtype)[6:]}",
         "software": f"Python {platform.python_version()}, PyTorch {torch.__version__}{cuda}, "
                     f"{platform.platform()}",
     }  # fmt: skip
-
-
-def with_origin(origins, machine, step, max_steps):
-    """The starts of a run, with this one unless it repeats the last command on the same machine or
-    has no steps to do."""
-    now = origin(machine, step)
     again = origins and {**now, "step": 0} == {**origins[-1], "step": 0}
     return origins if origins and (again or step >= max_steps) else [*origins, now]
 
 
-# ---------------------------------------------------------------------------------------- report
-
-
 def report_run(run, samples, data):
-    """Write the report of a finished Run. samples: of report.Sample; data: its data folders."""
+    """Write the report of a finished Run. samples: see sample_blocks; data: its data folders."""
     m, steps = run.metrics, max(run.first_step, run.cfg.max_steps)
     amount = f"{steps * per_step(run.settings):,} {UNITS[run.unit]}"
     lead = f"{steps:,} steps on {amount} in {duration(m['seconds'])}"
@@ -180,7 +160,8 @@ def report_sections(run, steps, amount, samples, data):
     if run.info.get("lineage"):
         own = {"stage": run.stage, "step": steps, "metrics": m}
         sections["Lineage"] = [lineage_table([*run.info["lineage"], own])]
-    sections["Data"] = [*(data_table(folder) for folder in data if folder), bullets(run.notes)]
+    sections["Data"] = [*(data_table(folder) for folder in data if folder),
+                        code("\n".join(run.notes))]
     sections["Provenance"] = [block for part in run.origins for block in (
         code(part["command"]),
         table(["from step", f"{part['step']:,}"],

@@ -351,8 +351,8 @@ class Run:
         return None, None, None
 
     def finish(self, samples, data):
-        """Write the report. samples(model): the report.Samples of a model; it gets the one that was
-        saved, not compiled. data: the folders that were read."""
+        """Write the report. samples(model): what report.sample_blocks shows; the model is the one
+        that was saved, not compiled. data: the folders that were read."""
         self.end_saving()
         self.machine.barrier()
         self.watch.ended.set()
