@@ -46,9 +46,6 @@ def save(model, tokenizer, tmp_path):
     return write
 
 
-# --------------------------------------------------------------------------------------- round trip
-
-
 def test_a_saved_checkpoint_is_read_back(save, model, tokenizer):
     folder = save(step=12, val_loss=3.5)
     assert folder.name == "step_00000012" and sorted(checkpoint.sums(folder)) == FILES
@@ -64,9 +61,6 @@ def test_a_saved_checkpoint_is_read_back(save, model, tokenizer):
     ids = torch.tensor([tokenizer.encode("the cat sat")])
     assert torch.equal(found.logits(ids), model.logits(ids)) and not found.training
     assert its_tokenizer.fingerprint == tokenizer.fingerprint
-
-
-# ----------------------------------------------------------- incomplete ones (flips: tests/faults)
 
 
 def test_a_missing_file_is_named(save, tmp_path):
@@ -106,9 +100,6 @@ def test_a_name_that_is_no_checkpoint_is_refused(tmp_path):
             checkpoint.locate(tmp_path / name)
 
 
-# ------------------------------------------------------------------------------------- what is kept
-
-
 def test_the_newest_two_and_the_best_are_kept(save, tmp_path):
     """And a step that is saved again is replaced. A damaged one must not stop the run."""
     (save(1, 9.0) / "config.json").write_text("{")
@@ -117,9 +108,6 @@ def test_the_newest_two_and_the_best_are_kept(save, tmp_path):
         save(step, val_loss)
         kept.append(list(checkpoint.steps_in(tmp_path / "run")))
     assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [5, 6], [6, 7], [6, 7, 8]]
-
-
-# ----------------------------------------------------------------------------------------- refusals
 
 
 def test_the_wrong_kind_of_model_is_refused(save):

@@ -62,9 +62,6 @@ def mixed(world_data, tmp_path):
 MACHINE = Machine(torch.device("cpu"), torch.float32)
 
 
-# ------------------------------------------------------------------------------------- the losses
-
-
 def test_each_kind_of_image_with_the_same_targets(mixed):
     folder, tokenizer = mixed
     ablation = ImageAblation(Chats(folder, "val"), 12, 128, tokenizer, SPEC, others=KINDS)
@@ -100,9 +97,6 @@ def test_a_model_that_ignores_images_causes_a_warning(pipeline, tmp_path):
     good = {"val_loss": 1.0, "val_loss_mismatched_image": 1.2, "val_loss_text_only": 1.1}
     assert ignored_images_warning(good) == ""
     assert "-0.100" in ignored_images_warning({**good, "val_loss_text_only": 0.9})
-
-
-# --------------------------------------------------------------------------------------- the gains
 
 
 @pytest.fixture
@@ -168,9 +162,6 @@ def test_untrained_models_gain_nothing_and_choose_captions_by_chance(vision_mode
     assert abs(found.value - 1 / 32) <= 3 * (1 / 32 / 64) ** 0.5
 
 
-# --------------------------------------------------------------------- any number of images
-
-
 def test_two_processes_train_on_rows_with_and_without_images(pipeline, mixed, tmp_path):
     """Some micro-batches of one process have no images while those of the other have some."""
     folder, tokenizer = mixed
@@ -187,9 +178,6 @@ def test_two_processes_train_on_rows_with_and_without_images(pipeline, mixed, tm
         assert [job.wait() for job in jobs] == [0, 0], jobs[0].said
         pipeline.run_stage(stage, tmp_path / f"one_{stage}", *flags)
         assert_close(tmp_path / f"two_{stage}", tmp_path / f"one_{stage}")
-
-
-# ------------------------------------------------------------------------------------------ workers
 
 
 def batches_of(loader, steps):
@@ -222,9 +210,6 @@ def test_a_run_with_workers_is_identical(pipeline, tmp_path):
     assert log_rows(tmp_path / "workers")[-1]["val_loss"] == log_rows(
         pipeline.folder / "vision_pretrain")[-1]["val_loss"]
     assert not multiprocessing.active_children()
-
-
-# ------------------------------------------------------------------------------- damaged images
 
 
 @pytest.mark.parametrize("workers", [0, 1])
