@@ -203,8 +203,9 @@ def test_no_worker_outlives_a_killed_prepare(tmp_path):
         paths = Path(f"/proc/{job.process.pid}/task").glob("*/children")
         return [worker for path in paths for worker in path.read_text().split()]
 
-    workers = until(children)
-    time.sleep(0.5)  # they draw
+    until(children)
+    time.sleep(0.5)  # all of them draw
+    workers = children()
     job.kill(signal.SIGKILL)
     until(lambda: not any(commands(workers)), seconds=10)
     assert job.wait() == -signal.SIGKILL, job.said
