@@ -34,7 +34,7 @@ def answer_file(model, tokenizer, info, cfg):
         raise UserError(f"--input={cfg.input} has no rows")
     settings = {field.name: getattr(cfg, field.name) for field in fields(Sampling)}
     header = {"checkpoint": info["sha256"], "questions": hashlib.sha256(content).hexdigest(),
-              "precision": cfg.precision, **settings}
+              "precision": cfg.precision, "batch": cfg.batch, **settings}
     n_errors = 0
     try:
         n_done = len(resume_rows(cfg.output, header, len(rows), cfg.batch))
