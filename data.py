@@ -36,7 +36,7 @@ B rows of T positions, M images of P patches and S x S pixels, N supervised posi
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -176,6 +176,21 @@ def check_tokenizer(folder, tokenizer=None):
         raise UserError(f"the data in {folder} was made with another tokenizer than the model's; "
                         "prepare it again with --tokenizer pointing at the model's")
     return tokenizer
+
+
+class ChatSource(Protocol):
+    """What train.packing.Packed packs: Chats, Documents, Share, AblatedChats."""
+
+    folder: Path  # names it in messages
+    manifest: dict  # what prepare.py recorded of it; may be empty
+
+    def __len__(self): ...
+
+    def chat(self, i):
+        """(ids int64 (n,), supervised bool (n,)) of chat i, with one <|image|> id per image."""
+
+    def images(self, i, spec=None):
+        """The PIL images of chat i; with an ImageSpec, decoded no finer than that needs."""
 
 
 class Chats:

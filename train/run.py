@@ -36,7 +36,7 @@ from train.watchdog import Watch
 from vision import open_model
 
 WARM_STEPS = 5  # after so many steps, what is in memory stays there
-LOWEST = dict(max_steps=1, context=1, batch_tokens=1, batch_pairs=1, micro_rows=1, val_rows=1,
+LOWEST = dict(max_steps=1, context=2, batch_tokens=1, batch_pairs=1, micro_rows=1, val_rows=1,
               val_chats=1, val_pairs=1, n_layer=1, n_head=1, n_embd=1, vision_heads=1,
               text_heads=1, image_size=1, patch_size=1, micro_pairs=0, seed=0, workers=-1, lr=0,
               muon_lr=0, projector_lr=0, text_share=0, replay_share=0, keep_every=0)
@@ -51,6 +51,9 @@ class Run:
         for name, lowest in LOWEST.items():
             if getattr(cfg, name, lowest) < lowest:
                 raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least {lowest}")
+        for name in "momentum", "beta1", "beta2":
+            if not 0 <= getattr(cfg, name) < 1:
+                raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least 0, below 1")
         self.machine = setup(cfg.device, cfg.precision)
         self.device, self.ranks = self.machine.device, self.machine.ranks
         self.folder = Path(cfg.out)

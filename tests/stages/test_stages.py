@@ -129,13 +129,13 @@ def test_a_mistake_in_the_command_loses_nothing(pipeline, tmp_path, stage, flags
 
 
 @pytest.mark.parametrize("flag", ["--max_steps=0", "--micro_rows=-1", "--batch_tokens=0",
-                                  "--context=0", "--val_rows=0", "--n_head=0", "--out={}/file",
-                                  "--out={}/file/run"])
+                                  "--context=0", "--val_rows=0", "--n_head=0", "--beta1=2",
+                                  "--out={}/file", "--out={}/file/run"])
 def test_settings_that_cannot_be_used_are_named(pipeline, tmp_path, flag):
     flag, file = flag.format(tmp_path), tmp_path / "file"
     file.write_text("kept")
     argv = [*pipeline.flags("pretrain"), f"--out={tmp_path}/run", flag]
-    wanted = flag if "out" in flag else f"{flag}: it must be at least 1"
+    wanted = flag if "out" in flag else f"{flag}: it must be at least"
     assert wanted in run("pretrain.py", *argv).refusal
     assert not (tmp_path / "run").exists() and file.read_text() == "kept"
 
