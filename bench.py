@@ -6,7 +6,8 @@
     python bench.py decode configs/full/vision_sft.py            # generation
 
 More commands are in docs/performance.md. The data are random, but packed and decoded like real
-ones. Settings of the config's stage can be given too. The output ends with the figures as JSON.
+ones. Settings of the config's stage can be given too. Except for plan, the output ends with the
+figures as JSON.
 """
 
 import dataclasses

@@ -49,7 +49,7 @@ class Config(TrainSettings):
     micro_pairs: int = 0  # pairs of a forward pass on one GPU, for its memory; 0 for its share
 
     # --- run
-    zero_shot: str = ""  # folder of images, a subfolder a class, to classify; empty for none
+    zero_shot: str = ""  # folder of images, one subfolder per class, to classify; empty for none
     prompt: str = "a photo of a {}."  # the caption of a class there
     val_pairs: int = 2048  # validation pairs at most, always the same ones
 

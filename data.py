@@ -194,11 +194,7 @@ class ChatSource(Protocol):
 
 
 class Chats:
-    """The chats of one split of a folder that prepare.py made, and their images.
-
-    train.packing.Packed packs these and all that has the same folder, manifest (what prepare.py
-    noted, may be empty), length, chat and images: Documents, Share, AblatedChats.
-    """
+    """The chats of one split of a folder that prepare.py made, and their images."""
 
     def __init__(self, folder, split):
         self.root, self.split, self.folder = Path(folder), split, Path(folder) / split

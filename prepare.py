@@ -133,7 +133,8 @@ class Check(Images):
     """Count what is in a data set, what is wrong with it, and what training makes of it.
 
     DATA is a folder that prepare.py made, or a .json, .jsonl or .parquet file or a pattern, which
-    is converted as `prepare.py images` does it; flags about validation and files have no effect.
+    is converted as `prepare.py images` does it; its flags about validation, --out and --shard_bytes
+    have no effect.
     """
 
     # --- training

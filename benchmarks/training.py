@@ -32,7 +32,7 @@ from train.packing import Captions, Packed
 from train.run import Run
 from vision import VisionLanguageModel, image_spec
 
-SLOW = 45 * 60  # seconds: about twice what the slowest processor in docs/processors.md needs
+SLOW = 45 * 60  # seconds: about twice what two cores of most laptops need (docs/processors.md)
 STAGES = ("clip_pretrain", "pretrain", "sft", "vision_pretrain", "vision_sft")  # in working order
 
 

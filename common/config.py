@@ -72,8 +72,8 @@ class TrainSettings:
     device: str = "auto"  # auto, cpu, cuda, mps
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: the best for the device
     compile: bool = False  # torch.compile: slower start, faster steps (needs a C++ compiler)
-    # minutes without progress after which the stalled process is reported and the job ends;
-    # 0 for never
+    # minutes without progress after which, of several processes, the stalled one is reported and
+    # the job ends; 0 for never
     step_timeout: float = 15.0
 
 

@@ -212,8 +212,8 @@ def peak_flops(machine):
 def release_free_memory():
     """Return freed memory to the system.
 
-    glibc keeps it in fragments that batches of varying sizes do not fit: on a CPU the demo's last
-    stage grew to 4.1 GB; with this every few steps it peaks at 1.8 GB (docs/log.md).
+    glibc keeps it in fragments that batches of varying sizes do not fit: on a CPU an earlier demo's
+    last stage grew to 4.1 GB; with this every few steps it peaked at 1.8 GB (docs/log.md).
     """
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # a C library other than glibc

@@ -61,7 +61,7 @@ def data_folders(info):
     configs = [Path(stage["folder"]) / "config.json" for stage in info.get("lineage", [])]
     found = [info, *(read_json(config) for config in configs if config.is_file())]
     names = [config.get("settings", {}).get(key) for config in found
-             for key in ("data", "text_data")]
+             for key in ("data", "text_data", "replay")]
     names = [f"data/hub/{name.removeprefix(hub.PREFIX).strip('/').replace('/', '--')}"
              if name.startswith(hub.PREFIX) else name  # where hub.stream puts it
              for name in dict.fromkeys(names) if name]

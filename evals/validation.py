@@ -170,7 +170,8 @@ def caption_choice(model, tokenizer, chats, items):
 def clip_scores(model, tokenizer, cfg, machine, split):
     """Yield how often the correct caption of 32 is chosen, retrieval, and zero-shot accuracy."""
     folder, n, most = Path(cfg.data) / "captions", cfg.items, 2048  # most: of the first score
-    if folder.is_dir() or not cfg.zero_shot:
+    info = (folder / "manifest.json").is_file() and read_json(folder / "manifest.json")
+    if not cfg.zero_shot or (info and info["tokenizer"] == tokenizer.fingerprint):
         pairs = Captions(opened(folder, split, tokenizer), tokenizer, image_spec(model.config),
                          model.config.context)
         images, texts, keys = zero_shot.features_of(model, pairs, machine, max(n, most))

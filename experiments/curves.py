@@ -1,6 +1,6 @@
 """The curves of finished runs as CSV files, one per run.
 
-    python experiments/curves.py docs/results out/demo/*/
+    python experiments/curves.py docs/results out/demo/*pretrain out/demo/*sft
 
 One row per step with logged figures, one column per figure; docs/results.md says which of them
 another machine should reproduce.
@@ -20,7 +20,7 @@ EXCLUDED = ("ms", "mfu", "dollars", "tok_per_s", "img_per_s")  # depend on the m
 
 def main():
     if len(sys.argv) < 3:
-        raise UserError("give a folder and runs: experiments/curves.py docs/results out/demo/*/")
+        raise UserError("give a folder and runs: experiments/curves.py docs/results out/demo/*sft")
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for run in map(Path, sys.argv[2:]):
