@@ -221,7 +221,6 @@ class Chats:
         return len(self.offsets) - 1
 
     def chat(self, i):
-        """(ids int64 (n,), supervised bool (n,)) of chat i, with one <|image|> id an image."""
         part = slice(self.offsets[i], self.offsets[i + 1])
         return self.ids[part].astype(np.int64), self.supervised[part]
 
@@ -229,7 +228,6 @@ class Chats:
         return int(self.first_image[i + 1] - self.first_image[i]) if self.has_images else 0
 
     def images(self, i, spec=None):
-        """The PIL images of chat i; with an ImageSpec, decoded no finer than that needs."""
         size = spec[1:] if spec else ()
         numbers = range(*self.first_image[i : i + 2]) if self.has_images else ()
         try:

@@ -65,6 +65,7 @@ def main():
             raise UserError(f"{path} exists already; choose another name, or --overwrite=True")
         model, tokenizer, info = open_model(name, kinds=("decoder", "vision"))
         template = None if info["stage"] == "pretrain" else CHAT_TEMPLATE
+        path.parent.mkdir(parents=True, exist_ok=True)  # as for --to
         write_gguf(model, tokenizer, path, cfg.gguf_dtype, template)
         print(f"written: {path}")
     if cfg.to:

@@ -90,16 +90,17 @@ def resume_rows(path, header, n, batch):
     """The rows in a .jsonl file after its first line, `header` (a dict): all n, or those of
     complete batches, since the last digits depend on the batch. The file is cut to them, or made.
 
-    header identifies what the rows depend on; UserError if the file begins with anything else.
+    header identifies what the rows depend on; UserError if the file begins with anything else, or
+    has more rows, as after two processes wrote it.
     """
     path, first = Path(path), json.dumps(header).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.exists() else b""
-    if not (content.startswith(first) or first.startswith(content)):
+    lines = content.split(b"\n")[1:-1]  # a kill may have cut the last one
+    if len(lines) > n or not (content.startswith(first) or first.startswith(content)):
         raise UserError(f"{path} has answers of another checkpoint, with other settings, or to "
                         "other questions; choose another name, or remove it")
-    lines = content.split(b"\n")[1:-1]  # a kill may have cut the last one
-    lines = lines if len(lines) >= n else lines[: len(lines) // batch * batch]
+    lines = lines if len(lines) == n else lines[: len(lines) // batch * batch]
     try:
         rows = [json.loads(line) for line in lines]
     except ValueError as error:

@@ -140,6 +140,7 @@ def options_of(field, comment):
 def value_of(kind, text):
     """The value of type `kind` that `text` spells."""
     try:
+        text.encode()  # fails for bytes that are not UTF-8, such as a file name in Latin-1
         value = ("False", "True").index(text) == 1 if kind is bool else kind(text)
         if kind is not str and not abs(value) < 2**63:  # NaN is not below it either
             raise ValueError

@@ -115,6 +115,8 @@ def setup(device="auto", precision="auto"):
     """The Machine of this process; joins the process group if torchrun started it."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device)
+    if ranks > 1 and device.type == "mps":  # gloo does not reduce its tensors
+        raise UserError("MPS works with one process only: start it without torchrun")
     if ranks > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None,

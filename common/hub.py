@@ -111,9 +111,11 @@ def stream(data, run):
         remotes = listed(folder)
         present = {remote.base: remote.sha256 for remote in remotes
                    if remote.sha256 and (folder / remote.base).is_file()}
-        for name in damaged(folder, present):
-            say(f"{folder / name} is damaged; it is downloaded again")
-            (folder / name).unlink(missing_ok=True)
+        wrong = damaged(folder, present)
+        for path, size in ((folder / remote.base, remote.size) for remote in remotes):
+            if path.is_file() and (path.name in wrong or path.stat().st_size != size):
+                say(f"{path} is damaged; it is downloaded again")
+                path.unlink()
         train = [remote for remote in remotes if fnmatch.fnmatch(remote.name, "*train*.npy")]
         for remote in [remote for remote in remotes if remote not in train] + train[:1]:
             if not (folder / remote.base).is_file():

@@ -12,6 +12,7 @@ from common.archives import identity_of, local_paths
 from common.config import UserError, one_line
 
 BLOCK = 1 << 20  # how much of a long file is read, or tokenized, at once
+LONGEST_TEXT = 1 << 32  # bytes of a .txt file, which is read as one row
 # GPT-2's pre-tokenizer never puts the start of white space inside a token: a long text that is cut
 # there has the same ids as the complete text.
 CUT = re.compile(r"(?<=\S)(?=\s)")
@@ -76,7 +77,10 @@ def read_lines(path):
 
 def read_text(path):
     """Yield (text, bytes) of a file, once."""
-    yield path.read_text(encoding="utf-8", errors="replace"), path.stat().st_size
+    size = path.stat().st_size
+    if size > LONGEST_TEXT:
+        raise ValueError(f"more than {LONGEST_TEXT >> 30} GiB; split it into several files")
+    yield path.read_text(encoding="utf-8", errors="replace"), size
 
 
 def read_parquet(path):

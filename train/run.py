@@ -39,7 +39,8 @@ WARM_STEPS = 5  # after so many steps, what is in memory stays there
 LOWEST = dict(max_steps=1, context=2, batch_tokens=1, batch_pairs=1, micro_rows=1, val_rows=1,
               val_chats=1, val_pairs=1, n_layer=1, n_head=1, n_embd=1, vision_heads=1,
               text_heads=1, image_size=1, patch_size=1, micro_pairs=0, seed=0, workers=-1, lr=0,
-              muon_lr=0, projector_lr=0, text_share=0, replay_share=0, keep_every=0)
+              muon_lr=0, embedding_lr=0, projector_lr=0, weight_decay=0, grad_clip=0, text_share=0,
+              replay_share=0, keep_every=0, vision_width=1, text_width=1, embed_dim=1)
 LONG_TIMEOUT = 60.0  # minutes that compiling, evaluating or saving may take
 
 

@@ -56,6 +56,8 @@ def test_rows_are_resumed_after_the_last_complete_batch(tmp_path):
         assert resume_rows(path, header, 5, 2) == rows[:n_kept]
         append_rows(path, rows[n_kept:])
         assert path.read_bytes() == complete
+    with pytest.raises(UserError, match="other questions"):
+        resume_rows(path, header, 4, 2)
 
 
 @pytest.mark.parametrize("content", ["Notes", "Notes\n", '{"checkpoint": "b"}\n',

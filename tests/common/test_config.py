@@ -82,7 +82,7 @@ def test_an_unknown_name_in_a_file_names_the_line_and_the_nearest_setting(writte
 @pytest.mark.parametrize("flag", [
     "--max_steps=many", "--max_steps=5.5", "--max_steps=", "--lr=fast", "--lr=nan", "--lr=-inf",
     "--lr=1e999", "--seed=-" + "9" * 30, "--max_steps=9223372036854775808", "--size=medium",
-    "--resume=maybe", "--resume", "--max_steps", "stray.py"])
+    "--resume=maybe", "--resume", "--max_steps", "--data=\ud800", "stray.py"])
 def test_a_value_of_the_wrong_type_is_named(written, flag):
     with pytest.raises(UserError, match=flag.split("=")[0]):
         parse(Config, [written("max_steps = 5"), flag])
