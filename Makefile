@@ -1,7 +1,7 @@
 # make demo   trains a small vision-language model from scratch and chats with it (7 to 25 minutes on 2 cores)
-# make test   runs the tests but those marked slow, in as many processes as there are cores, up to 4
-# make test-all   runs all of them
-# make test-faults   kills, stalls and damages everything many times over (16 minutes on 2 cores)
+# make test   runs the tests except those marked slow, in one process per core, up to 4
+# make test-all   runs all tests
+# make test-faults   injects kills, stalls and damaged files many times (16 minutes on 2 cores)
 PYTHON ?= python3
 .DEFAULT_GOAL := demo
 .PHONY: demo test test-all test-faults

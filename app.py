@@ -3,8 +3,8 @@
     python app.py out/demo/vision_sft                 # http://127.0.0.1:7860
     python app.py NAME/REPO --port=8080               # a checkpoint on the Hugging Face hub
 
-Every question comes with the history of its page, from which the conversation is rebuilt; all that
-wait for an answer are decoded in one batch. Nothing about users is logged; uploads are deleted when
+Every question comes with the history of its page, from which the conversation is rebuilt; all
+pending answers are decoded in one batch. Nothing about users is logged; uploads are deleted when
 their page is closed and at the end.
 """
 
@@ -56,7 +56,7 @@ TITLE = "nanoGPT-Vision"
 QUESTIONS = "What do you see?", "Describe the picture.", "How many things are there?"
 REQUESTS = "Tell me a story.", "What is your name?"
 
-# Addresses of gradio's that fetch others, store what nobody asked for, or run programs
+# Endpoints of gradio that fetch other addresses, store unneeded data, or run programs
 CLOSED = re.compile(r"/gradio_api/(file[=/]\s*https?:|proxy=|deep_link|process_recording)")
 
 
@@ -67,9 +67,9 @@ class Config(Generation):
     port: int = 7860  # 0 for any free one
 
     # --- limits
-    streams: int = 8  # answers decoded at once, in one batch
+    streams: int = 8  # answers decoded at the same time, in one batch
     queue: int = 32  # questions that may wait; more are refused
-    per_minute: int = 20  # questions a minute from one page
+    per_minute: int = 20  # questions per minute from one page
     max_text: int = 4000  # characters of a question
     max_images: int = 4  # images of a question
     upload_mb: float = 5.0  # largest image file, in megabytes
@@ -103,7 +103,7 @@ class App:
 
     async def respond(self, message, history, temperature, top_p, penalty, max_tokens,
                       request: gr.Request):
-        """Yield the answer to a question so far, again and again, as the page shows it."""
+        """What gradio calls for a question: yield the growing answer, as the page shows it."""
         try:
             cfg = replace(self.cfg, temperature=float(temperature), top_p=float(top_p),
                           repetition_penalty=float(penalty), seed=secrets.randbits(48),
@@ -116,7 +116,7 @@ class App:
             gr.Warning(html.escape(explain(error), quote=False), title="Not answered")
 
     async def answer(self, session_name, message, history, cfg):
-        """Yield the answer so far, again and again; UserError if the question is refused."""
+        """Yield the growing answer after each token; UserError if the question is refused."""
         self.sessions[session_name] = session = self.sessions.pop(session_name, None) or Session()
         if len(self.sessions) > SESSIONS:
             self.close(next(iter(self.sessions)))
@@ -163,7 +163,7 @@ class App:
         return conversation
 
     def encode_upload(self, session, file, images, cfg):
-        """The EncodedImage of an upload, whose bytes gradio has limited; also put in `images`."""
+        """The EncodedImage of an upload, whose size gradio has limited; also put in `images`."""
         path = Path(file["path"] if isinstance(file, dict) else file).resolve()
         if not path.is_relative_to(UPLOADS) or not path.is_file():
             raise UserError("That file is not here any more; choose it again")
@@ -263,7 +263,7 @@ class App:
 
 
 class Page(gr.Blocks):
-    """gr.Blocks that fetches no address, and reports every error in a sentence."""
+    """gr.Blocks that downloads nothing, and reports every error in a sentence."""
 
     async def process_api(self, block_fn, inputs, *args, **kwargs):
         try:

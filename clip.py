@@ -32,7 +32,7 @@ class CLIPConfig:
     text_heads: int = 12
     context: int = 77  # longest caption in tokens
     vocab_size: int = 49408
-    end_id: int = 49407  # the text's features are read at the first token with this id
+    end_id: int = 49407  # a text's features are those of the first token with this id
     embed_dim: int = 768
     activation: str = "quick_gelu"  # OpenAI's; "gelu" is a little faster to train
     fit: str = "pad"  # how an image becomes a square: "pad" (LLaVA) or "crop" (CLIP)
@@ -93,7 +93,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(width, heads, activation) for _ in range(n_layers))
 
     def forward(self, x, causal=False, n_layers=None):
-        """The first n_layers, or all; negative: all but so many of the last."""
+        """Through the first n_layers, or all; -1: all but the last."""
         x = x.to(compute_dtype(x))
         for layer in self.layers[:n_layers]:
             x = layer(x, causal)
@@ -244,7 +244,7 @@ def contrast(images, texts, scale, keys):
 
 
 def feature_pulls(model, batches, machine):
-    """For each micro-batch (data.Batch), a function from CLIP.forward's output to its
+    """For each micro-batch (data.Batch), a function from CLIP.forward's output to the micro-batch's
     share of the full batch's contrastive loss, with the exact full-batch gradient.
 
     Every pair is a negative for every other, also across micro-batches. So the features of all are

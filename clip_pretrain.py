@@ -49,12 +49,12 @@ class Config(TrainSettings):
     micro_pairs: int = 0  # pairs of a forward pass on one GPU, for its memory; 0 for its share
 
     # --- run
-    zero_shot: str = ""  # folder of images, one subfolder per class, to classify; empty for none
-    prompt: str = "a photo of a {}."  # the caption of a class there
+    zero_shot: str = ""  # folder of images to classify, one subfolder per class; empty for none
+    prompt: str = "a photo of a {}."  # caption of a class for --zero_shot
     val_pairs: int = 2048  # validation pairs at most, always the same ones
 
     # --- hardware
-    workers: int = -1  # processes that decode images; -1 for the cores that each GPU leaves over
+    workers: int = -1  # processes that decode images; -1: as many as there are spare cores
 
     def clip(self, tokenizer):
         """The CLIPConfig for these settings and a tokenizer."""
@@ -88,11 +88,11 @@ def main():
                     model.flops_per_pair())
 
     for step in run.steps():
-        batches = list(loader.step(step))  # on a GPU all its pixels at once, as bytes
+        batches = list(loader.step(step))  # the pixels of a step fit a GPU as uint8
         pulls = feature_pulls(model, batches, run.machine)
         for batch, pull in zip(batches, pulls, strict=True):
             with run.forward(batch):
-                loss = pull(net(normalise(batch.pixels), batch.ids))  # see feature_pulls
+                loss = pull(net(normalise(batch.pixels), batch.ids))  # contrastive, in nats
             run.backward(loss)
         run.optimizer_step(step)
         run.progress(step)

@@ -83,18 +83,18 @@ class Batch:
 
 
 class ImageSpec(NamedTuple):
-    """How a model takes an image: as so many positions, of so many pixels, made square how."""
+    """What a model expects of an image: its positions, its size, how it is made square."""
 
-    n_patches: int
-    size: int  # pixels a side
+    n_patches: int  # positions in the text
+    size: int  # side in pixels
     fit: str = "pad"  # see common.images.fit
 
 
 class Text:
     """Windows of T + 1 tokens over all shards of a split; consecutive windows share one token.
 
-    folder: with shards, or one that hub.stream fills. The latter is shuffled within groups of 1, 1,
-    2, 4 ... shards (`groups`: window numbers), so that training can begin with the first shard.
+    folder: of shards, or one that hub.stream is downloading. That is shuffled within groups of 1,
+    1, 2, 4 ... shards (`groups`: window numbers), so that training can begin with the first shard.
     """
 
     def __init__(self, folder, split, T, n_vocab):
@@ -128,8 +128,8 @@ class Text:
 
     def batch(self, rows):
         """The Batch of some windows: ids and targets (B, T)."""
-        # Shards are mapped for one batch at a time: pages read count as the process's memory as
-        # long as the mapping exists, and 10 B tokens would become 20 GB.
+        # Shards are mapped for one batch at a time: pages that were read count as memory of the
+        # process as long as the mapping exists, and 10 B tokens would become 20 GB.
         opened = {}
         tokens = np.stack([self.window(i, opened) for i in rows]).astype(np.int64)
         if tokens.max() >= self.n_vocab:
@@ -168,7 +168,7 @@ def check_tokenizer(folder, tokenizer=None):
     info = read_sealed(manifest)
     if not {"tokenizer", "tokenizer_name"} <= info.keys():
         raise UserError(f"{folder} is not a data set; name one of the folders in it")
-    coming = {path.name for path in hub.expected(folder, "*")}  # hub.py checks those on arrival
+    coming = {path.name for path in hub.expected(folder, "*")}  # checked on arrival by hub.py
     check_together(folder, info.get("sha256", {}), coming)
     if tokenizer is None:
         return tokenizers.load("gpt2" if info["tokenizer_name"] == "gpt2" else folder)
@@ -179,10 +179,10 @@ def check_tokenizer(folder, tokenizer=None):
 
 
 class ChatSource(Protocol):
-    """What train.packing.Packed packs: Chats, Documents, Share, AblatedChats."""
+    """What train.packing.Packed packs: Chats, Documents, Share, image_ablation.AblatedChats."""
 
     folder: Path  # names it in messages
-    manifest: dict  # what prepare.py recorded of it; may be empty
+    manifest: dict  # the content of its manifest.json; may be empty
 
     def __len__(self): ...
 
@@ -194,7 +194,7 @@ class ChatSource(Protocol):
 
 
 class Chats:
-    """The chats of one split of a folder that prepare.py made, and their images."""
+    """The chats of one split of a folder that prepare.py made, and their images: a ChatSource."""
 
     def __init__(self, folder, split):
         self.root, self.split, self.folder = Path(folder), split, Path(folder) / split

@@ -5,7 +5,8 @@
     python eval.py out/full/vision_sft --tasks=pope:coco_pope.json --image_root=val2014.zip
     python eval.py compare out/a out/b --out=out/comparison          # several runs
 
-docs/evaluation.md says what is scored. --report also scores its pretrained decoder and CLIP.
+docs/evaluation.md lists the scores (code: evals/validation.py, and evals/tasks.py for --tasks).
+--report also scores the pretrained decoder and the CLIP that it was trained from.
 """
 
 import itertools

@@ -19,7 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from common.device import processor
 
-WRITTEN_OUT = 200 if processor().instructions == "AMX" else 1024  # positions; see attend
+UNFUSED_MAX = 200 if processor().instructions == "AMX" else 1024  # positions; see attend
 # Logits held in memory at once in training: 128 MB of bf16 on a CPU, 512 MB on a GPU.
 LOGITS_AT_ONCE = {"cpu": 2**26, "mps": 2**26, "cuda": 2**28}
 
@@ -77,6 +77,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, rotary, mask, slots=None, where=None):
+        """slots: this layer's inference.kv_cache.Slots, None in training; where: see GPT.hidden."""
         x = x + self.attention(self.norm1(x), rotary, mask, slots)
         if where is not None:
             x = x.flatten(0, 1).index_select(0, where)
@@ -92,12 +93,12 @@ class GPT(nn.Module):
         self.final_norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         D = config.n_embd // config.n_head
-        # One more row than positions: Decoding parks a full sequence one position past its end.
+        # One row more than positions: generate.Decoding computes idle rows one past their end.
         cos, sin = rotary_tables(D, config.max_positions + 1, config.rope_theta)
         self.register_buffer("rotary_cos", cos, persistent=False)  # (max_positions + 1, D)
         self.register_buffer("rotary_sin", sin, persistent=False)
         self.apply(init_weights)
-        # Embeddings start large relative to what the blocks add; docs/log.md, "The recipe".
+        # Embeddings start large relative to the blocks' outputs; docs/log.md, "The recipe".
         nn.init.normal_(self.token_embedding.weight)
         for block in self.blocks:  # each block starts as the identity
             nn.init.zeros_(block.attention.out.weight)
@@ -106,8 +107,8 @@ class GPT(nn.Module):
     def forward(self, batch, embeddings=None):
         """Cross-entropy in nats of a data.Batch, summed over its supervised positions.
 
-        The head sees only the positions batch.where, if given, else all. Attention stays within the
-        segments of packed rows. embeddings (B, T, C): the input in place of batch.ids.
+        Logits are computed only at the positions batch.where, if given, else at all. Attention is
+        restricted to the segments of packed rows. embeddings (B, T, C): used instead of batch.ids.
         """
         x = self.token_embedding(batch.ids) if embeddings is None else embeddings
         mask = packed_mask(batch.segments, batch.bounds, batch.longest, compute_dtype(x))
@@ -162,7 +163,7 @@ class HeadLoss(torch.autograd.Function):
     """head_loss, with both gradients computed in the forward pass.
 
     The logits of a large vocabulary are by far the largest tensor of a training step. Here they are
-    computed a few rows at a time, in autocast's type and in one buffer, and used at once.
+    computed a few rows at a time in one buffer, in autocast's dtype, and used immediately.
     """
 
     @staticmethod
@@ -175,26 +176,26 @@ class HeadLoss(torch.autograd.Function):
         n_chunks = max(1, -(-len(x) * len(weight) // LOGITS_AT_ONCE[x.device.type]))
         rows = max(1, -(-len(x) // n_chunks))
         buffer, ones = x.new_empty(rows, len(weight)), x.new_ones(len(weight), 1)
-        half = want_weight and dtype != torch.float32
-        product = torch.empty_like(weight_) if half else None  # of one chunk
-        numbers = torch.arange(rows, device=x.device)
+        low_precision = want_weight and dtype != torch.float32
+        product = torch.empty_like(weight_) if low_precision else None  # of one chunk
+        indices = torch.arange(rows, device=x.device)
         for start in range(0, len(x), rows):
             part = x[start : start + rows]
-            target = numbers[: len(part)], targets[start : start + rows]
+            target = indices[: len(part)], targets[start : start + rows]
             p = torch.mm(part, weight_.T, out=buffer[: len(part)])
             p = p.float() if dtype == torch.float16 else p  # fp16 underflows at 6e-8 = e^-17
             p = torch.softmax(p, -1, out=p)
-            right = p[target].float().clamp_min(1e-38)
-            # The gradient is p - 1 at the target. In bf16 that loses the small error of a confident
-            # model; minus the sum of the other probabilities is the same number, exactly.
+            p_target = p[target].float().clamp_min(1e-38)
+            # The gradient at the target is p - 1, which bf16 rounds to 0 for p near 1; minus the
+            # sum of the other probabilities is the same number, without cancellation.
             p[target] = 0.0
-            wrong = torch.mm(p, ones.to(p.dtype), out=p.new_empty(len(p), 1))[:, 0]  # no autocast
-            p[target] = -wrong
-            p, wrong = p.to(dtype), wrong.float()
-            total -= torch.where(wrong < 0.5, torch.log1p(-wrong), right.log()).sum()
+            others = torch.mm(p, ones.to(p.dtype), out=p.new_empty(len(p), 1))[:, 0]  # no autocast
+            p[target] = -others
+            p, others = p.to(dtype), others.float()
+            total -= torch.where(others < 0.5, torch.log1p(-others), p_target.log()).sum()
             if training:
                 torch.mm(p, weight_, out=dx[start : start + rows])
-            if half:  # accumulated in fp32
+            if low_precision:  # accumulated in fp32
                 dweight += torch.mm(p.T, part, out=product)
             elif want_weight:
                 dweight.addmm_(p.T, part)
@@ -232,9 +233,9 @@ def rotate(x, cos, sin):
 # -------------------------------------------------------------------------------------- attention
 #
 # Packed rows hold several documents that must not attend to one another. A (T, T) mask works with
-# any kernel, but hidden scores are computed all the same: five sixths of them at 512 positions and
-# documents of 85. Document boundaries save that: recent GPUs have a kernel that takes them;
-# elsewhere documents form a batch, padded to the longest, where that is less work than the mask.
+# any kernel, but the masked scores are computed too: five sixths of all, with documents of 85 in
+# rows of 512. Recent GPUs have a kernel that takes document boundaries and skips them. Elsewhere
+# the documents form a batch, padded to the longest, where that is less work than the mask.
 
 
 def compute_dtype(x):
@@ -256,13 +257,13 @@ def attend(q, k, v, mask=None, causal=False):
     mask: (B, 1, T, S), True where a query may attend, or float to be added to the scores (only
     without gradient), or from packed_mask. causal: T == S and no query attends to later keys.
 
-    Training in bf16 on a CPU writes the formula out: there PyTorch's fused kernel takes 1.2 to 5
-    times as long, forward and backward together; in fp32 it is faster (docs/log.md).
+    Training in bf16 on a CPU does not use PyTorch's fused kernel, which takes 1.2 to 5 times as
+    long there, forward and backward together; in fp32 it is faster (docs/log.md).
     """
     if isinstance(mask, Apart) or (mask is not None and mask.dtype == torch.int32):
         return attend_documents(q, k, v, mask)
     if (q.device.type != "cpu" or not q.requires_grad or q.dtype == torch.float32
-            or q.size(-2) > WRITTEN_OUT):
+            or q.size(-2) > UNFUSED_MAX):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     scores = (q * q.size(-1) ** -0.5) @ k.mT
     if causal:
@@ -300,19 +301,19 @@ def attend_documents(q, k, v, documents):
     q, k, v = (x.transpose(1, 2).reshape(B * T, H * D) for x in (q, k, v))
     if isinstance(documents, Apart):
         (N, L), back = documents.index.shape, documents.back
-        q, k, v = (Take.apply(x, documents.index.flatten(), back).view(N, L, H, D).transpose(1, 2)
-                   for x in (q, k, v))
+        q, k, v = (ToDocuments.apply(x, documents.index.flatten(), back)
+                   .view(N, L, H, D).transpose(1, 2) for x in (q, k, v))
         y = attend(q, k, v, causal=True).transpose(1, 2).reshape(N * L, H * D)
-        y = Return.apply(y, back)
+        y = FromDocuments.apply(y, back)
     else:
         q, k, v = (x.view(B * T, H, D) for x in (q, k, v))
         y = varlen_attn(q, k, v, documents, documents, T, T, window_size=(-1, 0))
     return y.view(B, T, H, D).transpose(1, 2)
 
 
-class Take(torch.autograd.Function):
-    """Rows of x (n, ...) by index; `back` is the place of each row of x in the result. Rows read
-    past the end of a document are never used, so they have no gradient."""
+class ToDocuments(torch.autograd.Function):
+    """Rows of x (n, ...) by index, as documents; `back`: the place of each row of x in the result.
+    Rows past the end of a document are never used, so they have no gradient."""
 
     @staticmethod
     def forward(ctx, x, index, back):
@@ -324,8 +325,8 @@ class Take(torch.autograd.Function):
         return grad.index_select(0, ctx.saved_tensors[0]), None, None
 
 
-class Return(torch.autograd.Function):
-    """The inverse: rows of x by `back`; rows that are not in the result get zero gradient."""
+class FromDocuments(torch.autograd.Function):
+    """The inverse of ToDocuments: rows by `back`; the rows left out get a gradient of zero."""
 
     @staticmethod
     def forward(ctx, x, back):
@@ -341,8 +342,8 @@ class Return(torch.autograd.Function):
 
 @functools.cache
 def takes_bounds(device, dtype):
-    """Whether PyTorch's kernel for document boundaries works here. It needs half precision and an
-    Ampere GPU or newer, and is recent, so it is compared once with the mask on a small example."""
+    """Whether PyTorch's kernel for document boundaries works here. It is new, and needs half
+    precision and an Ampere GPU or newer, so it is compared once with the mask on an example."""
     if device.type != "cuda" or dtype == torch.float32:
         return False
     qkv = torch.randn(3, 1, 2, 8, 64, device=device, dtype=dtype, requires_grad=True)

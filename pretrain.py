@@ -5,7 +5,7 @@
     python sample.py out/demo/pretrain --prompt='Mia has'              # look at the result
 
 Reads token shards (prepare.py text, or the public FineWeb-Edu ones); writes a decoder checkpoint
-for sft.py.
+for sft.py. The settings of all stages, such as learning rates, are in common/config.py.
 """
 
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ def main():
     for step in run.steps():
         for batch in loader.step(step):
             with run.forward(batch):
-                loss = net(batch) / batch.n_targets  # sum over the step: nats per token
+                loss = net(batch) / batch.n_targets  # summed over the step: nats per token
             run.backward(loss)
         run.optimizer_step(step)
         run.progress(step)

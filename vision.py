@@ -39,7 +39,8 @@ class Projector(nn.Module):
 
 
 class VisionLanguageModel(nn.Module):
-    """A decoder in which an image is P token embeddings. The CLIP encoder is always frozen."""
+    """A decoder with frozen CLIP. tokenizer.render puts one <|image|> id for an image into a chat,
+    train.packing.Packed repeats it P times, and embed replaces the embeddings there."""
 
     def __init__(self, decoder_config, clip_config):
         super().__init__()
@@ -135,7 +136,7 @@ def join(decoder_name, clip_name, fit=""):
 
 def read_transformers_clip(folder):
     """(info, weights) of a CLIP in `transformers` format, such as OpenAI's on the hub."""
-    import transformers  # knows the values that its files leave out
+    import transformers  # knows the defaults that config.json leaves out
 
     config = read_json(folder / "config.json")
     if config.get("model_type") != "clip":

@@ -44,7 +44,7 @@ class Config(TrainSettings):
     val_chats: int = 512  # validation chats of an evaluation, always the same ones
 
     # --- hardware
-    workers: int = -1  # processes that decode images; -1 for the cores that each GPU leaves over
+    workers: int = -1  # processes that decode images; -1: as many as there are spare cores
 
 
 def main():

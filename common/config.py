@@ -232,13 +232,13 @@ def read_sealed(path):
 
 
 def run_main(main):
-    """Call main(); a UserError becomes one line and status 1, a second Ctrl-C a quiet end."""
+    """Call main(); a UserError becomes one line and status 1, KeyboardInterrupt a silent exit."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except BrokenPipeError:  # who reads our output, `head` say, has seen enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ only process.
 import contextlib
 import ctypes
 import functools
+import inspect
 import os
 import re
 import resource
@@ -188,7 +189,8 @@ def compile_blocks(model):
 
 def averaging(model, device):
     """`model` in DistributedDataParallel, which averages gradients over processes."""
-    name = "forward_sync_buffers" if torch.__version__ >= "2.13" else "broadcast_buffers"
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(
         model, device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True, **{name: False})  # our buffers are constants

@@ -1,4 +1,4 @@
-"""Evaluation metrics as pure functions. Marks (N,) are the scores of single items, 0 to 1 each."""
+"""Metrics as pure functions, for tasks and validation. Marks (N,) are scores of items, 0 to 1."""
 
 import math
 import re

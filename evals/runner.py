@@ -1,4 +1,4 @@
-"""Asking a model the questions of a task: in batches, with images and text-only, resumable."""
+"""Runs a task (evals/tasks.py) on a model: in batches, with images and text-only, resumable."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the rows of public benchmarks and of the user's own files ask, and how answers are scored.
+"""The tasks of eval.py --tasks: TASKS says how rows are read, asked and scored (evals/metrics.py).
 
 Choices are made by likelihood as in lm-evaluation-harness: the likeliest continuation of the
 question (acc), or the likeliest per character (acc_norm). Other tasks generate a greedy answer.
@@ -35,7 +35,7 @@ class Question:
     answer: int = 0  # index of the correct choice
     references: list = field(default_factory=list)  # correct answers, where one is generated
     images: list = field(default_factory=list)  # file names, or the bytes of files
-    ids: list = field(default_factory=list)  # of a window of text: the first is given
+    ids: list = field(default_factory=list)  # of a window of text; the first is not predicted
     row: int = 0  # its number in the file, or the window's
 
 
@@ -157,8 +157,8 @@ def question_of(task, row, number=0):
 
 
 # ------------------------------------------------------------------------------------------- scores
-# Each function takes questions and what the model gave to each, a text or what `likelihoods`
-# returns of its choices, and returns {name: Score}.
+# Each function takes questions and the result of each, a generated text or what `likelihoods`
+# returns for its choices, and returns {name: Score}.
 
 
 def choice_scores(questions, found):

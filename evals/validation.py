@@ -1,4 +1,4 @@
-"""What eval.py scores without --tasks: everything that a checkpoint and its data folder allow.
+"""The scores of eval.py without --tasks: all that a checkpoint and its data folder allow.
 
 Text: loss and bits per byte. Chats: loss and exact answers. CLIP: the correct caption of 32,
 retrieval and, with --zero_shot, classification. Images: the loss with the correct image, a

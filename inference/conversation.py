@@ -62,7 +62,7 @@ def check_length(model, n):
 
 @dataclass
 class EncodedImage:
-    """An image as the decoder reads it, and the negative id that stands for each of its patches."""
+    """An image's token embeddings, and the negative id that stands for each of its patches."""
 
     features: torch.Tensor  # (P, C)
     id: int = field(default_factory=itertools.count(-1, -1).__next__)
@@ -74,7 +74,7 @@ class Turn:
 
     text: str
     images: list  # of EncodedImage
-    ids: list  # of the user's turn and of the mark that the answer follows
+    ids: list  # of the user's turn, and <|assistant|>, which the answer follows
     answer: list = field(default_factory=list)  # ids, without <|end|>
 
 
@@ -169,7 +169,7 @@ class Conversation:
 
 @torch.inference_mode()
 def encode_images(model, images):
-    """PIL images as the decoder reads them: (M, P, C)."""
+    """PIL images as token embeddings: (M, P, C)."""
     pixels = to_pixels(images, *model.image_spec[1:])
     return model.image_tokens(pixels.to(next(model.parameters()).device))
 

@@ -1,6 +1,7 @@
 """Continuous batching for the browser: one thread decodes all active conversations as one batch.
 
 A conversation gets a free row of the KV cache, preferably one that holds a prefix of its prompt.
+`generate`, in the event loop, queues a Request; the thread runs `_admit` (prefill), then `_step`s.
 """
 
 import asyncio

@@ -82,7 +82,7 @@ class Sampler:
 def pick(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     """The next ids (B,) from logits (B, V): the most likely at temperature 0, else sampled."""
     logits = logits.float()  # bf16 has ties, and its argmax takes 4 times as long on a CPU
-    if temperature < 1e-5:  # no sample differs, and some logits would overflow
+    if temperature < 1e-5:  # samples would be the same, and some logits overflow
         return logits.argmax(-1)
     logits = logits / temperature
     if not top_k and top_p == 1:
@@ -107,24 +107,24 @@ def most_likely(logits, top_k, top_p):
 
 
 class Decoding:
-    """A decoder and its KV cache, one row per sequence. Each row has one slot to spare: a step
-    computes waiting rows as well, and writes their result after their last valid position."""
+    """A decoder and its KV cache, one row per sequence. Each row has a spare slot: a step computes
+    idle rows too, and writes their result after their last valid position."""
 
     def __init__(self, model, rows=1, slots=None):
         self.model, self.slots = model, slots or model.config.max_positions
         self.cache = KVCache(model, rows, self.slots + 1)
         self.device = self.cache.keys.device
         self.cached_ids = [[] for _ in range(rows)]  # see reuse_prefix
-        self.graphs = {}  # and their inputs:
+        self.graphs = {}  # slots -> CUDA graph and its output; their inputs are:
         self.ids = torch.zeros(rows, dtype=torch.long, device=self.device)
         self.positions = torch.zeros_like(self.ids)
 
     def cut(self, length, row=0):
-        """Drop what a row holds after its first `length` positions."""
+        """Drop the positions of a row after the first `length`."""
         self.cache.lengths[row] = min(self.cache.lengths[row], length)
 
     def room(self, row=0):
-        """Number of positions that a row can still take."""
+        """Number of positions that are free in a row."""
         return self.slots - self.cache.lengths[row]
 
     def common_prefix(self, ids, row=0):

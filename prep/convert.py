@@ -1,4 +1,4 @@
-"""Rows of text or chats, with images or without, to a data folder."""
+"""Conversion of rows (sources.py, schema.py) to a folder of token shards or chats (writers.py)."""
 
 import hashlib
 import io
@@ -142,7 +142,7 @@ def convert_chats(cfg):
 
 
 def read_chats(cfg, work, sources, tokenizer):
-    """read_all of chats: those about text are filtered by their columns, images are resized."""
+    """read_all of chats: text-only ones are filtered by Magpie's columns, images are resized."""
     find = None
     if hasattr(cfg, "image_root"):
         find = open_images(cfg.image_root, partial(unpacked, folder=work / "unpacked"))

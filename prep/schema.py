@@ -1,4 +1,4 @@
-"""What a row means: a text, a chat, images. A ValueError says why a row cannot be used."""
+"""Supported forms of a row: a text, a chat, images. A ValueError says why a row cannot be used."""
 
 from tokenizer import IMAGE_MARK
 

@@ -1,7 +1,7 @@
-"""Where rows come from: local files, and data sets of the Hugging Face Hub.
+"""Where rows come from: local files (READERS by suffix), data sets of the Hugging Face Hub.
 
-A source has `rows()`, which yields (where, row, bytes). `where` names the row for the user. A line
-of JSON stays bytes until `parsed`, in the threads that tokenize.
+A source has `rows()`, which yields (name for the user, row, size in bytes). A line of JSON stays
+bytes until `parsed`, in the threads that tokenize.
 """
 
 import json
@@ -126,7 +126,7 @@ def read_list(path):
                 raise problem
 
 
-READERS = {".json": read_list, ".txt": read_text, ".parquet": read_parquet}
+READERS = {".json": read_list, ".txt": read_text, ".parquet": read_parquet}  # else read_lines
 
 
 def pieces(text):

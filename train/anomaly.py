@@ -10,7 +10,7 @@ import torch
 from common.config import UserError
 
 WINDOW = 128  # recent steps whose mean and deviation count
-MIN_STEPS = 32  # before so many, only what is not finite is skipped
+MIN_STEPS = 32  # in the first, only what is not finite is skipped
 DEVIATIONS = 6.0  # standard deviations above the mean that make an outlier
 MAX_IN_A_ROW = 20  # skipped steps that end a run; fp16 needs 16 to find its scale
 
@@ -36,8 +36,8 @@ class Guard:
             limit = torch.maximum(mean + DEVIATIONS * past.std(dim=1), self.accepted)
         finite = torch.isfinite(now)
         skip = ~finite.all() | (now > limit).any()
-        # Outliers are remembered as if at the limit: the next one is judged as before, but if all
-        # that follows is like this, a few steps make it usual.
+        # Outliers are recorded as the limit: a single one hardly changes the statistics, but if the
+        # following steps are like it, they are accepted after a few.
         self.recent[:, self.n % WINDOW] = torch.where(finite, torch.minimum(now, limit), mean)
         self.n += 1
         self.in_a_row = torch.where(skip, self.in_a_row + 1, 0.0)

@@ -1,4 +1,4 @@
-"""The loader: which rows each step reads, and the micro-batches of this process, made ahead.
+"""The loader: which rows each step reads; it prepares this process's micro-batches in advance.
 
 The rows of a step are a pure function of (seed, step), the same for any number of processes, so
 resuming at any step needs no state. A data set (data.Text, packing.Packed, packing.Captions) has a
@@ -23,7 +23,7 @@ class Loader:
 
     rows: of a step, in all processes together. micro_rows: the most rows of a micro-batch.
     workers: processes that prepare batches (images have to be decoded); 0 for one thread.
-    waiting(step, reason): called while the data of a step is missing, reason "" if for good.
+    waiting(step, reason): called while the data of a step is missing; reason "": it never comes.
     """
 
     def __init__(self, dataset, rows, micro_rows, machine, seed, workers=0, waiting=None):
@@ -51,7 +51,7 @@ class Loader:
         self.stream, self.position = None, None
 
     def _from_thread(self, number):
-        """Micro-batch `number`, counted from the start of the run; the next one is begun."""
+        """Micro-batch `number`, counted from the start of the run; begins the next one."""
         def make(n):
             return self.dataset.batch(self._rows(n)).to(self.machine.device)
 
@@ -67,7 +67,7 @@ class Loader:
 
     def _from_workers(self, number):
         """As _from_thread, from PyTorch's worker processes. They leave the process group that
-        Ctrl-C goes to, as the training process needs batches until it has saved."""
+        Ctrl-C interrupts, as the training process needs batches until it has saved."""
         if number != self.position:
             self.stream = iter(DataLoader(
                 range(len(self.dataset)), batch_sampler=map(self._rows, count(number)),

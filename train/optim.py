@@ -20,7 +20,7 @@ class Muon(torch.optim.Optimizer):
 
     A weight with the attribute `stacked` holds so many matrices one above the other (q, k and v),
     which are orthogonalised separately. As in PyTorch's optimizers, `found_inf` (a tensor, 1 or 0)
-    cancels a step without the host having to wait for it.
+    cancels a step without making the host wait.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
@@ -88,21 +88,21 @@ def orthogonalise_distributed(matrices, dtype):
 
 
 class Optimizers:
-    """Muon and AdamW, used like one optimizer. Each of their groups knows its peak learning rate,
-    initial_lr as in PyTorch's schedulers. dtype: of Muon's products; fp32 without Muon."""
+    """Muon and AdamW, used like one optimizer. Each group has its peak learning rate as initial_lr,
+    as in PyTorch's schedulers. dtype: of Muon's products; fp32 without Muon."""
 
     def __init__(self, members):
         self.members = members
         self.dtype = next((m.dtype for m in members if isinstance(m, Muon)), torch.float32)
 
     def set_lr(self, factor):
-        """Set every learning rate to `factor` times its peak."""
+        """Set every learning rate to `factor` (lr_factor) times its peak."""
         for member in self.members:
             for group in member.param_groups:
                 group["lr"] = group["initial_lr"] * factor
 
     def step(self, skip):
-        """Take a step unless `skip`, a bool tensor: the host need not know its value."""
+        """Update the weights unless `skip`, a bool tensor that the host does not read."""
         for member in self.members:
             member.found_inf, member.dtype = skip.float(), self.dtype
             member.step()
@@ -115,7 +115,7 @@ class Optimizers:
         return {"members": [member.state_dict() for member in self.members]}
 
     def load_state_dict(self, state):
-        """Settings such as weight decay are not loaded: this run's hold."""
+        """Settings such as weight decay are those of this run, not of the saved one."""
         groups = [member["param_groups"] for member in self.state_dict()["members"]]
         saved = [member["param_groups"] for member in state["members"]]
         if [[g["params"] for g in m] for m in groups] != [[g["params"] for g in m] for m in saved]:
@@ -128,7 +128,7 @@ class Optimizers:
 def make_optimizer(model, cfg, factors=None):
     """Optimizers for the parameters of `model` that require a gradient.
 
-    Weight decay is for matrices that multiply; embeddings, norms and biases go without, unless
+    Weight decay applies to matrices that multiply, not to embeddings, norms and biases, unless
     cfg.decay is "all". factors: {prefix of names: factor of their learning rates}.
     """
     factors = {"": 1, **(factors or {})}

@@ -9,7 +9,7 @@ from common.config import UserError
 from common.images import to_pixels
 from data import Batch
 
-# What Packed knows of a chat that it uses.
+# What Packed stores of each chat; see Packed.measure.
 CHAT = np.dtype([("source", int), ("number", int),  # sources[source].chat(number)
                  ("n_ids", int),  # up to the end of the last answer that fits
                  ("length", int),  # positions: one for each id but the last, P for an image
@@ -17,7 +17,7 @@ CHAT = np.dtype([("source", int), ("number", int),  # sources[source].chat(numbe
 
 
 class Packed:
-    """Rows of T positions, filled with complete chats of one or more data.ChatSource.
+    """Rows of T positions, filled with complete chats of the data.ChatSources `sources`.
 
     A chat longer than T is truncated after its last answer that fits; one without an answer that
     fits is left out. spec: the data.ImageSpec of a model that reads images.
@@ -145,8 +145,8 @@ def check_stored(chats, spec):
 def pack(lengths, T, seed, window=4096):
     """Lists of indices into `lengths`, each list with a sum of at most T.
 
-    Best fit within windows of a seeded order, so that rows mix what the data set does not. The
-    longest come first, unless the seeded order leaves fewer gaps, as for captions of one length.
+    Best fit within windows of a seeded order, so that chats that are neighbours in the data set
+    come into different rows. The longest come first, unless the seeded order leaves fewer gaps.
     """
     order = np.random.default_rng(seed).permutation(len(lengths)).tolist()
     rows = []

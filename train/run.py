@@ -1,6 +1,6 @@
 """One training run: processes, run folder, steps, checkpoints, and resuming from them.
 
-The stage files, such as pretrain.py, show its use.
+pretrain.py shows its use. start() resumes; steps() stops after SIGTERM (train/signals.py).
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from train.signals import STOPPED_EARLY, StopSignal, end_torchrun
 from train.watchdog import Watch
 from vision import open_model
 
-WARM_STEPS = 5  # after so many steps, what is in memory stays there
+WARM_STEPS = 5  # after these, the objects in memory are long-lived: not garbage-collected again
 LOWEST = dict(max_steps=1, context=2, batch_tokens=1, batch_pairs=1, micro_rows=1, val_rows=1,
               val_chats=1, val_pairs=1, n_layer=1, n_head=1, n_embd=1, vision_heads=1,
               text_heads=1, image_size=1, patch_size=1, micro_pairs=0, seed=0, workers=-1, lr=0,
@@ -45,7 +45,7 @@ LONG_TIMEOUT = 60.0  # minutes that compiling, evaluating or saving may take
 
 
 class Run:
-    """What all stages share; the stage file shows what is trained on what."""
+    """The parts of a run that all stages share."""
 
     def __init__(self, cfg, stage):
         self.cfg, self.stage = cfg, stage
@@ -91,11 +91,11 @@ class Run:
         return self.train_loader
 
     def _waiting(self, step, reason):
-        """The loader has no batch for `step` yet, or none ever: stop here if asked to stop."""
+        """The loader waits for the data of `step`, or it never comes: stop if asked to stop."""
         if reason != self.reason:
             self.log.say(reason)
         self.reason = reason
-        self.watch.since = time.monotonic()  # it does not wait for another process
+        self.watch.since = time.monotonic()  # a wait for data is no stall
         if self.stop_signal():
             self.stop_early(step - 1, together=False)
 
@@ -143,7 +143,7 @@ class Run:
         self.watch.start()
         for step in range(self.first_step, self.cfg.max_steps):
             self.optimizer.set_lr(lr_factor(self.cfg, step))
-            self.watch.patient = step == self.first_step  # it compiles
+            self.watch.patient = step == self.first_step  # which may compile
             self.watch.passed(f"the start of step {step}")
             if step == self.first_step and not (self.cfg.compile or self.step_flops):
                 self.counter = flop_counter().__enter__()
@@ -151,8 +151,8 @@ class Run:
             self.watch.passed(f"the end of step {step}")
             if step == self.first_step + WARM_STEPS:
                 gc.collect()
-                gc.freeze()  # garbage collections spare what stays
-                if self.machine.is_main and not self.saver.job:  # allocates its buffers early
+                gc.freeze()  # later collections skip the objects that exist now
+                if self.machine.is_main and not self.saver.job:  # allocate its buffers early
                     self.saver.start(self.saver.copy, self.state_dict(step))
             if step + 1 < self.cfg.max_steps:
                 self.end_saving(wait=False, last=False)
@@ -172,7 +172,7 @@ class Run:
             self.log.say(f"stopped after step {step} and saved; the same command resumes")
         else:
             self.log.say("stopped; the same command resumes from the newest checkpoint")
-        alone = not self.stop_signal.received  # a signal to torchrun reaches every process
+        alone = not self.stop_signal.received  # a signal would have ended torchrun too
         if self.machine.any(alone) if together else alone:
             end_torchrun()
         self.machine.leave()
@@ -188,13 +188,13 @@ class Run:
     def backward(self, loss):
         """Gradients of `loss`, this micro-batch's share of the mean loss of the step."""
         self.loss += loss.detach()
-        # DDP averages over processes; times their number that is the sum.
+        # DDP averages gradients over the processes; times their number, that is the sum.
         self.fp16.scale(loss * self.ranks).backward()
         self.watch.passed("a backward pass")
 
     def optimizer_step(self, step):
-        """Clip and step, unless anomaly.Guard finds the loss or the gradient anomalous, which the
-        host does not wait to know."""
+        """Clip the gradient and update the weights, unless anomaly.Guard finds loss or gradient
+        anomalous: it decides on the device, so that the host need not wait."""
         for member in self.optimizer.members:
             self.fp16.unscale_(member)
         limit = self.cfg.grad_clip or float("inf")
@@ -246,18 +246,18 @@ class Run:
         self.losses.zero_()
 
     def due(self, step, every):
-        """Whether something done every so many steps is due after this one; the last always is."""
+        """Whether what is done every so many steps is due after `step`; after the last it is."""
         return step + 1 == self.cfg.max_steps or (every > 0 and (step + 1) % every == 0)
 
     def state_dict(self, step):
-        """The weights, and what resuming after `step` needs besides. The number of steps is all
-        there is of the data, see Loader.rows_of."""
+        """Everything that resuming after `step` needs. Of the data that is the step alone, which
+        determines the rows, see Loader.rows_of."""
         return {"weights": self.model.state_dict(), "training": dict(
             step=step + 1, fp16=self.fp16.state_dict(), guard=self.guard.state_dict(),
             rng=torch.get_rng_state(), optimizer=self.optimizer.state_dict())}
 
     def load_state_dict(self, state):
-        """Continue from the "training" of a state_dict; the weights are loaded already."""
+        """Resume from the "training" part of a state_dict; start has loaded the weights."""
         self.first_step = state["step"]
         self.fp16.load_state_dict(state["fp16"])
         self.guard.load_state_dict(state["guard"])
@@ -265,8 +265,8 @@ class Run:
         torch.set_rng_state(state["rng"])
 
     def save(self, step):
-        """Let a thread write a checkpoint of the state after `step`, unless that was the last."""
-        self.end_saving(last=False)  # one of this step that failed is tried again
+        """Start writing a checkpoint of the state after `step`, unless it was saved already."""
+        self.end_saving(last=False)  # retries one of this step that failed
         if not self.machine.any(step != self.saved):  # only the main process knows of a failure
             return
         self.saved = step

@@ -10,7 +10,7 @@ STOPPED_EARLY = 75  # exit status of a run that saved and can resume (EX_TEMPFAI
 
 
 class StopSignal:
-    """Called, says whether this process should stop after the current step.
+    """An instance, called, returns whether to stop: Run.steps asks after each step, then saves.
 
     torchrun and batch systems send a signal several times, so only a SIGINT more than a second
     after the first one ends the process at once.
