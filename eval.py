@@ -72,11 +72,17 @@ def main():
         return benchmarks(name, cfg, machine)
     if not cfg.report:
         return score_split([name], cfg, machine, cfg.split)
-    lineage = checkpoint.read(name)[0].get("lineage", [])
-    names = [parent["folder"] for parent in lineage
-             if parent["stage"] in ("pretrain", "clip_pretrain")]
+    info = checkpoint.read(name)[0]
+    name = info["folder"]  # a run may save a newer one meanwhile
+    scored = {line["stage"]: line for line in [*info.get("lineage", []), info]
+              if line["stage"] in ("pretrain", "clip_pretrain") or line is info}
+    names = [line["folder"] for line in scored.values()]
+    for line in scored.values():
+        if checkpoint.read(line["folder"])[0]["sha256"] != line["sha256"]:
+            raise UserError(f"{line['folder']} was trained again after {name} was trained from it, "
+                            "so its scores are not of this pipeline; train the later stages again")
     splits = ["val", "test"] if (Path(cfg.data) / "chats" / "test").is_dir() else ["val"]
-    report(name, cfg, {split: score_split([*names, name], cfg, machine, split)
+    report(name, cfg, {split: score_split(names, cfg, machine, split)
                        for split in splits})
 
 
@@ -163,7 +169,8 @@ def report(name, cfg, by_split):
                                for stage, path in curves.items() if path.is_file()]
     lead = f"{duration(figures['seconds'])}, {price(figures['dollars'])}"
     write_report(folder, str(folder), lead, sections)
-    write_json(folder / "report.json", figures)
+    write_json(folder / "report.json", {
+        "checkpoint": info["folder"], "sha256": info["sha256"], **figures})
     print(f"wrote {folder / 'report.html'}, report.md and report.json")
 
 

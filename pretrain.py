@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common import hub
+from common.checkpoint import lineage
 from common.config import TrainSettings, UserError, parse, run_main
 from data import Text, check_tokenizer
 from inference.conversation import sample_texts
@@ -65,17 +66,18 @@ def main():
 
     # Model: all weights are new and trained
     if cfg.init_from:
-        model, own_tokenizer, _ = open_model(cfg.init_from, run.device, kinds=("decoder",))
+        model, own_tokenizer, parent = open_model(cfg.init_from, run.device, kinds=("decoder",))
         check_tokenizer(folder, own_tokenizer)
+        parents = lineage(parent)
     else:
-        model = GPT(cfg.decoder(tokenizer))
+        model, parents = GPT(cfg.decoder(tokenizer)), []
         if cfg.init == "torch":
             model.apply(lambda module: getattr(module, "reset_parameters", lambda: None)())
     model.to(run.device).train()
     loader = run.loader(train, run.rows(model.config.max_positions), cfg.micro_rows)
     optimizer = make_optimizer(model, cfg)
-    net = run.start(model, optimizer, tokenizer, describe(model), "tok", cfg.batch_tokens,
-                    model.flops_per_token(cfg.context))
+    net = run.start(model, optimizer, tokenizer, {**describe(model), "lineage": parents}, "tok",
+                    cfg.batch_tokens, model.flops_per_token(cfg.context))
 
     for step in run.steps():
         for batch in loader.step(step):

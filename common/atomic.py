@@ -39,6 +39,16 @@ def publish(temporary, path):
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def take_lock(file, how, call=fcntl.flock):
+    """Lock an open file; BlockingIOError if another has it. Nothing on a disk without locks."""
+    try:
+        call(file, how)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
+
+
 class NewFolder:
     """A context manager: an empty folder that is renamed to `path` when the block ends, replacing
     an older one, and removed when the block fails. Only one process can make `path` at a time.
@@ -56,7 +66,7 @@ class NewFolder:
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             self.lock = os.open(self.work, os.O_RDONLY)
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when the process ends
+            take_lock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when the process ends
             if not self.keep:
                 shutil.rmtree(self.new, ignore_errors=True)
             self.new.mkdir(exist_ok=True)
@@ -89,6 +99,7 @@ class NewFolder:
 def resume_rows(path, header, n, batch):
     """The rows in a .jsonl file after its first line, `header` (a dict): all n, or those of
     complete batches, since the last digits depend on the batch. The file is cut to them, or made.
+    Row i has "row": i.
 
     header identifies what the rows depend on; UserError if the file begins with anything else, or
     has more rows, as after two processes wrote it.
@@ -103,8 +114,11 @@ def resume_rows(path, header, n, batch):
     lines = lines if len(lines) == n else lines[: len(lines) // batch * batch]
     try:
         rows = [json.loads(line) for line in lines]
-    except ValueError as error:
+        numbers = [row["row"] for row in rows]
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it") from None
+    if numbers != list(range(len(rows))):
+        raise UserError(f"two processes wrote {path}; remove it")
     kept = len(first) + sum(len(line) + 1 for line in lines)
     if len(content) != kept:
         with open(path, "ab") as file:

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common.atomic import publish
+from common.atomic import publish, take_lock
 from common.config import UserError, one_line, read_json, read_sealed, seal
 
 
@@ -79,6 +79,18 @@ def file_sum(path):
     return digest.hexdigest()
 
 
+def lock(run_folder):
+    """Reserve a run's folder until this process ends; returns the file to keep open. lockf also
+    locks on network disks, and workers do not inherit it; some disks have no locks."""
+    file = open(Path(run_folder) / ".lock", "w")  # noqa: SIM115
+    try:
+        take_lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.lockf)
+    except BlockingIOError:
+        raise UserError(f"another process is training into --out={run_folder}; wait for it, or "
+                        "choose another folder") from None
+    return file
+
+
 def steps_in(run_folder):
     """The complete checkpoints of a run, as {step: folder} in the order of steps."""
     return {int(path.name.removeprefix("step_")): path
@@ -121,12 +133,7 @@ def remove(folder):
 def locked(folder, how=fcntl.LOCK_SH):
     """A lock on a checkpoint: many may read it, and nobody may remove it meanwhile."""
     with open(folder / "manifest.json", "rb") as file:
-        try:
-            fcntl.flock(file, how)
-        except BlockingIOError:
-            raise
-        except OSError:  # a file system without locks
-            pass
+        take_lock(file, how)
         yield
 
 
@@ -200,5 +207,5 @@ def load_weights(module, weights, where):
 
 def lineage(info):
     """The line of checkpoints behind a new run: those behind `info`, then `info` itself."""
-    keys = ("stage", "folder", "step", "sha256", "metrics")
-    return [*info.get("lineage", []), {key: info[key] for key in keys}]
+    keys = ("stage", "folder", "step", "sha256", "metrics", "settings", "imported_from")
+    return [*info.get("lineage", []), {key: info[key] for key in keys if key in info}]

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
+from common.config import read_json
+
 LARGEST = 256  # pixels of the longer side of a sample's image
 FIGURE = re.compile(r"[-$]*[\d,.]+( ?[%×])?|–")
 SPECIAL = re.compile(r"[\\`*\[\]<|~]|(?<!\w)_|_(?!\w)|&(?=[#\w])")  # inline Markdown
@@ -62,9 +64,20 @@ def lineage_table(stages):
     return table(["stage", "steps", "validation loss", "TFLOP", "min", "$"], rows, total=True)
 
 
+def found_scores(path, digest):
+    """The content of a report.json or eval.json, if there is one; {} for that of another checkpoint
+    than the one whose manifest has the sha256 `digest`."""
+    found = read_json(path) if path.is_file() else {}
+    if found and found.get("sha256") != digest:
+        print(f"({path} is of another checkpoint: its scores are left out; run eval.py again)")
+        return {}
+    return found
+
+
 def score_texts(scores):
     """{name: "value ± error"} of the scores in a report.json, whose errors are NAME_error."""
-    texts = {name: f"{value:.4g}" for name, value in scores.items() if not name.endswith("_error")}
+    texts = {name: f"{value:.4g}" for name, value in scores.items()
+             if not isinstance(value, str) and not name.endswith("_error")}
     for name in texts:
         if f"{name}_error" in scores:
             texts[name] += f" ± {scores[f'{name}_error']:.2g}"

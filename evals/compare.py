@@ -2,8 +2,8 @@
 
     python eval.py compare out/small/pretrain out/other/pretrain --out=out/comparison
 
-A run is the output folder of a stage. Its scores are those of an eval.json (eval.py --tasks --out)
-or report.json in that folder. Writes report.md and report.html.
+A run is the output folder of a stage. Its scores are those of its newest checkpoint in an eval.json
+(eval.py --tasks --out) or report.json in that folder. Writes report.md and report.html.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common import checkpoint
 from common.config import UserError, read_json
-from common.report import code, score_texts, table, write_report
+from common.report import code, found_scores, score_texts, table, write_report
 from train import log
 
 MISSING = "–"
@@ -77,16 +77,11 @@ def read_run(folder):
 
 
 def scores_of(folder, digest):
-    """Scores with their errors; those of a checkpoint with another digest say so."""
-    scores = {}
-    if (folder / "report.json").is_file():
-        scores |= score_texts(read_json(folder / "report.json"))
-    if (folder / "eval.json").is_file():
-        found = read_json(folder / "eval.json")
-        other = "" if found.get("sha256") == digest else ", of another checkpoint"
-        for task, result in found.get("tasks", {}).items():
-            for label, (value, error) in result["scores"].items():
-                scores[f"{task}/{label}"] = f"{value:.4f} ± {error:.4f}{other}"
+    """{name: "value ± error"} of the checkpoint whose manifest has the sha256 `digest`."""
+    scores = score_texts(found_scores(folder / "report.json", digest))
+    for task, result in found_scores(folder / "eval.json", digest).get("tasks", {}).items():
+        for label, (value, error) in result["scores"].items():
+            scores[f"{task}/{label}"] = f"{value:.4f} ± {error:.4f}"
     return scores
 
 

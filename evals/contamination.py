@@ -58,8 +58,9 @@ def sentence(overlap):
 
 def data_folders(info):
     """The data folders of a checkpoint and its lineage that are on this machine."""
-    configs = [Path(stage["folder"]) / "config.json" for stage in info.get("lineage", [])]
-    found = [info, *(read_json(config) for config in configs if config.is_file())]
+    stages = [info, *info.get("lineage", [])]
+    configs = [Path(stage["folder"]) / "config.json" for stage in stages if "settings" not in stage]
+    found = [*stages, *(read_json(config) for config in configs if config.is_file())]
     names = [config.get("settings", {}).get(key) for config in found
              for key in ("data", "text_data", "replay")]
     names = [f"data/hub/{name.removeprefix(hub.PREFIX).strip('/').replace('/', '--')}"

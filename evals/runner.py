@@ -78,14 +78,14 @@ class TaskRunner:
     def ask(self, numbers):
         """{"answer": text, or what `likelihoods` returns of the choices} of the questions of these
         numbers, with "text_only" where the task has images; or {"skipped": the reason}."""
-        found, items = {number: {} for number in numbers}, {}
+        found, items = {number: {"row": number} for number in numbers}, {}
         for number in numbers:
             try:
                 items[number] = self.item(self.questions[number])
             except UserError as error:
                 found[number]["skipped"] = str(error)
         for number, answer in self.answers(items):
-            found[number] = dict.fromkeys(self.kinds, answer)
+            found[number] |= dict.fromkeys(self.kinds, answer)
         for number, answer in self.answers({
                 number: self.item(self.questions[number], with_images=False)
                 for number in items if self.questions[number].images}):

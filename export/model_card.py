@@ -10,7 +10,7 @@ import jinja2
 
 from common.config import UserError, read_json
 from common.images import read_image
-from common.report import lineage_table, score_texts, table
+from common.report import found_scores, lineage_table, score_texts, table
 from inference.conversation import TEXT_ONLY, Conversation, ready_to_chat
 
 STAGES = ("pretrain", "sft", "clip_pretrain", "vision_pretrain", "vision_sft")
@@ -31,9 +31,9 @@ def write_card(folder, model, tokenizer, info, cfg):
         shutil.copy(image, folder / example)
     stages = [*info.get("lineage", []), info]
     data = dict.fromkeys(filter(None, (settings_of(stage).get("data") for stage in stages)))
-    scores, report = "", Path(info["folder"]).parent.parent / "report.json"  # of eval.py --report
-    if info["stage"] == "vision_sft" and report.is_file():
-        scores = table(["score", "value"], score_texts(read_json(report)).items())
+    report = Path(info["folder"]).parent.parent / "report.json"  # of eval.py --report
+    scores = score_texts(found_scores(report, info["sha256"]))
+    scores = scores and table(["score", "value"], scores.items())
     fill_template(
         "model_card.md", folder, cfg=cfg, info=info, question=QUESTION, example=example,
         answer=answer, name=cfg.repo or Path(cfg.to).absolute().name,

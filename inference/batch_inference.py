@@ -39,8 +39,6 @@ def answer_file(model, tokenizer, info, cfg):
     try:
         done = resume_rows(cfg.output, header, len(rows), cfg.batch)
         n_done = len(done)
-        if [line["row"] for line in done] != list(range(n_done)):
-            raise UserError(f"two processes wrote --output={cfg.output}; remove it")
         if n_done:
             print(f"({cfg.output} has {n_done:,} of {len(rows):,} rows already)")
         with tqdm(total=len(rows), initial=n_done, unit=" rows", disable=None) as bar:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import WordLevel
 
 import prepare
+from common.checkpoint import file_sum
 from evals.compare import Config as CompareConfig
 
 COMMANDS = {**{f"{stage}.py": "[CONFIG]" for stage in STAGES},
@@ -262,9 +263,22 @@ def test_eval_scores_a_checkpoint_by_what_it_is(evaluated, pipeline, stage):
         assert 3 < float(scores["text_val_loss"]) < np.log(512)
 
 
-def test_the_report_has_scores_of_both_splits_curves_and_conversations(evaluated):
+def test_a_pipeline_with_a_parent_that_was_trained_again_is_refused(pipeline, tmp_path):
+    """Its scores would not be of the weights that the later stages began with."""
+    pipeline.run_stage("pretrain", tmp_path / "pretrain")
+    pipeline.run_stage("sft", tmp_path / "sft", f"--init_from={tmp_path}/pretrain")
+    pipeline.run_stage("pretrain", tmp_path / "pretrain", "--resume=False", "--seed=7")
+    result = run("eval.py", tmp_path / "sft", f"--data={pipeline.data}", "--items=4",
+                 f"--report={tmp_path}/report")
+    assert f"{newest(tmp_path / 'pretrain')} was trained again" in result.refusal
+    assert not (tmp_path / "report").exists()
+
+
+def test_the_report_has_scores_of_both_splits_curves_and_conversations(evaluated, pipeline):
     folder = evaluated[1]
     figures = json.loads((folder / "report.json").read_text())
+    assert figures["checkpoint"] == str(newest(pipeline.folder / "vision_sft"))
+    assert figures["sha256"] == file_sum(newest(pipeline.folder / "vision_sft") / "manifest.json")
     for name in ("vqa_exact", "vqa_heldout_pairs", "vqa_shuffled", "chat_exact", "clip_choice32"):
         for label in name, f"val_{name}":
             assert 0 <= figures[label] <= 1 and 0 <= figures[f"{label}_error"] <= 0.2

@@ -309,6 +309,8 @@ class Run:
                             " or imported; choose another --out, or --resume=False to replace it")
         checkpoint.load_weights(self.model, weights, info["folder"])
         self.metrics, self.origins = info["metrics"], info["origins"]
+        if "lineage" in info:  # of these weights, even if --init_from was changed or trained again
+            self.info["lineage"] = info["lineage"]
         self.began -= self.metrics["seconds"]
         self.log.resume(state["step"] - 1)
         changed = [f"{name} ({info['settings'].get(name)} -> {value})"
@@ -334,6 +336,7 @@ class Run:
         if self.machine.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                self.lock = checkpoint.lock(self.folder)
                 checkpoint.clear(self.folder, everything=not self.cfg.resume)
             except OSError as error:
                 raise UserError(f"--out={self.folder} cannot be made a folder or written into: "

@@ -1,6 +1,8 @@
 """The claims of common/atomic.py: folders complete or absent, JSON lines resumed."""
 
+import contextlib
 import os
+import resource
 
 import pytest
 
@@ -45,19 +47,41 @@ def test_two_processes_cannot_write_one_folder(tmp_path):
 
 def test_rows_are_resumed_after_the_last_complete_batch(tmp_path):
     path, header = tmp_path / "in/rows.jsonl", {"checkpoint": "a"}
-    rows = [{"n": n, "text": "größe \ud800 \n"} for n in range(5)]
+    rows = [{"row": n, "text": "größe \ud800 \n"} for n in range(5)]
     assert resume_rows(path, header, 5, 2) == []
     append_rows(path, rows)
     complete = path.read_bytes()
     ends = [i + 1 for i, byte in enumerate(complete) if byte == ord("\n")]
-    for length, n_kept in ((0, 0), (5, 0), (ends[0], 0), (ends[2] - 1, 0), (ends[2], 2),
-                           (ends[3], 2), (ends[5] - 1, 4), (ends[5], 5)):
-        path.write_bytes(complete[:length])  # as a kill leaves it
+    for length in range(len(complete) + 1):
+        path.write_bytes(complete[:length])  # as a kill or a full disk leaves it
+        n_rows = sum(end <= length for end in ends[1:])
+        n_kept = n_rows if n_rows == 5 else n_rows // 2 * 2
         assert resume_rows(path, header, 5, 2) == rows[:n_kept]
+        assert path.read_bytes() == complete[: ends[n_kept]]
         append_rows(path, rows[n_kept:])
         assert path.read_bytes() == complete
     with pytest.raises(UserError, match="other questions"):
         resume_rows(path, header, 4, 2)
+    path.write_bytes(complete[: ends[2]] + complete[ends[0] : ends[2]])  # rows 0, 1, 0, 1
+    with pytest.raises(UserError, match="two processes"):
+        resume_rows(path, header, 5, 2)
+
+
+@pytest.mark.parametrize("room", range(0, 90, 7))
+def test_a_full_disk_loses_no_complete_batch(room, tmp_path):
+    """room: bytes that still fit, as a limit on the size of the file."""
+    path, rows = tmp_path / "rows.jsonl", [{"row": n, "text": "x" * 9} for n in range(6)]
+    resume_rows(path, {}, 6, 2)
+    append_rows(path, rows[:2])
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, limits[1]))
+    try:
+        with contextlib.suppress(OSError):
+            append_rows(path, rows[2:4])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes().startswith(before)
+    assert resume_rows(path, {}, 6, 2) == rows[: 4 if room >= len(before) - 3 else 2]
 
 
 @pytest.mark.parametrize("content", ["Notes", "Notes\n", '{"checkpoint": "b"}\n',

@@ -1,6 +1,7 @@
 """The claims of common/checkpoint.py: complete or absent, checked on reading, never unpickled."""
 
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import torch
 
 import tokenizer as tokenizers
 from common import checkpoint
+from common.atomic import take_lock
 from common.config import UserError, seal
 from model import GPT, GPTConfig
 from vision import describe, open_model
@@ -108,6 +110,13 @@ def test_the_newest_two_and_the_best_are_kept(save, tmp_path):
         save(step, val_loss)
         kept.append(list(checkpoint.steps_in(tmp_path / "run")))
     assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [5, 6], [6, 7], [6, 7, 8]]
+
+
+def test_a_disk_without_locks_can_be_used():
+    def no_locks(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    take_lock(None, 0, no_locks)
 
 
 def test_the_wrong_kind_of_model_is_refused(save):

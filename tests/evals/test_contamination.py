@@ -83,6 +83,14 @@ def test_planted_texts_are_found_and_no_others(trained, tmp_path):
     assert sentence(together) == "5 of 20 texts found in the training data"
 
 
+def test_text_that_was_mixed_in_is_searched(trained, tmp_path):
+    """--replay is a folder of token shards, --text_data one of chats."""
+    runner = task_runner("pope", tmp_path, [question(trained.texts[4]), question(trained.said[1])])
+    for name, folder in ("replay", "text"), ("text_data", "chats"):
+        found, = overlaps([runner], {"settings": {name: str(trained.root / folder)}})
+        assert (found["texts"], found["searched"]) == (0.5, [str(trained.root / folder)])
+
+
 def test_choices_and_references_count_but_short_texts_do_not(trained, tmp_path):
     text = trained.texts[5]
     rows = [{"goal": "Hm?", "sol1": "no", "sol2": text, "label": 0},

@@ -13,7 +13,7 @@ import time
 from functools import partial
 
 import pytest
-from conftest import STAGES, log_rows, newest
+from conftest import STAGES, log_rows, newest, run
 
 from common import checkpoint
 from faults import harness
@@ -54,6 +54,21 @@ def test_a_signal_stops_all_processes_after_the_same_step(
             job.kill(number)
     assert [job.wait() for job in jobs] == [STOPPED_EARLY] * ranks, jobs[0].said
     assert wanted <= stopped_after(tries.out, "".join(job.said for job in jobs)) < 24
+    tries.finish()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_second_start_into_a_live_run_is_refused(pipeline, ranks, tmp_path):
+    """Even one that would begin anew. The first goes on, saves and can be resumed."""
+    tries = Tries(pipeline, "pretrain", ranks, tmp_path, "--save_every=0")
+    jobs = tries.start()
+    until(lambda: LINES.search(jobs[0].said))
+    for again in "True", "False":
+        result = run(*tries.command, f"--out={tries.out}", f"--resume={again}")
+        assert f"another process is training into --out={tries.out}" in result.refusal
+    for job in jobs:
+        job.kill(signal.SIGTERM)
+    assert [job.wait() for job in jobs] == [STOPPED_EARLY] * ranks, jobs[0].said
     tries.finish()
 
 

@@ -2,12 +2,16 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
 from conftest import STAGES, STEPS, log_rows, logged, newest, run, run_stage
 from faults.harness import start_together
 from safetensors.torch import load_file
+
+from common import checkpoint
+from evals.contamination import data_folders
 
 
 def weights(folder):
@@ -61,6 +65,24 @@ def test_checkpoints_name_their_lineage(pipeline):
             (name, str(newest(pipeline.folder / name))) for name in names]
     hashes = [parent["sha256"] for parent in infos["vision_sft"]["lineage"]]
     assert len(set(hashes)) == 4 and {len(digest) for digest in hashes} == {64}
+
+
+def test_pretraining_that_continues_keeps_the_data_and_cost_before_it(pipeline, tmp_path):
+    """Also when it is resumed, and its parent's folder is gone or has other weights."""
+    pipeline.run_stage("pretrain", tmp_path / "first")
+    parent = checkpoint.read(tmp_path / "first")[0]
+    data, out = shutil.copytree(pipeline.data / "text", tmp_path / "text"), tmp_path / "second"
+    flags = f"--data={data}", f"--init_from={tmp_path}/first"
+    pipeline.run_stage("pretrain", out, *flags)
+    pipeline.run_stage("pretrain", tmp_path / "first", "--resume=False", "--seed=7")
+    pipeline.run_stage("pretrain", out, *flags, "--max_steps=8")
+    shutil.rmtree(tmp_path / "first")
+    info = checkpoint.read(out)[0]
+    line, = info["lineage"]
+    assert (line["stage"], line["sha256"], info["step"]) == ("pretrain", parent["sha256"], 8)
+    assert data_folders(info) == [data, pipeline.data / "text"]
+    minutes = (parent["metrics"]["seconds"] + info["metrics"]["seconds"]) / 60
+    assert re.search(rf"total\*\* .* \*\*{minutes:.1f}\*\* ", (out / "report.md").read_text())
 
 
 def test_the_vision_stages_train_the_projector_and_then_also_the_decoder(pipeline, tmp_path):

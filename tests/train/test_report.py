@@ -270,9 +270,10 @@ def test_compare_shows_runs_side_by_side(pipeline, tmp_path):
     first, other = pipeline.folder / "pretrain", tmp_path / "other"
     pipeline.run_stage("pretrain", other, "--lr=0.01", "--batch_tokens=1024",
                        "--dollars_per_hour=72000")
-    (other / "report.json").write_text(json.dumps({
-        "text_bits_per_byte": 1.2345678, "text_bits_per_byte_error": 0.01234}))
     digest = hashlib.sha256((newest(other) / "manifest.json").read_bytes()).hexdigest()
+    (other / "report.json").write_text(json.dumps({
+        "checkpoint": "x", "sha256": digest,
+        "text_bits_per_byte": 1.2345678, "text_bits_per_byte_error": 0.01234}))
     (other / "eval.json").write_text(json.dumps({"sha256": digest, "tasks": {"piqa": {
         "scores": {"acc": [0.5, 0.01]}, "chance": 0.5, "n": 9}}}))
     result = run("eval.py", "compare", first, other, f"--out={tmp_path}/both")
@@ -289,6 +290,13 @@ def test_compare_shows_runs_side_by_side(pipeline, tmp_path):
         assert rows[name] == cells
     assert ["3,072 tokens", "6,144 tokens"] in rows.values()
     assert not {"seed", "out", "context", "text_bits_per_byte_error"} & rows.keys()
+    for file in "report.json", "eval.json":  # of weights that were replaced
+        text = (other / file).read_text()
+        (other / file).write_text(text.replace(digest, "0" * 64))
+    said = run("eval.py", "compare", first, other, f"--out={tmp_path}/left_out").out
+    assert said.count("is of another checkpoint") == 2
+    rows = {row[0] for row in Report(tmp_path / "left_out").rows}
+    assert "steps" in rows and not {"text_bits_per_byte", "piqa/acc", "sha256"} & rows
     assert report.commands == [shlex.split(info["origins"][0]["command"]) for info in infos]
     assert report.html.tags.count("img") == 1 and (tmp_path / "both/loss.png").is_file()
 
