@@ -227,6 +227,11 @@ class Chats:
     def n_images(self, i):
         return int(self.first_image[i + 1] - self.first_image[i]) if self.has_images else 0
 
+    def cluster(self, i):
+        """A key that chats about the same images share: their scores depend on each other."""
+        numbers = range(*self.first_image[i : i + 2]) if self.n_images(i) else ()
+        return tuple(hash(self._bytes(n)) for n in numbers) or i
+
     def images(self, i, spec=None):
         size = spec[1:] if spec else ()
         numbers = range(*self.first_image[i : i + 2]) if self.has_images else ()

@@ -38,9 +38,9 @@ class Tokenizer:
     prefer (50,257 + 5 becomes 50,304 = 64 * 786).
     """
 
-    def __init__(self, name, encode, decode, end_of_text, fingerprint, source=None):
+    def __init__(self, name, encode, decode, end_of_text, fingerprint, source=None, n_bytes=None):
         self.name, self.fingerprint, self.source = name, fingerprint, source
-        self.encode, self._decode = encode, decode
+        self.encode, self._decode, self._n_bytes = encode, decode, n_bytes
         ids = range(end_of_text, end_of_text + len(SPECIALS))
         self.specials = dict(zip(SPECIALS, ids, strict=True))
         self.end_of_text, self.system, self.user, self.assistant, self.end, self.image = ids
@@ -57,6 +57,11 @@ class Tokenizer:
             some = list(run)
             text += "".join(names[i] for i in some) if special else self._decode(some)
         return text
+
+    def n_bytes(self, ids):
+        """Bytes of UTF-8 that `ids` stand for, without special tokens; of a character whose other
+        bytes are outside `ids` only those inside."""
+        return self._n_bytes([i for i in map(int, ids) if i < self.end_of_text])
 
     def save(self, folder):
         """Write what `load` needs into `folder`; GPT-2's vocabulary needs only its name."""
@@ -81,7 +86,8 @@ def gpt2():
     def decode(ids):  # ids of the padding have no text
         return bpe.decode([i for i in ids if i < 50256])
 
-    return Tokenizer("gpt2", bpe.encode_ordinary, decode, 50256, digest)
+    return Tokenizer("gpt2", bpe.encode_ordinary, decode, 50256, digest,
+                     n_bytes=lambda ids: len(bpe.decode_bytes(ids)))
 
 
 def from_json(source):
@@ -98,8 +104,13 @@ def from_json(source):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return bpe.encode(text, add_special_tokens=False).ids
 
+    def n_bytes(ids):
+        if isinstance(bpe.decoder, decoders.ByteLevel):  # writes each byte as one character
+            return sum(len(bpe.id_to_token(i)) for i in ids)
+        return len(bpe.decode(ids).encode())
+
     digest = hashlib.sha256(source.encode()).hexdigest()
-    return Tokenizer("bpe", encode, bpe.decode, size, digest, source)
+    return Tokenizer("bpe", encode, bpe.decode, size, digest, source, n_bytes)
 
 
 def train(texts, vocab_size):

@@ -81,10 +81,12 @@ class ImageAblation:
         """
         correct, chats, found = nats["correct"], self.packed["mismatched"].sources[0], {}
         for kind in "mismatched", "blank":
-            saved = [(nats[kind][number][0] - loss, n) for number, (loss, n) in correct.items()
-                     if chats.mismatched[number] != number and chats.chats.n_images(number)]
+            saved = {number: (nats[kind][number][0] - loss, n)
+                     for number, (loss, n) in correct.items()
+                     if chats.mismatched[number] != number and chats.chats.n_images(number)}
             if saved:
-                found[kind] = score(saved, ratio, chance=0.0)
+                found[kind] = score([*saved.values()], ratio, chance=0.0,
+                                    clusters=[*map(chats.chats.cluster, saved)])
         return found
 
 

@@ -20,15 +20,20 @@ class Score(NamedTuple):
     chance: float | None = None
 
 
-def score(items, statistic=np.mean, chance=None, n=1000):
+def score(items, statistic=np.mean, chance=None, n=1000, clusters=None):
     """The Score of items (N, ...): a statistic of them, by default the mean of marks (N,).
 
     Its error is the deviation over n bootstrap samples of the items, always drawn with the same
     seed; 0 for a single item. Source: Efron (1979), "Bootstrap Methods".
+    clusters: a key per item; items with equal keys, such as questions about one image, are drawn
+    together, because they are not independent. Source: Field & Welsh (2007), JRSS B 69(3).
     """
-    items, random = np.asarray(items), np.random.default_rng(0)
-    N = len(items)
-    drawn = [statistic(items[random.integers(N, size=N)]) for _ in range(n)]
+    items, random, index = np.asarray(items), np.random.default_rng(0), {}
+    numbers = [index.setdefault(key, len(index)) for key in clusters or range(len(items))]
+    drawn, N = [], len(index)
+    for _ in range(n):
+        times = np.bincount(random.integers(N, size=N), minlength=N)  # that each cluster was drawn
+        drawn.append(statistic(items.repeat(times[numbers], axis=0)))
     return Score(float(statistic(items)), float(np.std(drawn, ddof=1)), chance)
 
 

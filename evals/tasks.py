@@ -36,6 +36,7 @@ class Question:
     references: list = field(default_factory=list)  # correct answers, where one is generated
     images: list = field(default_factory=list)  # file names, or the bytes of files
     ids: list = field(default_factory=list)  # of a window of text; the first is not predicted
+    n_bytes: int = 0  # of a window, from its second id on
     row: int = 0  # its number in the file, or the window's
 
 
@@ -128,8 +129,8 @@ def text_windows(questions, tokenizer, T, most):
         if len(ids) > T * most:
             break
     parts = [ids[start : start + T + 1] for start in range(0, len(ids) - 1, T)][:most]
-    return [Question(user(tokenizer.decode([i for i in part[1:] if i != end])), ids=part, row=row)
-            for row, part in enumerate(parts)]
+    return [Question(user(tokenizer.decode([i for i in part[1:] if i != end])), ids=part, row=row,
+                     n_bytes=tokenizer.n_bytes(part[1:])) for row, part in enumerate(parts)]
 
 
 def question_of(task, row, number=0):
@@ -161,6 +162,12 @@ def question_of(task, row, number=0):
 # returns for its choices, and returns {name: Score}.
 
 
+def scored(questions, items, *args, **options):
+    """The Score of items, one for each question; questions about the same images are a cluster."""
+    clusters = [tuple(question.images) or i for i, question in enumerate(questions)]
+    return score(items, *args, **options, clusters=clusters)
+
+
 def choice_scores(questions, found):
     """How often the correct choice is the likeliest (acc), or the likeliest per character
     (acc_norm); the first of equals counts. Source: process_results in api/task.py of lm_eval."""
@@ -173,14 +180,16 @@ def choice_scores(questions, found):
         marks.append((sums.argmax() == question.answer, per_character.argmax() == question.answer))
     acc, acc_norm = np.array(marks).T
     chance = float(np.mean([1 / len(question.choices) for question in questions]))
-    return {"acc": score(acc, chance=chance), "acc_norm": score(acc_norm, chance=chance)}
+    return {"acc": scored(questions, acc, chance=chance),
+            "acc_norm": scored(questions, acc_norm, chance=chance)}
 
 
 def yes_no_scores(questions, said):
     """What POPE reports. said: whether each answer is yes."""
     rows = np.stack((said, [question.answer == 0 for question in questions]), 1)
-    return {"acc": score(rows[:, 0] == rows[:, 1], chance=0.5),
-            "f1": score(rows, metrics.f1, n=RESAMPLES), "yes_share": score(rows[:, 0])}
+    return {"acc": scored(questions, rows[:, 0] == rows[:, 1], chance=0.5),
+            "f1": scored(questions, rows, metrics.f1, n=RESAMPLES),
+            "yes_share": scored(questions, rows[:, 0])}
 
 
 def generated_yes_scores(questions, answers):
@@ -194,42 +203,42 @@ def likelier_yes_scores(questions, found):
     margins = np.array([yes[0] - no[0] for yes, no in found])
     rows = np.stack((margins, [question.answer == 0 for question in questions]), 1)
     return {**yes_no_scores(questions, margins > 0), "acc": choice_scores(questions, found)["acc"],
-            "auroc": score(rows, metrics.auroc, n=RESAMPLES)}
+            "auroc": scored(questions, rows, metrics.auroc, n=RESAMPLES)}
 
 
 def word_scores(questions, found):
     """Whether the last word is the greedy answer, and its perplexity."""
     nats, greedy, _ = zip(*(choices[0] for choices in found), strict=True)
-    return {"acc": score(greedy, chance=0.0),
-            "perplexity": score(nats, lambda x: np.exp(-x.mean()), n=RESAMPLES)}
+    return {"acc": scored(questions, greedy, chance=0.0),
+            "perplexity": scored(questions, nats, lambda x: np.exp(-x.mean()), n=RESAMPLES)}
 
 
 def loss_scores(questions, found):
     """Loss in nats per token of the references, or of the windows of a text."""
     rows = np.array([(-choices[0][0], choices[0][2]) for choices in found])
-    return {"nats": score(rows, metrics.ratio, n=RESAMPLES)}
+    return {"nats": scored(questions, rows, metrics.ratio, n=RESAMPLES)}
 
 
 def text_scores(questions, found):
     """The loss, and bits per byte of UTF-8 (The Pile, arXiv:2101.00027)."""
-    n_bytes = [len(question.messages[0]["content"].encode()) for question in questions]
-    rows = np.stack(([-choices[0][0] for choices in found], n_bytes), 1)
-    bits = score(rows, lambda x: metrics.ratio(x) / np.log(2), n=RESAMPLES)
+    rows = np.array([(-choices[0][0], question.n_bytes)
+                     for question, choices in zip(questions, found, strict=True)])
+    bits = scored(questions, rows, lambda x: metrics.ratio(x) / np.log(2), n=RESAMPLES)
     return {**loss_scores(questions, found), "bits_per_byte": bits}
 
 
 def marked_by(name, metric):
     """The scoring of generated answers by metric(answer, references), from 0 to 1."""
-    return lambda questions, answers: {name: score(
-        [float(metric(a, q.references)) for q, a in zip(questions, answers, strict=True)],
-        chance=0.0)}
+    return lambda questions, answers: {name: scored(
+        questions, [float(metric(answer, question.references))
+                    for question, answer in zip(questions, answers, strict=True)], chance=0.0)}
 
 
 def caption_scores(questions, answers):
     references = [question.references for question in questions]
     counts = metrics.bleu_counts(answers, references)
-    return {"cider": score(metrics.cider(answers, references), chance=0.0),
-            "bleu4": score(counts, metrics.bleu4, n=RESAMPLES)}
+    return {"cider": scored(questions, metrics.cider(answers, references), chance=0.0),
+            "bleu4": scored(questions, counts, metrics.bleu4, n=RESAMPLES)}
 
 
 @dataclass

@@ -19,7 +19,7 @@ from evals import zero_shot
 from evals.image_ablation import SUFFIXES, AblatedChats, ImageAblation, nats_by_chat
 from evals.loglikelihood import Item, likelihoods
 from evals.metrics import ratio, retrieval_ranks, score
-from inference.conversation import answer_all, fits, ready_to_chat, turns_of
+from inference.conversation import answer_all, expand_images, fits, ready_to_chat, turns_of
 from model import head_loss
 from train.packing import Captions, Packed
 from vision import image_spec, open_model
@@ -50,12 +50,14 @@ def scores_of(name, cfg, machine, split):
         yield {"chat_loss": score([*nats.values()], ratio, log_V)}
     if info["kind"] == "vision":
         folder, label = ("scenes", "answer") if stage == "vision_sft" else ("captions", "caption")
-        ablation = ImageAblation(opened(data / folder, split, tokenizer), items, T, tokenizer,
-                                 model.image_spec, others=("mismatched", "text_only", "blank"))
+        chats = opened(data / folder, split, tokenizer)
+        ablation = ImageAblation(chats, items, T, tokenizer, model.image_spec,
+                                 others=("mismatched", "text_only", "blank"))
         nats = {kind: nats_by_chat(machine, model, packed, 8)
                 for kind, packed in ablation.packed.items()}
-        yield {f"{label}_loss{SUFFIXES[kind]}": score([*pairs.values()], ratio, log_V)
-               for kind, pairs in nats.items()}
+        yield {f"{label}_loss{SUFFIXES[kind]}": score(
+            [*pairs.values()], ratio, log_V, clusters=[*map(chats.cluster, pairs)])
+            for kind, pairs in nats.items()}
         names = {"mismatched": "vision_gain_shuffled", "blank": "vision_gain_blank"}
         yield {names[kind]: gain for kind, gain in ablation.gains(nats).items()}
     # Answers, in the precision of inference
@@ -83,9 +85,7 @@ def text_loss(model, tokenizer, folder, items, machine, batch=32, split="val"):
             states = decoder.hidden(decoder.token_embedding(rows.ids))  # (B, T, C)
             nats += [head_loss(row, decoder.head.weight, targets).item()
                      for row, targets in zip(states, rows.targets, strict=True)]
-        for row in rows.targets.tolist():
-            text = tokenizer.decode([i for i in row if i != tokenizer.end_of_text])
-            n_bytes.append(len(text.encode()))
+        n_bytes += map(tokenizer.n_bytes, rows.targets.tolist())
     log_V, bits = math.log(tokenizer.n_vocab), np.array(nats) / math.log(2)
     return {"text_val_loss": score(np.stack((nats, np.full(n, val.T)), 1), ratio, log_V),
             "text_bits_per_byte": score(np.stack((bits, n_bytes), 1), ratio, 8.0)}
@@ -120,36 +120,40 @@ def answer_scores(model, tokenizer, data, stage, items, split):
         table.pop()
     shuffled = {}
     for label, kind, part, images in table[: {"sft": 1, "vision_sft": 5}.get(stage, 0)]:
-        marks = exact_answers(model, tokenizer, Chats(data / kind, part), items, images)
+        chats = Chats(data / kind, part)
+        marks = exact_answers(model, tokenizer, chats, items, images)
         chances = shuffled if label == "vqa_exact" else {}
-        found = {group: score(some, chance=chances.get(group)) for group, some in marks.items()}
+        found = {group: score([mark for mark, _ in some], chance=chances.get(group),
+                              clusters=[chats.cluster(number) for _, number in some])
+                 for group, some in marks.items()}
         if label == "vqa_shuffled":
             shuffled = {group: x.value for group, x in found.items()}
         yield {label + group: x for group, x in found.items()}
 
 
 def exact_answers(model, tokenizer, chats, items, images):
-    """{"": whether each answer, generated after the reference turns before it, equals its
-    reference, "/GROUP": of each group in it}. images: see AblatedChats."""
+    """{"": [(whether an answer, generated after the reference turns before it, equals its
+    reference, number of the chat)], "/GROUP": of each group in it}. images: see AblatedChats."""
     ablated = AblatedChats(chats, items, tokenizer, images)
     asked = list(turns(model, tokenizer, ablated, items, ANSWER_TOKENS))
     if not asked:
         raise UserError(f"no chat of {chats.folder} fits the model's context")
     numbers, prompts, references, shown = zip(*asked, strict=True)
     answers = answer_all(model, tokenizer, prompts, shown, ANSWER_TOKENS)
-    marks = [answer == tokenizer.decode(reference)
-             for answer, reference in zip(answers, references, strict=True)]
+    marks = [(answer == tokenizer.decode(reference), number)
+             for number, answer, reference in zip(numbers, answers, references, strict=True)]
     file, found = chats.folder / "groups.json", {}
     if file.is_file():
         groups = read_json(file)
-        for number, mark in zip(numbers, marks, strict=True):
-            found.setdefault(f"/{groups[number]}", []).append(mark)
+        for mark, number in marks:
+            found.setdefault(f"/{groups[number]}", []).append((mark, number))
     return {"": marks, **dict(sorted(found.items()))}
 
 
 def caption_choice(model, tokenizer, chats, items):
     """How often an image's caption is the likeliest per token of 32 different ones: those of 32
-    chats with one image. The prompt is everything before the first answer."""
+    chats with one image. The prompt is everything before the first answer. Of another caption that
+    is longer than the context, the tokens that fit count."""
     first = {}  # of each chat (prompt, answer, images)
     for number, prompt, answer, images in turns(model, tokenizer, chats, len(chats)):
         if len(first) == min(items, CHOOSERS):
@@ -158,13 +162,17 @@ def caption_choice(model, tokenizer, chats, items):
             first.setdefault(number, (prompt, [*answer, tokenizer.end], images))
     if not first:
         raise UserError(f"{chats.folder}: no chat with one image fits the model's context")
-    asked = list(first.values())
+    numbers, asked = list(first), list(first.values())
     groups = zero_shot.groups_of_different([tuple(answer) for _, answer, _ in asked], CHOICES)
-    questions = [Item(asked[i][0], [asked[k][1] for k in group], asked[i][2])
-                 for group in groups for i in group]
+    order, questions = [i for group in groups for i in group], []
+    for group in groups:
+        for prompt, _, images in (asked[i] for i in group):
+            room = model.config.max_positions - len(expand_images(model, tokenizer, prompt))
+            questions.append(Item(prompt, [asked[k][1][:room] for k in group], images))
     size, found = len(groups[0]), likelihoods(model, tokenizer, questions)
     likeliest = [int(np.argmax([nats / n for nats, _, n in answers])) for answers in found]
-    return score([k == i % size for i, k in enumerate(likeliest)], chance=1 / size)
+    return score([k == i % size for i, k in enumerate(likeliest)], chance=1 / size,
+                 clusters=[chats.cluster(numbers[i]) for i in order])
 
 
 def clip_scores(model, tokenizer, cfg, machine, split):
@@ -175,16 +183,19 @@ def clip_scores(model, tokenizer, cfg, machine, split):
         pairs = Captions(opened(folder, split, tokenizer), tokenizer, image_spec(model.config),
                          model.config.context)
         images, texts, keys = zero_shot.features_of(model, pairs, machine, max(n, most))
+        clusters = [pairs.chats.cluster(i) for i in pairs.chosen[: len(keys)]]
+        groups = zero_shot.groups_of_different(keys[:most], CHOICES)
         marks, _ = zero_shot.caption_choice(model, images[:most], texts[:most], keys[:most])
-        yield {"clip_choice32": score(marks, chance=1 / min(CHOICES, len(set(keys[:most]))))}
-        yield retrieval(images[:n], texts[:n], keys[:n])
+        yield {"clip_choice32": score(marks, chance=1 / len(groups[0]),
+                                      clusters=[clusters[i] for group in groups for i in group])}
+        yield retrieval(images[:n], texts[:n], keys[:n], clusters[:n])
     if cfg.zero_shot:
         labelled = zero_shot.Labelled(cfg.zero_shot, cfg.prompt)
         correct, n = zero_shot.zero_shot(model, tokenizer, labelled, machine)
         yield {"clip_zero_shot": score(np.arange(n) < correct, chance=1 / len(labelled.captions))}
 
 
-def retrieval(images, texts, keys):
+def retrieval(images, texts, keys, clusters=None):
     """Recall at 1, 5 and 10 from image features (N, E) to text features (N, E) and back. Captions
     with equal keys (N) are correct for each other's images."""
     keys = np.array(keys)
@@ -194,7 +205,7 @@ def retrieval(images, texts, keys):
         ranks = retrieval_ranks(scores, matches)
         for k in 1, 5, 10:
             chance = np.mean([recall_by_chance(len(keys), int(n), k) for n in matches.sum(1)])
-            found[f"clip_{way}_r{k}"] = score(ranks < k, chance=float(chance))
+            found[f"clip_{way}_r{k}"] = score(ranks < k, chance=float(chance), clusters=clusters)
     return found
 
 

@@ -69,6 +69,15 @@ def test_a_lone_surrogate_becomes_a_replacement_character(either):
     assert either.decode(either.encode("so \ud83d it")) == "so \ufffd it"
 
 
+def test_the_bytes_of_each_token_are_counted_once(either):
+    """Also where a token has only a part of a character; <|user|> and the padding have none."""
+    text = "größe 日本語 👍🏽 it"
+    ids = either.encode(text)
+    assert sum(either.n_bytes([i]) for i in ids) == either.n_bytes(ids) == len(text.encode())
+    assert len("".join(either.decode([i]) for i in ids).encode()) > len(text.encode())
+    assert either.n_bytes([either.user, *ids[:3], either.n_vocab - 1]) == either.n_bytes(ids[:3])
+
+
 def test_decode_shows_special_tokens_by_name(either):
     ids = [either.user, *either.encode("hi 👍"), either.end, either.image]
     assert either.decode(ids) == "<|user|>hi 👍<|end|><|image|>"

@@ -22,7 +22,7 @@ from common.device import Machine
 from data import Chats, ImageSpec
 from evals.image_ablation import AblatedChats, ImageAblation, ignored_images_warning, nats_by_chat
 from evals.metrics import ratio, score
-from evals.validation import caption_choice
+from evals.validation import answer_scores, caption_choice
 from prep.writers import write_chats, write_manifest
 from tokenizer import load
 from train.loader import Loader, validation_loss
@@ -160,6 +160,35 @@ def test_untrained_models_gain_nothing_and_choose_captions_by_chance(vision_mode
     found = caption_choice(model, tokenizer, chats, 64)
     assert found.chance == 1 / 32
     assert abs(found.value - 1 / 32) <= 3 * (1 / 32 / 64) ** 0.5
+
+
+def test_turns_of_a_chat_and_chats_about_an_image_are_one_sample(
+        vision_model, tmp_path, monkeypatch):
+    """20 chats with 4 turns each, all right or all wrong; pairs of chats share their image."""
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}]
+    for name, images in ("scenes", [[grey_image(i // 2)] for i in range(20)]), ("chats", [[]] * 20):
+        write_chats(tmp_path / name / "val", vision_model[1], [(chat, some) for some in images])
+    marks = [(number // 2 % 2 == 0, number) for number in range(20) for _ in range(4)]
+    monkeypatch.setattr("evals.validation.exact_answers", lambda *args: {"": marks})
+    found = {}
+    for part in answer_scores(*vision_model, tmp_path, "vision_sft", 20, "val"):
+        found |= part
+    assert found["chat_exact"].error == pytest.approx(0.5 / 20**0.5, rel=0.08)
+    assert found["vqa_exact"].error == pytest.approx(0.5 / 10**0.5, rel=0.08)
+
+
+def test_of_a_caption_that_is_too_long_for_another_prompt_the_beginning_counts(
+        vision_model, tmp_path):
+    (model, tokenizer), rows = vision_model, []
+    room = model.config.max_positions - model.image_spec.n_patches
+    for i, (n_prompt, n_answer) in enumerate([(1, room - 6), (40, 9), (30, 9), (20, 9)]):
+        texts = {"user": "." * n_prompt, "assistant": f"{i}" + "." * (n_answer - 1)}
+        assert [len(tokenizer.encode(text)) for text in texts.values()] == [n_prompt, n_answer]
+        rows.append(([{"role": role, "content": text} for role, text in texts.items()],
+                     [grey_image(i)]))
+    write_chats(tmp_path / "val", tokenizer, rows)
+    found = caption_choice(model, tokenizer, Chats(tmp_path, "val"), 9)
+    assert found.chance == 1 / 4 and found.value * 4 in range(5)
 
 
 def test_two_processes_train_on_rows_with_and_without_images(pipeline, mixed, tmp_path):

@@ -35,6 +35,20 @@ def test_error_of_a_mean_is_the_standard_error(values):
     assert score(values[:1]).error < 1e-9
 
 
+def test_items_of_a_cluster_are_one_sample():
+    """Their error is that of the sandwich formula, sqrt(sum over clusters of (sum of
+    deviations)^2) / N; for clusters of equal items that of the clusters alone."""
+    random = np.random.default_rng(3)
+    keys = random.integers(200, size=1000)
+    values = random.normal(size=200)[keys] + random.normal(size=1000)
+    sums = np.bincount(keys, values - values.mean())
+    assert score(values, clusters=keys.tolist()).error == pytest.approx(
+        (sums**2).sum() ** 0.5 / 1000, rel=0.08)
+    assert score(values, clusters=range(1000)) == score(values)
+    again = score(np.repeat(values, 5), clusters=[i // 5 for i in range(5000)])
+    assert again[:2] == pytest.approx(score(values)[:2])
+
+
 def test_error_of_any_statistic_is_its_deviation_over_new_samples():
     def sample(seed, N=200):
         draw = np.random.default_rng(seed)

@@ -236,6 +236,9 @@ def test_an_untrained_model_scores_chance(name, tmp_path):
     torch.manual_seed(1)
     models = [VisionLanguageModel(config(256), SIGHT).eval(), new_model()]
     rows = synthetic(name, random.Random(5), 300)
+    for i, row in enumerate(row for row in rows if row.get("image")):  # each its own image
+        (tmp_path / f"{i}.png").symlink_to(tmp_path / row["image"])
+        row["image"] = f"{i}.png"
     chance = {"piqa": 1 / 2, "pope": 1 / 2}.get(name, 1 / 4)
     for model in models:
         result = task_runner(name, tmp_path, rows, model).run()
@@ -256,7 +259,7 @@ def test_closed_forms_for_a_model_that_finds_all_tokens_equally_likely(tmp_path)
     rows = [{"prompt": some(rng, 3, 9), "response": some(rng, 1, 9)} for _ in range(30)]
     found = task_runner("likelihood", tmp_path, rows, model).run()["scores"]
     assert found["nats"][0] == pytest.approx(log_V, rel=1e-5)
-    texts = [some(rng, 1, 40) for _ in range(30)]
+    texts = [some(rng, 1, 40) + " 日本語" * 9 for _ in range(30)]  # cut within characters
     found = task_runner("text", tmp_path, [{"text": text} for text in texts], uniform_model(64))
     assert {len(question.ids) for question in found.questions[:-1]} == {64}  # 63 are predicted
     scores = found.run()["scores"]
@@ -288,8 +291,8 @@ def test_a_text_has_the_loss_of_its_prepared_shards(tmp_path):
     write_shards(tmp_path / "text", "val", [[TOKENIZER.end_of_text, *TOKENIZER.encode(text)]
                                             for text in texts])
     write_manifest(tmp_path / "text", TOKENIZER)
-    expected = text_loss(model, TOKENIZER, tmp_path / "text", 6,
-                         Machine(torch.device("cpu"), torch.float32))
+    machine = Machine(torch.device("cpu"), torch.float32)
+    expected = text_loss(model, TOKENIZER, tmp_path / "text", 6, machine)
     rows = [{"text": text} for text in texts]
     found = task_runner("text", tmp_path, rows, model, items=6).run()
     assert found["n"] == 6 and found["chance"] is None
@@ -297,6 +300,10 @@ def test_a_text_has_the_loss_of_its_prepared_shards(tmp_path):
         value, error = found["scores"][name]
         assert value == pytest.approx(expected[label].value, rel=1e-5)
         assert error == pytest.approx(expected[label].error, rel=0.3)
+    # Every token is one byte, a third of a character: bits per byte are bits per token.
+    write_shards(tmp_path / "text", "val", [[0, *TOKENIZER.encode("語" * 900)]])
+    found = text_loss(uniform_model(), TOKENIZER, tmp_path / "text", 9, machine)
+    assert found["text_bits_per_byte"].value == pytest.approx(np.log2(TOKENIZER.n_vocab), rel=1e-5)
 
 
 YES, NO = [[-1.0, True, 1], [-2.0, False, 1]], [[-3.0, False, 1], [-2.0, True, 1]]
@@ -316,10 +323,19 @@ YES, NO = [[-1.0, True, 1], [-2.0, False, 1]], [[-3.0, False, 1], [-2.0, True, 1
      {"cider": 5, "bleu4": (7 / 11 * 5 / 9 * 4 / 7 * 3 / 5) ** 0.25 * np.exp(1 - 12 / 11)}),
 ])
 def test_scores_by_hand(name, rows, answers, expected):
-    questions = [question_of(TASKS[name], row) for row in rows]
+    questions = [question_of(TASKS[name], row | {"image": f"{i}.png"})
+                 for i, row in enumerate(rows)]
     scores = TASKS[name].score(questions, answers)
     assert {label: score.value for label, score in scores.items()} == pytest.approx(expected)
     assert all(0 < score.error < 5 for score in scores.values())
+
+
+def test_questions_about_one_image_are_one_sample():
+    """20 images with 5 questions each, all of them right or all wrong: 0.5 / sqrt(20)."""
+    questions = [question_of(TASKS["pope"], POPE | {"image": f"{i // 5}.png"}) for i in range(100)]
+    answers = ["No." if i // 5 % 2 else "Yes." for i in range(100)]
+    found = TASKS["pope_generate"].score(questions, answers)
+    assert found["acc"][:2] == (0.5, pytest.approx(0.5 / 20**0.5, rel=0.08))
 
 
 @pytest.mark.parametrize("choices, nats, acc, acc_norm", [
