@@ -67,7 +67,7 @@ class Engine:
                     self._finish(row)
                 if self.active:
                     self._step()
-            except Exception as error:  # a request must not wait for a dead thread
+            except Exception as error:  # of all rows; a request must not wait for a dead thread
                 for row in list(self.active):
                     self._finish(row, error)
 
@@ -88,9 +88,10 @@ class Engine:
             row = self.free[0]
         self.free.remove(row)
         self.active[row] = request
-        request.sampler.begin(ids)
-        x = request.conversation.embeddings(ids, decoding.reuse_prefix(ids, row))
-        self._deliver(row, request.sampler(decoding.prefill(x, row)).item())
+        with self._own_errors(row):
+            request.sampler.begin(ids)
+            x = request.conversation.embeddings(ids, decoding.reuse_prefix(ids, row))
+            self._deliver(row, request.sampler(decoding.prefill(x, row)).item())
 
     def _step(self):
         """One more token for every active row."""
@@ -103,8 +104,17 @@ class Engine:
         most_likely = pick(logits).tolist()
         for row, request in list(self.active.items()):
             i, greedy = row - first, request.sampler.greedy
-            token = most_likely[i] if greedy else request.sampler(logits[i : i + 1]).item()
-            self._deliver(row, token)
+            with self._own_errors(row):
+                token = most_likely[i] if greedy else request.sampler(logits[i : i + 1]).item()
+                self._deliver(row, token)
+
+    @contextlib.contextmanager
+    def _own_errors(self, row):
+        """An error in this context ends the answer in `row`, and no other."""
+        try:
+            yield
+        except Exception as error:
+            self._finish(row, error)
 
     def _deliver(self, row, token):
         request = self.active[row]
