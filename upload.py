@@ -21,7 +21,7 @@ from common.config import UserError, one_line, parse_checkpoint, run_main
 from common.device import PRECISIONS
 from export.model_card import fill_template, held_out_images, write_card
 from export.to_gguf import write_gguf
-from export.to_transformers import CHAT_TEMPLATE, write_folder
+from export.to_transformers import write_folder
 from vision import open_model
 
 HERE = Path(__file__).resolve().parent
@@ -64,9 +64,8 @@ def main():
         if path.exists() and not cfg.overwrite:
             raise UserError(f"{path} exists already; choose another name, or --overwrite=True")
         model, tokenizer, info = open_model(name, kinds=("decoder", "vision"))
-        template = None if info["stage"] == "pretrain" else CHAT_TEMPLATE
         path.parent.mkdir(parents=True, exist_ok=True)  # as for --to
-        write_gguf(model, tokenizer, path, cfg.gguf_dtype, template)
+        write_gguf(model, tokenizer, path, cfg.gguf_dtype, chats=info["stage"] != "pretrain")
         print(f"written: {path}")
     if cfg.to:
         check_target(Path(cfg.to), cfg.overwrite)

@@ -3,7 +3,8 @@
 Its architecture there, gptneox, has GELU where we have ReLU. GELU(s x) / s approaches ReLU(x) as s
 grows, so the matrix before it is multiplied by s and the one after it by 1/s (`gelu_scale`). q, k
 and v are stored as ours are, not interleaved by head as in `transformers`; every product except the
-head has a bias. Its chats parse special tokens in text (parse_special): a user can forge a turn.
+head has a bias. Programs parse special tokens in a whole chat, what a user typed too, and drop no
+character; so a noncharacter is part of these tokens' names, and the template removes it from text.
 """
 
 import json
@@ -12,9 +13,11 @@ from pathlib import Path
 import torch
 
 from common.config import UserError
+from export.to_transformers import APART, chat_template
 from model import GPT
 from tokenizer import gpt2_files
 
+CHAT_TEMPLATE = chat_template(OPEN=f"<{APART}", TYPED=APART, SHOWN="", BETWEEN="")
 DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16"}  # of matrices, and the file type in GGUF
 F16_MAX = 65504.0
 # On the demo's decoders a scale of 256 changes logits by 6e-4 at most in f32; one of 16 by 0.06,
@@ -25,12 +28,12 @@ BPE_OPTIONS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word
                "byte_fallback", "ignore_merges")  # llama.cpp has none of them
 
 
-def write_gguf(model, tokenizer, path, dtype="f16", chat_template=None):
+def write_gguf(model, tokenizer, path, dtype="f16", chats=True):
     """Write a decoder (a GPT) and its tokenizer to the file `path`.
 
     dtype: "f32" or "f16", of the matrices; vectors are f32 (lower precision changes greedy text:
-    q8_0 5 and bf16 3 of the demo's 40). chat_template: a Jinja template for a model that chats,
-    whose answers end with <|end|>; without one, text ends with <|endoftext|>.
+    q8_0 5 and bf16 3 of the demo's 40). chats: the file has the chat template, and answers end
+    with <|end|>; otherwise text ends with <|endoftext|>.
     """
     if not isinstance(model, GPT):
         raise UserError("only a text-only model can be a GGUF file, as llama.cpp's gptneox takes "
@@ -52,7 +55,7 @@ def write_gguf(model, tokenizer, path, dtype="f16", chat_template=None):
     writer.add_rope_freq_base(c.rope_theta)
     writer.add_layer_norm_eps(model.final_norm.eps)
     writer.add_parallel_residual(False)
-    add_tokenizer(writer, gguf.TokenType, tokenizer, c.vocab_size, chat_template)
+    add_tokenizer(writer, gguf.TokenType, tokenizer, c.vocab_size, chats)
     for tensor_name, tensor in named_tensors(model).items():
         if dtype == "f16" and tensor.dim() == 2:
             if not tensor.abs().max() <= F16_MAX:
@@ -101,11 +104,12 @@ def gelu_scale(block):
     return (F16_MAX / largest).log2().floor().exp2().clamp(max=MAX_SCALE).cpu()
 
 
-def add_tokenizer(writer, kinds, tokenizer, n_rows, chat_template):
+def add_tokenizer(writer, kinds, tokenizer, n_rows, chats):
     """Add the vocabulary, padded to the n_rows of the embedding; kinds: gguf's TokenType."""
     vocabulary, merges = bpe_of(tokenizer)
     tokens = {i: (text, kinds.NORMAL) for text, i in vocabulary.items()}
-    tokens |= {i: (text, kinds.CONTROL) for text, i in tokenizer.specials.items()}
+    tokens |= {i: (text.replace("<", f"<{APART}"), kinds.CONTROL)
+               for text, i in tokenizer.specials.items()}
     rows = [tokens.get(i, (f"<|unused {i}|>", kinds.UNUSED)) for i in range(n_rows)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -113,10 +117,11 @@ def add_tokenizer(writer, kinds, tokenizer, n_rows, chat_template):
     writer.add_token_types([kind for _, kind in rows])
     writer.add_token_merges(merges)
     writer.add_bos_token_id(tokenizer.end_of_text)
-    writer.add_eos_token_id(tokenizer.end if chat_template else tokenizer.end_of_text)
+    writer.add_eos_token_id(tokenizer.end if chats else tokenizer.end_of_text)
+    writer.add_eot_token_id(tokenizer.end_of_text)  # ends text too
     writer.add_add_bos_token(True)
-    if chat_template:
-        writer.add_chat_template(chat_template)
+    if chats:
+        writer.add_chat_template(CHAT_TEMPLATE)
 
 
 def bpe_of(tokenizer):

@@ -15,12 +15,21 @@ from common.config import UserError, read_json
 from common.images import MEAN, STD
 from tokenizer import SPECIALS, gpt2_files
 
-# chat_template.jinja is tokenizer.render for Jinja. A message is a string, or a list of text and
-# image parts. A user cannot type a special token: a noncharacter splits its spelling, and the
-# tokenizer drops it after its search for special tokens.
-APART = "\ufdd0"
-CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8").replace(
-    "APART", APART)
+APART = "\ufdd0"  # a noncharacter
+
+
+def chat_template(**words):
+    """chat_template.jinja, its words in capitals replaced: tokenizer.render for Jinja. A message is
+    a string, or a list of text and image parts."""
+    text = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+    for word, meaning in words.items():
+        text = text.replace(word, meaning)
+    return text
+
+
+# A user cannot type a special token: a noncharacter splits its spelling, and the tokenizer drops it
+# after its search for special tokens.
+CHAT_TEMPLATE = chat_template(OPEN="<", TYPED="<|", SHOWN=f"<{APART}|", BETWEEN=APART)
 # Prefixes of a LLaVA's weights, and those of llava-hf on the hub, which every version of
 # `transformers` reads.
 LLAVA_NAMES = {"model.language_model.": "language_model.model.",
