@@ -3,6 +3,7 @@ alone or many at once."""
 
 import copy
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -185,9 +186,23 @@ def test_repetition_penalty_equals_transformers(penalty):
     assert len(set(context)) > 5
 
 
+@pytest.mark.parametrize("logits", [torch.tensor([[90.0, -90, 0, 89]]), torch.zeros(1, 4)])
+@pytest.mark.parametrize(("temperature", "penalty", "top_k", "top_p"), list(itertools.product(
+    (1e-9, 1e-5, 1e9), (1e-9, 1e9), (0, 1, 10**9), (1e-9, 1 - 1e-9, 1))))
+def test_extreme_settings_draw_ids_that_they_allow(temperature, penalty, top_k, top_p, logits):
+    sampler = Sampler(Sampling(temperature, top_k, top_p, penalty))
+    sampler.begin([1])
+    best = (logits * torch.tensor([1, penalty, 1, 1])).argmax().item()  # id 1 is negative or 0
+    drawn = [sampler(logits).item() for _ in range(9)]
+    assert set(drawn) <= set(range(4))
+    if logits.any() and (temperature < 1 or top_k == 1 or top_p == 1e-9):
+        assert drawn[0] == best
+
+
 @pytest.mark.parametrize("setting", [
     {"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0},
-    {"top_p": 1.5}, {"repetition_penalty": 0.0}, {"seed": -1}], ids=str)
+    {"top_p": 1e-50}, {"top_p": 1.5}, {"temperature": 1e10}, {"repetition_penalty": 0.0},
+    {"repetition_penalty": float("inf")}, {"seed": -1}], ids=str)
 def test_invalid_settings_are_refused_by_name(setting):
     with pytest.raises(UserError, match=f"{next(iter(setting))} must be"):
         Sampling(**setting)

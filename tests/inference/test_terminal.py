@@ -225,6 +225,8 @@ def test_set_changes_a_setting(terminal):
     ("/set temprature 1", "temprature"), ("/set top_k 0.5", "'0.5' is not a valid int"),
     ("/set temperature hot", "'hot' is not a valid float"), ("/set", "setting"),
     ("/set temperature -1", "temperature must be 0 to"),
+    ("/set temperature nan", "'nan' is not a valid float"),
+    ("/set top_p 1e-50", "top_p must be 1e-09 to 1, not 1e-50"),
     ("/set max_tokens 0", "max_tokens must be 1 to"), ("/image 'no.png", "No closing quotation"),
     ("/image talker", "talker"), (f"/image {'no' * 200}", "File name too long"),
     ("word, " * 4000, "context is 6000")])
