@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import hashlib
 import html
+import ipaddress
 import json
 import os
 import re
@@ -22,9 +23,10 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,6 +35,8 @@ EXAMPLES = UPLOADS / "examples"
 os.environ["GRADIO_TEMP_DIR"] = str(UPLOADS)
 os.environ["GRADIO_ANALYTICS_ENABLED"] = os.environ["GRADIO_RUN_HISTORY"] = "False"
 os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000000"  # answers between two summaries
+if "SPACE_ID" in os.environ:  # a Space's proxy, in this network, names its client to uvicorn
+    os.environ.setdefault("FORWARDED_ALLOW_IPS", "127.0.0.1,::1,10.0.0.0/8")
 atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
 
 # ruff: noqa: E402 (gradio reads those when it is imported)
@@ -43,7 +47,7 @@ from starlette.responses import PlainTextResponse
 
 from common.config import UserError, parse_checkpoint, run_main
 from common.device import pick_device
-from common.images import read_image
+from common.images import fit, read_image
 from export.model_card import held_out_images
 from inference.conversation import Conversation, EncodedImage, encode_images, open_for_chat
 from inference.engine import Engine
@@ -69,7 +73,8 @@ class Config(Generation):
     # --- limits
     streams: int = 8  # answers decoded at the same time, in one batch
     queue: int = 32  # questions that may wait; more are refused
-    per_minute: int = 20  # questions per minute from one page
+    per_minute: int = 20  # questions per minute from one address
+    uploads_per_hour: int = 120  # uploads per hour from one address
     max_text: int = 4000  # characters of a question
     max_images: int = 4  # images of a question
     upload_mb: float = 5.0  # largest image file, in megabytes
@@ -77,10 +82,12 @@ class Config(Generation):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("streams", "queue", "per_minute", "max_text", "max_images", "upload_mb",
-                     "upload_megapixels"):
+        for name in ("streams", "queue", "per_minute", "uploads_per_hour", "max_text", "max_images",
+                     "upload_mb", "upload_megapixels"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
+        if not 0 <= self.port < 2**16:
+            raise UserError(f"port must be 0 to {2**16 - 1}, not {self.port}")
 
 
 @dataclass
@@ -89,7 +96,6 @@ class Session:
 
     files: set = field(default_factory=set)  # its uploads
     images: dict = field(default_factory=dict)  # sha256 of a file -> EncodedImage
-    times: list = field(default_factory=list)  # of its questions in the last minute
 
 
 class App:
@@ -99,12 +105,15 @@ class App:
         self.model, self.tokenizer, self.info, self.cfg = model, tokenizer, info, cfg
         self.engine = Engine(model, cfg.streams)
         self.sessions = OrderedDict()
+        self.recent = defaultdict(list)  # what is limited -> [(time, address)]
+        self.reading = threading.Lock()  # a large image takes up to 400 MB until it is fitted
         os.environ["GRADIO_TEMP_DIR"] = str(UPLOADS)  # a second import of this file changes it
 
     async def respond(self, message, history, temperature, top_p, penalty, max_tokens,
                       request: gr.Request):
         """What gradio calls for a question: yield the growing answer, as the page shows it."""
         try:
+            self.count("questions a minute", request, self.cfg.per_minute, 60)
             cfg = replace(self.cfg, temperature=float(temperature), top_p=float(top_p),
                           repetition_penalty=float(penalty), seed=secrets.randbits(48),
                           max_tokens=max(1, min(int(max_tokens), self.cfg.max_tokens)))
@@ -115,17 +124,21 @@ class App:
         except Exception as error:  # if it left this function, the text box would stay disabled
             gr.Warning(html.escape(explain(error), quote=False), title="Not answered")
 
+    def count(self, what, request, most, seconds):
+        """Count a request of a client's address; UserError if there are too many."""
+        now, address = time.monotonic(), address_of(request)
+        self.recent[what] = [entry for entry in self.recent[what] if entry[0] > now - seconds]
+        times = [at for at, by in self.recent[what] if by == address]
+        if len(times) >= most:
+            raise UserError(f"At most {most} {what} from one address; "
+                            f"wait {int(times[0] + seconds + 1 - now)} seconds")
+        self.recent[what].append((now, address))
+
     async def answer(self, session_name, message, history, cfg):
         """Yield the growing answer after each token; UserError if the question is refused."""
         self.sessions[session_name] = session = self.sessions.pop(session_name, None) or Session()
         if len(self.sessions) > SESSIONS:
             self.close(next(iter(self.sessions)))
-        now = time.monotonic()
-        session.times = [at for at in session.times if at >= now - 60]
-        if len(session.times) >= cfg.per_minute:
-            raise UserError(f"At most {cfg.per_minute} questions a minute; "
-                            f"wait {int(session.times[0] + 61 - now)} seconds")
-        session.times.append(now)
         conversation = await asyncio.to_thread(self.conversation, session, message, history, cfg)
         sampler = Sampler(cfg, self.engine.decoding.device)
         tokens = self.engine.generate(conversation, cfg.max_tokens, sampler)
@@ -146,13 +159,14 @@ class App:
             raise UserError("Type a question, or choose an image")
         if len(text) > cfg.max_text:
             raise UserError(f"{len(text):,} characters are too many; at most {cfg.max_text:,}")
-        if len(files) > cfg.max_images:
-            raise UserError(f"{len(files)} images are too many; at most {cfg.max_images}")
         turns = answered(history)
         if files and turns:  # models are trained on images at the start of a conversation
             gr.Info("A new image starts a new conversation.")
         turns = [*turns, (text, files, "")]
         start = max((i for i, (_, shown, _) in enumerate(turns) if shown), default=0)
+        n_images = len(turns[start][1])  # which the page's history names, too
+        if n_images > cfg.max_images:
+            raise UserError(f"{n_images} images are too many; at most {cfg.max_images}")
         conversation, images = Conversation(self.model, self.tokenizer), {}
         turns = [conversation.turn(text, [self.encode_upload(session, file, images, cfg)
                                           for file in files], self.tokenizer.encode(answer))
@@ -173,7 +187,9 @@ class App:
         key = hashlib.sha256(data).digest()
         images[key] = images.get(key) or session.images.get(key)
         if not images[key]:
-            image = read_image(data, name, max_pixels=int(cfg.upload_megapixels * 1e6))
+            with self.reading:
+                image = fit(read_image(data, name, max_pixels=int(cfg.upload_megapixels * 1e6)),
+                            *self.model.image_spec[1:])
             images[key] = EncodedImage(encode_images(self.model, [image])[0])
         return images[key]
 
@@ -191,10 +207,12 @@ class App:
         if CLOSED.search(request.url.path):
             return PlainTextResponse("There is nothing here.", 404)
         size = request.headers.get("content-length", "inf" if request.method == "POST" else "0")
-        n_files = self.cfg.max_images if request.url.path.endswith("/upload") else 0
-        if float(size) > 1e6 * (1 + n_files * self.cfg.upload_mb):
+        upload = request.url.path.endswith("/upload")
+        if float(size) > 1e6 * (1 + upload * self.cfg.max_images * self.cfg.upload_mb):
             return PlainTextResponse("That is too much at once.", 413)
         try:
+            if upload:
+                self.count("uploads an hour", request, self.cfg.uploads_per_hour, 3600)
             response = await call_next(request)
         except Exception as error:
             return PlainTextResponse(explain(error), 400)
@@ -273,6 +291,16 @@ class Page(gr.Blocks):
         except Exception as error:
             text = html.escape(explain(error), quote=False)
             raise gr.Error(text, print_exception=False) from None
+
+
+def address_of(request):
+    """The address for which a request counts, of IPv6 the /64 network, as one client has it all.
+    uvicorn reads X-Forwarded-For if FORWARDED_ALLOW_IPS has the proxy that sends it."""
+    host = request.client.host if request.client else ""
+    with contextlib.suppress(ValueError):
+        ip = ipaddress.IPv6Address(host)
+        host = str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
+    return host
 
 
 def explain(error):

@@ -71,7 +71,7 @@ def encoded(image, format="PNG"):
 
 def settings(**changes):
     return app.Config(**{"port": 0, "device": "cpu", "precision": "fp32", "max_tokens": LONGEST,
-                         "per_minute": 10**6} | changes)
+                         "per_minute": 10**6, "uploads_per_hour": 10**6} | changes)
 
 
 def expected(model, *turns, sampling=None, page=False):
@@ -193,15 +193,65 @@ def test_a_new_image_starts_a_new_conversation_and_a_full_context_drops_turns(mo
 
 
 def test_after_a_refused_question_the_conversation_goes_on(model, held):
-    talk, cfg = Talk(held), held.cfg
+    talk = Talk(held)
     before = talk(("Hi",), ("Yes",))
     with pytest.raises(UserError, match=r"\d+ tokens .* context is 512"):
         talk((SEE * 200,))
-    held.cfg = dataclasses.replace(cfg, per_minute=3)
-    with pytest.raises(UserError, match="3 questions a minute; wait"):
-        talk((SEE,))
-    held.cfg = cfg
     assert [*before, *talk((AGAIN,))] == expected(model, ("Hi",), ("Yes",), (AGAIN,))
+
+
+class Broken(Sampler):
+    """Raises at its nth token; the first follows the prompt."""
+
+    def __init__(self, n):
+        super().__init__(Sampling(repetition_penalty=1.1))  # not greedy
+        self.broken = [False] * n + [True]
+
+    def __call__(self, logits):
+        return super().__call__(logits[:, 0] if self.broken.pop(0) else logits)
+
+
+@pytest.mark.parametrize("n", [0, 5])
+def test_an_error_ends_only_its_own_answer(model, held, n):
+    """And its row is free again for the next one."""
+    async def ids(*samplers):
+        async def answer(sampler):
+            conversation = Conversation(*model[:2])
+            conversation.add_question(SEE, [scene(0)])
+            return [i async for i in held.engine.generate(conversation, LONGEST, sampler)]
+
+        return await asyncio.gather(*map(answer, samplers), return_exceptions=True)
+
+    good = [Sampler(Sampling(temperature=1.0, seed=seed)) for seed in range(7)]
+    *found, error = asyncio.run(ids(*good, Broken(n)))
+    assert isinstance(error, IndexError)
+    alone = [asyncio.run(ids(Sampler(sampler.sampling)))[0] for sampler in good]
+    assert found == alone and {*map(len, found)} == {LONGEST}
+    until(lambda: sorted(held.engine.free) == list(range(8)), PATIENCE)
+
+
+def test_one_large_image_is_in_memory_at_a_time(held, monkeypatch):
+    """For eight users with four images each; the vision encoder gets fitted ones."""
+    large, most, sizes = [], [], set()
+    read, fit, encode = app.read_image, app.fit, app.encode_images
+
+    def reading(*args, **more):
+        large.append(args)
+        most.append(len(large))
+        time.sleep(0.01)
+        return read(*args, **more)
+
+    monkeypatch.setattr(app, "read_image", reading)
+    monkeypatch.setattr(app, "fit", lambda *args: (fit(*args), large.pop())[0])
+    monkeypatch.setattr(app, "encode_images", lambda model, images: (
+        sizes.update(image.size for image in images), encode(model, images))[1])
+
+    async def together():
+        await asyncio.gather(*(Talk(held, str(i), max_tokens=1).ask(
+            SEE, *(scene(4 * i + k) for k in range(4))) for i in range(8)))
+
+    asyncio.run(together())
+    assert (len(most), max(most), sizes) == (32, 1, {(32, 32)})
 
 
 # ---------------------------------------------------------------------------------------- a browser
@@ -600,6 +650,13 @@ def test_malformed_requests_are_refused(client, address):
         assert response.status_code < 500
 
 
+def test_a_history_has_no_more_images_than_a_question(held):
+    history = [{"role": "user", "content": [{"path": "a.png"}] * 5 + [SEE]},
+               {"role": "assistant", "content": "No."}]
+    with pytest.raises(UserError, match="5 images are too many; at most 4"):
+        held.conversation(app.Session(), saying(MORE), history, held.cfg)
+
+
 def test_special_tokens_cannot_be_typed(held):
     t, message = held.tokenizer, saying(f"<image>\n{TOKENS}")
     history = [{"role": "user", "content": message["text"]},
@@ -663,6 +720,28 @@ def test_a_full_queue_says_so(model):
         brake.open()
         assert response.status_code == 503 and "Queue is full" in response.json()["detail"]
         assert len(client.listen(first).split()) == 20 and len(client.listen(second).split()) == 8
+
+
+def test_an_address_has_so_many_questions_and_uploads(model):
+    """In any sessions. A proxy appends the address to what the client may have written."""
+    with served(model, per_minute=2, uploads_per_hour=3) as (_, url, _):
+        client = Client(url)
+
+        def ask(address):
+            client.http.headers["x-forwarded-for"] = address
+            return client.ask(saying("Hi"))
+
+        refused = r"At most 2 questions a minute from one address; wait \d+ seconds\."
+        for first, same, other in (("1.2.3.4", "9.9.9.9, ::ffff:1.2.3.4", "1.2.3.5"),
+                                   ("2001:db8::1", "2001:db8::ffff:2", "2001:db8:0:1::1")):
+            assert re.fullmatch(ANSWER, ask(first)) and re.fullmatch(ANSWER, ask(same))
+            assert re.fullmatch(refused, ask(first)) and re.fullmatch(refused, ask(same))
+            assert re.fullmatch(ANSWER, ask(other))
+        picture = (blank(9, 9),)
+        assert re.fullmatch(r"At most 3 uploads an hour from one address; wait \d+ seconds\.",
+                            client.show(*[picture] * 4))
+        client.http.headers["x-forwarded-for"] = "1.2.3.6"
+        assert re.fullmatch(ANSWER, client.show(picture))
 
 
 def test_nothing_that_users_say_is_logged(client, capfd):
