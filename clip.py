@@ -7,6 +7,7 @@ Shapes: B batch, P patches, S pixels, T text positions, C width, E shared embedd
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -181,20 +182,37 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(self.text_model(ids)).float(), dim=-1)
 
     def scale(self):
-        """The factor from cosine to logit: at most 100, as in the paper."""
-        return self.logit_scale.clamp(max=4.6052).exp()
+        """The factor from cosine to logit."""
+        return self.logit_scale.exp()
+
+    @torch.no_grad()
+    def limit_scale(self):
+        """After a step: a scale of 1 to 100, as in the paper. A limit inside the graph would leave
+        no gradient to come back by."""
+        self.logit_scale.clamp_(0, math.log(100))
 
     def forward(self, pixels, ids):
         """Images (B, 3, S, S), captions (B, T) -> unit vectors (B, E) of both, and the scale."""
         return self.image_features(pixels), self.text_features(ids), self.scale()
 
-    def flops_per_pair(self):
-        """Training FLOP per image-caption pair: 6 per weight and position, plus 12 C for each
-        pair of positions in attention."""
-        c = self.config
-        towers = ((c.vision_layers, c.vision_width, c.n_patches + 1),
-                  (c.text_layers, c.text_width, c.context))
-        return sum(n_layers * (72 * C**2 * T + 12 * C * T**2) for n_layers, C, T in towers)
+    def flops(self, batch):
+        """FLOP of training on a data.Batch of pairs, as in GPT.flops; the pixels have no gradient,
+        and what micro-batches compute twice is not counted."""
+        c, (B, T) = self.config, batch.ids.shape
+        layers = encoder_flops(c.vision_layers, c.vision_width, c.n_patches + 1)
+        layers += encoder_flops(c.text_layers, c.text_width, T)
+        projections = 2 * c.embed_dim * (c.vision_width + c.text_width)
+        return B * (3 * (layers + projections) + 2 * patch_flops(c))
+
+
+def encoder_flops(n_layers, C, T):
+    """FLOP of a forward pass through so many layers of width C, for T positions."""
+    return n_layers * (24 * C**2 * T + 4 * C * T**2)
+
+
+def patch_flops(c):
+    """FLOP of cutting an image into patches (CLIPConfig), forward."""
+    return c.n_patches * 2 * 3 * c.patch_size**2 * c.vision_width
 
 
 def sine_grid(n, width):
@@ -229,11 +247,12 @@ def gather(rows):
     return Gather.apply(rows) if dist.is_initialized() and dist.get_world_size() > 1 else rows
 
 
-def contrast(images, texts, scale, keys):
+def contrast(images, texts, scale, keys, gather=gather):
     """This process's share of the contrastive loss in nats, averaged over all processes' pairs.
 
     images, texts (B, E): unit vectors. keys (B,) int64: captions with equal keys are identical, so
-    their images count as positives for each other and share the target evenly.
+    their images count as positives for each other and share the target evenly. gather: as above;
+    validation has the same rows in every process.
     """
     with torch.autocast(images.device.type, enabled=False):  # bf16 rounds logits near 100 to 0.5
         same = (keys[:, None] == gather(keys)).float()  # (B, B of all processes)

@@ -18,7 +18,7 @@ from PIL import Image
 from clip import CLIP, CLIPConfig, feature_pulls, normalise
 from common.config import TrainSettings, UserError, parse, run_main
 from data import Chats, check_tokenizer
-from evals.zero_shot import Labelled, caption_choice, features_of, zero_shot
+from evals.zero_shot import Labelled, caption_choice, contrastive_loss, features_of, zero_shot
 from train.optim import make_optimizer
 from train.packing import Captions
 from train.run import Run
@@ -51,7 +51,7 @@ class Config(TrainSettings):
     # --- run
     zero_shot: str = ""  # folder of images to classify, one subfolder per class; empty for none
     prompt: str = "a photo of a {}."  # caption of a class for --zero_shot
-    val_pairs: int = 2048  # validation pairs at most, always the same ones
+    val_pairs: int = 4096  # validation pairs at most, always the same ones
 
     # --- hardware
     workers: int = -1  # processes that decode images; -1: as many as there are spare cores
@@ -78,14 +78,16 @@ def main():
     config = cfg.clip(tokenizer)
     train, val = (Captions(Chats(cfg.data, split), tokenizer, image_spec(config), cfg.context)
                   for split in ("train", "val"))
+    if (n := min(len(val), cfg.val_pairs)) < cfg.batch_pairs:
+        run.note(f"the validation loss chooses among {n} pairs, the training loss among "
+                 f"{cfg.batch_pairs}: compare only validation losses")
     labelled = Labelled(cfg.zero_shot, cfg.prompt) if cfg.zero_shot else None
     loader = run.loader(train, cfg.batch_pairs, cfg.micro_pairs or cfg.batch_pairs // run.ranks)
 
     # Model: both encoders are new and trained
     model = CLIP(config).to(run.device)
     optimizer = make_optimizer(model, cfg)
-    net = run.start(model, optimizer, tokenizer, describe(model), "img", cfg.batch_pairs,
-                    model.flops_per_pair())
+    net = run.start(model, optimizer, tokenizer, describe(model), "img", cfg.batch_pairs)
 
     for step in run.steps():
         batches = list(loader.step(step))  # the pixels of a step fit a GPU as uint8
@@ -95,19 +97,26 @@ def main():
                 loss = pull(net(normalise(batch.pixels), batch.ids))  # contrastive, in nats
             run.backward(loss)
         run.optimizer_step(step)
+        model.limit_scale()
         run.progress(step)
         if run.due(step, cfg.eval_every):
-            features = features_of(model, val, run.machine, cfg.val_pairs)
-            marks, val_loss = caption_choice(model, *features)
-            figures = {"val_loss": val_loss, "choice32": sum(marks) / len(marks)}
-            if labelled:
-                correct, n = zero_shot(model, tokenizer, labelled, run.machine)
-                figures["zero_shot"] = correct / n
-            run.record(step, **figures)
+            run.record(step, **evaluate(model, tokenizer, val, labelled, cfg, run.machine))
         if run.due(step, cfg.save_every):
             run.save(step)
 
     run.finish(lambda model: sample_choices(model, tokenizer, val, run.machine), [cfg.data])
+
+
+def evaluate(model, tokenizer, val, labelled, cfg, machine):
+    """{name: figure} of validation pairs and, if any, of a Labelled."""
+    features = features_of(model, val, machine, cfg.val_pairs)
+    marks = caption_choice(*features)
+    figures = {"val_loss": contrastive_loss(model, *features, cfg.batch_pairs),
+               "choice32": sum(marks) / len(marks)}
+    if labelled:
+        correct, n = zero_shot(model, tokenizer, labelled, machine)
+        figures["zero_shot"] = correct / n
+    return figures
 
 
 @torch.no_grad()

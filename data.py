@@ -59,6 +59,7 @@ class Batch:
     segments: torch.Tensor | None = None  # (B, T), number of the chat in its row; 0 is padding
     bounds: torch.Tensor | None = None  # int32, where chats and pieces of padding begin in B * T
     longest: int = 0  # positions of the longest of those
+    attended: int = 0  # pairs of positions of the same chat; 0: all of a row, B * T * T
     pixels: torch.Tensor | None = None  # (M, S, S, 3) uint8
     image_positions: torch.Tensor | None = None  # (M * P,), flat positions, image by image
     keys: torch.Tensor | None = None  # (B,), for CLIP: equal for identical captions

@@ -22,6 +22,7 @@ from common.device import processor
 UNFUSED_MAX = 200 if processor().instructions == "AMX" else 1024  # positions; see attend
 # Logits held in memory at once in training: 128 MB of bf16 on a CPU, 512 MB on a GPU.
 LOGITS_AT_ONCE = {"cpu": 2**26, "mps": 2**26, "cuda": 2**28}
+FP16_SCALE = 1024.0  # fp16 holds 6e-8 to 65,504; the probabilities of rare tokens are smaller
 
 
 @dataclass
@@ -146,12 +147,15 @@ class GPT(nn.Module):
             x = block(x, rotary, mask, slots, where if block is self.blocks[-1] else None)
         return self.final_norm(x)
 
-    def flops_per_token(self, T):
-        """Training FLOP per token at context T: 6 per weight of a matrix product (forward 2,
-        backward 4), plus 12 * n_layer * C * T for attention (PaLM, appendix B)."""
-        c = self.config
-        weights = c.n_layer * 12 * c.n_embd**2 + c.vocab_size * c.n_embd
-        return 6 * weights + 12 * c.n_layer * c.n_embd * T
+    def flops(self, batch):
+        """FLOP of training on a data.Batch: 6 per position and weight of a matrix product (forward
+        2, gradients 2 each; a frozen weight has none), the head only at supervised positions, plus
+        12 * n_layer * C per pair of positions of a document (PaLM, appendix B)."""
+        c, (B, T) = self.config, batch.ids.shape
+        products = B * T * c.n_layer * 12 * c.n_embd**2
+        products += batch.targets.numel() * c.vocab_size * c.n_embd
+        per_product = 6 if self.head.weight.requires_grad else 4
+        return per_product * products + 12 * c.n_layer * c.n_embd * (batch.attended or B * T**2)
 
 
 def head_loss(x, weight, targets):
@@ -163,12 +167,14 @@ class HeadLoss(torch.autograd.Function):
     """head_loss, with both gradients computed in the forward pass.
 
     The logits of a large vocabulary are by far the largest tensor of a training step. Here they are
-    computed a few rows at a time in one buffer, in autocast's dtype, and used immediately.
+    computed a few rows at a time in one buffer, in autocast's dtype, and used immediately. In fp16
+    the gradients are kept times FP16_SCALE, because the loss scale comes later than their rounding.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, training):
         dtype = compute_dtype(x)
+        scale = FP16_SCALE if dtype == torch.float16 else 1.0
         x, weight_, total = x.to(dtype), weight.to(dtype), x.new_zeros((), dtype=torch.float32)
         want_weight = training and ctx.needs_input_grad[1]
         dx = torch.empty_like(x) if training else None
@@ -184,28 +190,33 @@ class HeadLoss(torch.autograd.Function):
             target = indices[: len(part)], targets[start : start + rows]
             p = torch.mm(part, weight_.T, out=buffer[: len(part)])
             p = p.float() if dtype == torch.float16 else p  # fp16 underflows at 6e-8 = e^-17
+            far = p.amax(-1).float() - p[target].float()
             p = torch.softmax(p, -1, out=p)
-            p_target = p[target].float().clamp_min(1e-38)
+            p_target, far = p[target].float(), far - p.amax(-1).float().log()  # if p underflows
             # The gradient at the target is p - 1, which bf16 rounds to 0 for p near 1; minus the
             # sum of the other probabilities is the same number, without cancellation.
             p[target] = 0.0
             others = torch.mm(p, ones.to(p.dtype), out=p.new_empty(len(p), 1))[:, 0]  # no autocast
             p[target] = -others
-            p, others = p.to(dtype), others.float()
-            total -= torch.where(others < 0.5, torch.log1p(-others), p_target.log()).sum()
+            others = others.float()
+            nats = torch.where(p_target > 1e-30, -p_target.log(), far)
+            total += torch.where(others < 0.5, -torch.log1p(-others), nats).sum()
+            if dtype == torch.float16:
+                p = p.mul_(scale).to(dtype)
             if training:
                 torch.mm(p, weight_, out=dx[start : start + rows])
             if low_precision:  # accumulated in fp32
-                dweight += torch.mm(p.T, part, out=product)
+                dweight += torch.mm(p.T, part / scale, out=product)
             elif want_weight:
                 dweight.addmm_(p.T, part)
         ctx.save_for_backward(dx, dweight)
+        ctx.scale = scale
         return total
 
     @staticmethod
     def backward(ctx, grad):
         dx, dweight = ctx.saved_tensors
-        return dx * grad, None if dweight is None else dweight.mul_(grad), None, None
+        return dx * (grad / ctx.scale), None if dweight is None else dweight * grad, None, None
 
 
 def init_weights(module):

@@ -77,7 +77,7 @@ def main():
     loader = run.loader(train, run.rows(model.config.max_positions), cfg.micro_rows)
     optimizer = make_optimizer(model, cfg)
     net = run.start(model, optimizer, tokenizer, {**describe(model), "lineage": parents}, "tok",
-                    cfg.batch_tokens, model.flops_per_token(cfg.context))
+                    cfg.batch_tokens)
 
     for step in run.steps():
         for batch in loader.step(step):

@@ -56,7 +56,7 @@ def main():
 
     optimizer = make_optimizer(model, cfg)
     net = run.start(model, optimizer, tokenizer, {**describe(model), "lineage": lineage(info)},
-                    "tok", cfg.batch_tokens, model.flops_per_token(cfg.context))
+                    "tok", cfg.batch_tokens)
 
     for step in run.steps():
         for batch in loader.step(step):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tokenizer as tokenizers
-from clip import CLIP, CLIPConfig, VisionTower, normalise
+from clip import CLIP, CLIPConfig, VisionTower, encoder_flops, normalise, patch_flops
 from common import checkpoint
 from common.config import UserError, read_json
 from data import ImageSpec
@@ -73,6 +73,14 @@ class VisionLanguageModel(nn.Module):
             pixels = normalise(pixels).to(self.projector.linear_1.weight.dtype)
             features = self.vision_tower.patches(pixels)
         return self.projector(features.clone())  # inference tensors cannot be saved for backward
+
+    def flops(self, batch):
+        """FLOP of training on a data.Batch: as GPT.flops, CLIP forward and the projector."""
+        c, C = self.clip_config, self.config.n_embd
+        clip = patch_flops(c) + encoder_flops(c.vision_layers - 1, c.vision_width, c.n_patches + 1)
+        projector = c.n_patches * (4 * c.vision_width + 6 * C) * C  # its input has no gradient
+        n_images = 0 if batch.pixels is None else len(batch.pixels)
+        return self.decoder.flops(batch) + n_images * (clip + projector)
 
 
 def image_spec(clip_config):

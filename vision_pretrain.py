@@ -66,8 +66,7 @@ def main():
 
     optimizer = make_optimizer(model, cfg)
     info = {**describe(model), "lineage": [line for p in parents for line in lineage(p)]}
-    net = run.start(model, optimizer, tokenizer, info, "tok", cfg.batch_tokens,
-                    model.decoder.flops_per_token(cfg.context) * 2 / 3)  # no weight gradients
+    net = run.start(model, optimizer, tokenizer, info, "tok", cfg.batch_tokens)
 
     for step in run.steps():
         for batch in loader.step(step):

@@ -50,14 +50,13 @@ class Training:
         self.dataset = random_data(cfg, stage, self.model, tokenizer)
         if stage == "clip_pretrain":
             rows, micro_rows = cfg.batch_pairs, cfg.micro_pairs or cfg.batch_pairs // run.ranks
-            work = "img", cfg.batch_pairs, self.model.flops_per_pair()
+            amount = "img", cfg.batch_pairs
         else:
             decoder = getattr(self.model, "decoder", self.model)
             rows, micro_rows = run.rows(decoder.config.max_positions), cfg.micro_rows
-            share = 2 / 3 if stage == "vision_pretrain" else 1  # no weight gradients
-            work = "tok", cfg.batch_tokens, decoder.flops_per_token(cfg.context) * share
+            amount = "tok", cfg.batch_tokens
         self.loader = run.loader(self.dataset, rows, micro_rows)
-        self.net = run.start(self.model, make_optimizer(self.model, cfg), tokenizer, {}, *work)
+        self.net = run.start(self.model, make_optimizer(self.model, cfg), tokenizer, {}, *amount)
 
     def take(self, steps):
         """Train for these steps, and wait for the device."""
@@ -79,15 +78,16 @@ def step_speed(training, n_steps):
     """{name: figure} of a training step: the median of five times n_steps."""
     run, machine = training.run, training.run.machine
     training.take(range(WARM))  # compiles, allocates
+    run.work = 0
     seconds = [elapsed(training.take, range(first, first + n_steps)) / n_steps
                for first in range(WARM, WARM + REPEATS * n_steps, n_steps)]
     median, (gpu_gb, host_gb) = statistics.median(seconds), peak_memory_gb(run.device)
-    rate = run.per_step / median
+    rate, flops = run.per_step / median, run.work / (REPEATS * n_steps)  # of a step, one process
     return {"stage": run.stage, "machine": f"{run.ranks} x {machine.name}",
             "precision": precision_name(machine.dtype),
             "parameters_M": sum(p.numel() for p in training.model.parameters()) / 1e6,
             f"{run.unit}_per_step": run.per_step, f"{run.unit}_per_s": rate, "ms": median * 1e3,
-            "slowest_ms": max(seconds) * 1e3, "mfu": rate * run.flops / run.peak,
+            "slowest_ms": max(seconds) * 1e3, "mfu": flops / median / run.peak,
             "gpu_gb": gpu_gb, "host_gb": host_gb}
 
 

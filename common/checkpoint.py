@@ -106,8 +106,9 @@ def clear(run_folder, everything=False):
 
 
 def prune(run_folder, keep_every=0, newest=2):
-    """Remove checkpoints except the newest two, the one with the lowest validation loss and
-    multiples of keep_every steps; returns whether any was removed. Those being read stay."""
+    """Remove checkpoints except the newest two, of those evaluated at their very step the one with
+    the lowest validation loss, and multiples of keep_every steps; returns whether any was removed.
+    Those being read stay."""
     found, losses = steps_in(run_folder), {}
     for step, folder in found.items():
         with contextlib.suppress(UserError, KeyError):  # a damaged one must not stop the run

@@ -185,7 +185,7 @@ def clip_scores(model, tokenizer, cfg, machine, split):
         images, texts, keys = zero_shot.features_of(model, pairs, machine, max(n, most))
         clusters = [pairs.chats.cluster(i) for i in pairs.chosen[: len(keys)]]
         groups = zero_shot.groups_of_different(keys[:most], CHOICES)
-        marks, _ = zero_shot.caption_choice(model, images[:most], texts[:most], keys[:most])
+        marks = zero_shot.caption_choice(images[:most], texts[:most], keys[:most])
         yield {"clip_choice32": score(marks, chance=1 / len(groups[0]),
                                       clusters=[clusters[i] for group in groups for i in group])}
         yield retrieval(images[:n], texts[:n], keys[:n], clusters[:n])

@@ -12,10 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from clip import normalise
+from clip import contrast, normalise
 from common.config import UserError
 from common.device import cores
 from common.images import ImageError, fit, read_image, to_pixels
@@ -104,16 +103,25 @@ def features_of(model, pairs, machine, n, batch=256):
 
 
 @torch.no_grad()
-def caption_choice(model, images, texts, keys, choices=32):
-    """(marks whether each image is most similar to its caption among `choices` different ones,
-    the cross-entropy of that choice in nats), of what features_of returned."""
-    marks, losses = [], []
+def caption_choice(images, texts, keys, choices=32):
+    """Whether each image is most similar to its caption among `choices` different ones, of what
+    features_of returned."""
+    marks = []
     for group in groups_of_different(keys, choices):
-        logits = model.scale() * images[group] @ texts[group].T
-        targets = torch.arange(len(group), device=logits.device)
-        marks += (logits.argmax(-1) == targets).tolist()
-        losses.append(F.cross_entropy(logits, targets).item())
-    return marks, sum(losses) / len(losses)
+        nearest = (images[group] @ texts[group].T).argmax(-1)
+        marks += (nearest == torch.arange(len(group), device=nearest.device)).tolist()
+    return marks
+
+
+@torch.no_grad()
+def contrastive_loss(model, images, texts, keys, batch):
+    """The training loss (clip.contrast) of what features_of returned: the mean over groups of
+    `batch` pairs, or over all pairs if there are fewer."""
+    n, keys = min(batch, len(keys)), torch.tensor(keys, device=images.device)
+    groups = zip(*(x[: len(x) // n * n].split(n) for x in (images, texts, keys)), strict=True)
+    losses = [contrast(images, texts, model.scale(), keys, gather=lambda rows: rows).item()
+              for images, texts, keys in groups]
+    return sum(losses) / len(losses)
 
 
 def groups_of_different(keys, size):

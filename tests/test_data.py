@@ -309,6 +309,17 @@ def test_image_positions_are_the_patches_of_their_images(tokenizer, tmp_path):
     by_image = batch.image_positions.view(-1, P)
     assert (by_image.diff(dim=1) == 1).all() and (by_image[:, 0].diff() > 0).all()
     assert {tuple(ids) for ids, *_ in unpacked(batch)} >= greys.keys()
+    assert packed.n_targets(range(len(packed))) == len(batch.targets)
+
+
+def test_targets_are_counted_as_they_are_in_the_loss(tokenizer, tmp_path):
+    """Also where a supervised image id is repeated for each patch."""
+    chats = write_chats(tmp_path, tokenizer, map(chat_of, range(9), [1] * 9, [(0,)] * 9), [1] * 9)
+    supervised = np.ones_like(chats.supervised)
+    chats.supervised = supervised
+    packed = Packed([chats], 128, tokenizer, ImageSpec(4, 8))
+    assert [packed.n_targets([row]) for row in range(len(packed))] == [
+        len(packed.batch([row]).targets) for row in range(len(packed))]
 
 
 def test_an_image_takes_a_position_for_each_patch_unless_it_is_truncated(tokenizer, tmp_path):

@@ -64,7 +64,8 @@ def test_the_reference_size_is_522_million_parameters_and_3_gflop_per_token():
     with torch.device("meta"):
         model = GPT(GPTConfig())
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == 522
-    assert round(model.flops_per_token(1024) / 1e9, 2) == 3.06
+    ids = torch.empty(1, 1024)
+    assert round(model.flops(Batch(ids, ids)) / 1024 / 1e9, 2) == 3.06
 
 
 @torch.no_grad()
@@ -185,6 +186,37 @@ def test_loss_of_a_confident_model_is_exact(dtype):
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         loss = the_head_loss(x, weight, targets)
     assert loss.item() == pytest.approx(math.log1p(1000 * math.exp(-12)), rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_loss_of_an_impossible_target_is_exact(dtype):
+    """A target 200 below two equal logits; e^-200 is no number in any dtype."""
+    weight, targets = torch.zeros(1001, 8), torch.tensor([7])
+    weight[:2, 0] = 200.0
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = the_head_loss(torch.eye(1, 8), weight, targets)
+    assert loss.item() == pytest.approx(200 + math.log(2), rel=1e-3)
+
+
+def test_the_loss_can_be_backpropagated_twice():
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    loss = the_head_loss(x, weight, torch.arange(5))
+    loss.backward(retain_graph=True)
+    once = x.grad.clone(), weight.grad.clone()
+    loss.backward()
+    torch.testing.assert_close((x.grad, weight.grad), (2 * once[0], 2 * once[1]))
+
+
+def test_fp16_gradients_are_scaled_before_they_are_rounded():
+    """64 positions with 999 probabilities of about e^-16, two steps of fp16: rounded by 6 %."""
+    weight = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0)) * 0.01
+    weight[7, 0], grads = 16.0, []
+    for dtype in torch.float32, torch.float16:
+        x, leaf = torch.eye(1, 8).expand(64, 8), weight.clone().requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            (the_head_loss(x, leaf, torch.full((64,), 7)) * 2.0**16).backward()
+        grads.append(leaf.grad[8:])
+    assert (grads[1] - grads[0]).norm() < 0.01 * grads[0].norm()
 
 
 def test_no_supervised_positions_give_zero_loss_and_gradient():

@@ -12,6 +12,7 @@ from common.config import UserError
 WINDOW = 128  # recent steps whose mean and deviation count
 MIN_STEPS = 32  # in the first, only what is not finite is skipped
 DEVIATIONS = 6.0  # standard deviations above the mean that make an outlier
+LEAST_DEVIATION = 1e-3  # as a share of the mean: less does not tell what is usual
 MAX_IN_A_ROW = 20  # skipped steps that end a run; fp16 needs 16 to find its scale
 
 
@@ -33,7 +34,9 @@ class Guard:
         mean = past.mean(dim=1) if n else torch.zeros_like(now)
         limit = torch.full_like(now, float("inf"))
         if n >= MIN_STEPS:
-            limit = torch.maximum(mean + DEVIATIONS * past.std(dim=1), self.accepted)
+            deviation = past.std(dim=1)
+            limit = torch.where(deviation > LEAST_DEVIATION * mean.abs(), torch.maximum(
+                mean + DEVIATIONS * deviation, self.accepted), limit)
         finite = torch.isfinite(now)
         skip = ~finite.all() | (now > limit).any()
         # Outliers are recorded as the limit: a single one hardly changes the statistics, but if the

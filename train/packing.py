@@ -75,7 +75,7 @@ class Packed:
             length = before[ends] - before[starts[owner]]  # the last id is no input
             last = {chat: k for k, chat in enumerate(owner.tolist()) if length[k] <= self.T}
             chat, k = np.array(list(last), int), np.array(list(last.values()), int)
-            n_supervised = np.cumsum(supervised)
+            n_supervised = np.cumsum(np.where(supervised, widths, 0))  # as batch repeats them
             found = np.empty(len(chat), CHAT)
             found["source"], found["number"] = s, begin + chat
             found["n_ids"], found["length"] = ends[k] + 1 - starts[chat], length[k]
@@ -89,7 +89,7 @@ class Packed:
         ids = np.full(B * T, self.tokenizer.end_of_text)
         targets = np.full(B * T, -1)  # -1: unsupervised
         positions, segments = np.zeros(B * T, int), np.zeros(B * T, np.int32)
-        bounds, padding, images, longest = [], [], [], 0
+        bounds, padding, images, longest, attended = [], [], [], 0, 0
         for b, row in enumerate(rows):
             start = b * T
             for segment, chat in enumerate(self.chats[self.rows[row]], 1):
@@ -100,7 +100,7 @@ class Packed:
                 targets[part] = np.where(supervised[1:], found[1:], -1)
                 images += own_images
                 bounds.append(start)
-                longest = max(longest, length)
+                longest, attended = max(longest, length), attended + length**2
                 start += length
             padding.append((start, b * T + T))
         # Padding is cut into pieces, so that it costs the attention no more than chats do.
@@ -111,7 +111,8 @@ class Packed:
             targets=torch.from_numpy(targets[where]), where=torch.from_numpy(where),
             positions=torch.from_numpy(positions).view(B, T),
             segments=torch.from_numpy(segments).view(B, T),
-            bounds=torch.tensor([*sorted(bounds), B * T], dtype=torch.int32), longest=longest)
+            bounds=torch.tensor([*sorted(bounds), B * T], dtype=torch.int32), longest=longest,
+            attended=attended)
         if images:
             batch.pixels = to_pixels(images, self.spec.size, self.spec.fit)
             batch.image_positions = torch.from_numpy(np.flatnonzero(ids == self.tokenizer.image))

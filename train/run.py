@@ -29,7 +29,7 @@ from train.anomaly import Guard
 from train.async_save import Saver
 from train.flops import flop_counter
 from train.loader import Loader
-from train.log import Log, report_run, with_origin
+from train.log import COSTS, Log, report_run, with_origin
 from train.optim import lr_factor
 from train.signals import STOPPED_EARLY, StopSignal, end_torchrun
 from train.watchdog import Watch
@@ -61,7 +61,7 @@ class Run:
         self.settings = dataclasses.asdict(cfg)
         self.log = Log(self.folder, self.machine.is_main, cfg.tracker, self.settings)
         self.metrics, self.notes, self.origins = {}, [], []
-        self.first_step, self.saved, self.reason = 0, None, ""
+        self.first_step, self.saved, self.evaluated, self.reason = 0, None, None, ""
         self.began = time.time()  # of the complete run: earlier on resuming, for the cost
         self.dollars_per_second = cfg.dollars_per_hour * self.ranks / 3600
         self.stop_signal, self.saver = StopSignal(cfg.time_limit), Saver()
@@ -105,14 +105,14 @@ class Run:
             self.log.say(line)
         self.notes += lines
 
-    def start(self, model, optimizer, tokenizer, info, unit="tok", per_step=0, flops=0):
+    def start(self, model, optimizer, tokenizer, info, unit="tok", per_step=0):
         """Resume from the newest checkpoint, if any; returns the network to call in the loop.
 
         info: kind, model configuration and lineage, for config.json. per_step: `unit`s of one step
-        in all processes, flops: floating-point operations for each of them.
+        in all processes.
         """
         self.model, self.optimizer, self.tokenizer, self.info = model, optimizer, tokenizer, info
-        self.unit, self.per_step, self.flops = unit, per_step, flops
+        self.unit, self.per_step = unit, per_step
         state = self._load_newest()  # may change the precision
         self.fp16 = torch.amp.GradScaler(self.device.type,
                                          enabled=self.machine.dtype == torch.float16)
@@ -122,12 +122,12 @@ class Run:
             compile_blocks(model)
         self.net = averaging(model, self.device) if self.ranks > 1 and self.trained else model
         self.counter, self.step_flops = None, 0  # FLOP of a step in all processes, counted
+        self.work = 0  # FLOP that the model needs, in this process since the last printed line
         if state:
             self.load_state_dict(state)
-            if not self.cfg.compile:
-                self.step_flops = self.metrics["tflop"] * 1e12 / self.first_step
+            self.step_flops = self.metrics["tflop"] * 1e12 / self.first_step
         self.origins = with_origin(self.origins, self.machine, self.first_step, self.cfg.max_steps)
-        self.peak = peak_flops(self.machine) * self.ranks
+        self.peak = peak_flops(self.machine)
         self.loss = torch.zeros((), device=self.device)  # of this step, in this process
         self.losses = torch.zeros(2, device=self.device)  # since the last printed line, in all
         # processes: sum of the losses, number of steps
@@ -181,6 +181,7 @@ class Run:
     def forward(self, batch):
         """Context of a forward pass: autocast; gradients are summed on the last micro-batch."""
         self.watch.passed("a forward pass")
+        self.work += self.model.flops(batch)
         if self.net is not self.model:
             self.net.require_backward_grad_sync = batch.is_last  # as DDP's no_sync does
         return self.machine.autocast()
@@ -213,6 +214,7 @@ class Run:
         if self.counter:
             self.counter.__exit__(None, None, None)
             self.step_flops, self.counter = self.counter.get_total_flops() * self.ranks, None
+        self.step_flops = self.step_flops or self.work * self.ranks  # compiled: not counted
         if not self.due(step, self.cfg.log_every):
             return
         figures = torch.stack((*self.losses, self.grad_norm))
@@ -223,7 +225,7 @@ class Run:
         left = (self.cfg.max_steps - step - 1) * seconds
         f = dict(loss=losses / taken if taken else float("nan"), grad_norm=grad_norm,
                  lr=lr_factor(self.cfg, step), ms=seconds * 1e3,
-                 mfu=rate * self.flops / self.peak,
+                 mfu=self.work / (now - then) / self.peak,
                  dollars=self.dollars_per_second * (time.time() - self.began))
         self.log.say(f"step {step:5d} | loss {f['loss']:.4f} | norm {grad_norm:.2f} | "
                      f"lr x{f['lr']:.3f} | {f['ms']:.0f} ms | {rate:,.0f} {self.unit}/s | "
@@ -234,15 +236,16 @@ class Run:
         self.log.add(step, {**f, f"{self.unit}_per_s": rate})
         self.losses.zero_()
         release_free_memory()
-        self.window = (now, step + 1)
+        self.window, self.work = (now, step + 1), 0
 
     def record(self, step, **figures):
-        """Print and log figures of an evaluation; they go into the next checkpoint as well."""
+        """Print and log figures of an evaluation; a checkpoint of this step has them as well."""
         self.metrics.update(figures)
+        self.evaluated = step
         text = " | ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self.log.say(f"step {step:5d} | {text}")
         self.log.add(step, figures)
-        self.window = (time.perf_counter(), step + 1)  # evaluation is not training time
+        self.window, self.work = (time.perf_counter(), step + 1), 0  # evaluating is no training
         self.losses.zero_()
 
     def due(self, step, every):
@@ -275,14 +278,16 @@ class Run:
             m, (gpu_gb, host_gb) = self.metrics, peak_memory_gb(self.device)
             seconds = time.time() - self.began
             m.update(seconds=seconds, dollars=self.dollars_per_second * seconds,
-                     tflop=(step + 1) * (self.step_flops or self.per_step * self.flops) / 1e12,
+                     tflop=(step + 1) * self.step_flops / 1e12,
                      peak_gpu_gb=max(gpu_gb, m.get("peak_gpu_gb", 0)),
                      peak_rss_gb=max(host_gb, m.get("peak_rss_gb", 0)))
             info = dict(stage=self.stage, **self.info, step=step + 1, settings=self.settings,
                         tokenizer=self.tokenizer.fingerprint, tokenizer_name=self.tokenizer.name,
                         precision=precision_name(self.machine.dtype),
                         muon_precision=precision_name(self.optimizer.dtype),
-                        processes=self.ranks, metrics=dict(m), origins=self.origins)
+                        processes=self.ranks, origins=self.origins, metrics={
+                            name: m[name] for name in m
+                            if name in COSTS or self.evaluated == step})
             self.saver.start(checkpoint.save, self.folder, step + 1, state["weights"], info,
                              self.tokenizer, state["training"], self.cfg.keep_every)
         self.machine.barrier()

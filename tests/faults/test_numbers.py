@@ -1,6 +1,7 @@
 """Steps with a non-finite or outlier loss or gradient norm are skipped; divergence ends a run."""
 
 import numpy as np
+import pytest
 import torch
 from conftest import log_rows, logged, run
 
@@ -32,9 +33,9 @@ def usual(n):
 def test_outliers_are_skipped_and_named():
     guard = new_guard()
     assert skipped(new_guard(), [1.0, 100.0] * (MIN_STEPS // 2)) == []  # it has no statistics yet
-    assert skipped(guard, usual(200)) == []
+    assert skipped(guard, usual(200), usual(200)) == []
     losses = [9.0, 3.0, 3.0, NAN, 3.0, float("inf"), 2.0]  # a loss that falls is accepted
-    assert skipped(guard, losses, [1.0, 50.0, *[1.0] * 5]) == [0, 1, 3, 5]
+    assert skipped(guard, losses, [3.0, 50.0, *[3.0] * 5]) == [0, 1, 3, 5]
     lines = guard.messages(lambda step: f"rows of {step}")
     assert len(lines) == 4 and lines[0].startswith("step 200 skipped: loss 9 (mean 2.997)")
     assert lines[-1].endswith("rows of 205") and guard.messages(str) == []
@@ -51,6 +52,15 @@ def test_a_lasting_change_is_accepted_before_the_run_is_ended():
     guard = new_guard()
     found = skipped(guard, [*usual(200), *[6.0] * MAX_IN_A_ROW])
     assert found[0] == 200 and found[-1] < 199 + MAX_IN_A_ROW
+    guard.check()
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-6, 3.0])
+def test_a_window_of_constant_values_does_not_condemn_what_follows(value):
+    guard = new_guard()
+    assert skipped(guard, [value] * 200, [value] * 200) == []
+    found = skipped(guard, usual(150), usual(150))
+    assert found == sorted(set(found)) and max(found, default=0) < MAX_IN_A_ROW
     guard.check()
 
 

@@ -10,7 +10,7 @@ from faults.harness import start_together
 from PIL import Image
 from test_clip import MACHINE, TINY, new_clip, random_images
 from test_distributed import ADAMW
-from test_stages import assert_close
+from test_stages import assert_close, assert_same_weights, weights
 
 import tokenizer as tokenizers
 from clip import contrast, feature_pulls, normalise
@@ -106,6 +106,23 @@ def test_any_processes_and_micro_batches_take_the_same_steps(runs, name):
     assert len(logged(runs / "one", "loss")) == 2
     accuracies = logged(runs / "one", "zero_shot")
     assert len(accuracies) == 2 and logged(runs / name, "zero_shot") == accuracies
+
+
+def test_the_training_and_the_validation_loss_are_one_quantity(pipeline, tmp_path):
+    """Without training they are equal, up to the choice of pairs; in batches of 32 they are not."""
+    pipeline.run_stage("clip_pretrain", tmp_path, "--lr=0", "--muon_lr=0", "--max_steps=1")
+    loss, val_loss = logged(tmp_path, "loss", "val_loss").values()
+    assert val_loss == pytest.approx(loss, abs=0.2)
+
+
+def test_a_limited_scale_resumes_exactly(pipeline, tmp_path):
+    flags = ("--lr=5", "--cooldown=0")
+    pipeline.run_stage("clip_pretrain", tmp_path / "one", *flags)
+    shutil.copytree(tmp_path / "one", tmp_path / "resumed")
+    shutil.rmtree(newest(tmp_path / "resumed"))
+    pipeline.run_stage("clip_pretrain", tmp_path / "resumed", *flags)
+    assert_same_weights(tmp_path / "one", tmp_path / "resumed")
+    assert 0 <= weights(tmp_path / "one")["logit_scale"] <= math.log(100) + 1e-6
 
 
 def test_fp16_scales_the_gradients_of_micro_batches(pipeline, tmp_path):

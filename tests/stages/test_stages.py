@@ -11,6 +11,8 @@ from faults.harness import start_together
 from safetensors.torch import load_file
 
 from common import checkpoint
+from common.checkpoint import steps_in
+from common.config import read_json
 from evals.contamination import data_folders
 
 
@@ -51,6 +53,19 @@ def test_a_run_writes_log_report_and_checkpoint(pipeline, stage):
     found = sorted(path.name for path in newest(folder).iterdir())
     assert newest(folder).name == "step_00000006"
     assert found == ["config.json", "manifest.json", "model.safetensors", "state", "tokenizer.json"]
+
+
+def test_a_checkpoint_has_the_validation_loss_of_its_own_step(pipeline, tmp_path):
+    """And none if that step was not evaluated, also after resuming."""
+    for steps in 6, 8:
+        pipeline.run_stage("pretrain", tmp_path, "--save_every=1", "--keep_every=1",
+                           f"--max_steps={steps}")
+    found = {step: read_json(folder / "config.json")["metrics"].get("val_loss")
+             for step, folder in steps_in(tmp_path).items()}
+    losses = {step + 1: loss for (step, _), loss in logged(tmp_path, "val_loss").items()}
+    assert list(found) == [1, 2, 3, 4, 5, 6, 7, 8] and list(losses) == [3, 6, 8]
+    assert found == {step: losses.get(step) and pytest.approx(losses[step], abs=1e-6)
+                     for step in found}
 
 
 def test_checkpoints_name_their_lineage(pipeline):

@@ -3,14 +3,20 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import newest
+from conftest import STAGES, TINY, newest
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data import Batch
+from benchmarks.training import build_model, random_data, settings_of
+from clip import contrast, normalise
+from data import Batch, Documents
 from model import GPT, GPTConfig
+from tokenizer import Tokenizer
 from train.flops import flop_counter
+from train.packing import Packed
 
 
 def test_products_are_counted_forward_and_backward():
@@ -48,11 +54,43 @@ def test_the_loss_counts_only_supervised_positions():
     assert counts[1] - counts[0] == pytest.approx(head, abs=sums)
 
 
+def counted(model, batch):
+    """FLOP of a forward and backward pass; attention written out, which computes nothing twice."""
+    with flop_counter() as counter, sdpa_kernel(SDPBackend.MATH):
+        loss = model(batch) if batch.keys is None else contrast(
+            *model(normalise(batch.pixels), batch.ids), batch.keys)
+        loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_flops_of_every_stage_are_those_that_run(stage, tmp_path):
+    """Half the positions are supervised, and the head is the larger part of the decoder."""
+    for name, flags in TINY.items():
+        more = ["n_embd = 512", "n_layer = 1"] if name == "pretrain" else []
+        (tmp_path / f"{name}.py").write_text("\n".join([flag[2:] for flag in flags] + more))
+    tokenizer, cfg = Tokenizer("random", None, None, 8000, ""), settings_of(tmp_path, stage)
+    cfg.out = tmp_path
+    model = build_model(cfg, stage, tmp_path, tokenizer).train()
+    batch = random_data(cfg, stage, model, tokenizer).batch(range(8))
+    assert model.flops(batch) == pytest.approx(counted(model, batch), rel=0.02)
+
+
+def test_attention_is_counted_within_documents(tmp_path):
+    np.save(tmp_path / "train.npy", np.arange(16 * 40 + 1, dtype=np.uint16) % 60)
+    tokenizer = Tokenizer("random", None, None, 60, "")
+    model = GPT(GPTConfig(tokenizer.n_vocab, 1, 2, 32, 256))
+    batch = Packed([Documents(tmp_path, "train", 16, tokenizer)], 256, tokenizer).batch([0])
+    assert batch.attended == 16 * 16**2  # a fraction of 256^2, which is half of all the rest
+    assert model.flops(batch) == pytest.approx(counted(model, batch), rel=0.02)
+
+
 def test_a_checkpoint_says_what_the_run_computed(pipeline, tmp_path):
     info = json.loads((newest(pipeline.folder / "pretrain") / "config.json").read_text())
     tflop, steps = info["metrics"]["tflop"], info["step"]
     tokens = info["settings"]["batch_tokens"] * steps
-    formula = GPT(GPTConfig(**info["decoder"])).flops_per_token(info["settings"]["context"])
+    ids = torch.zeros(1, info["settings"]["context"], dtype=torch.long)
+    formula = GPT(GPTConfig(**info["decoder"])).flops(Batch(ids, ids)) / ids.numel()
     assert tflop * 1e12 == pytest.approx(tokens * formula, rel=0.4)  # and the optimizer's products
     shutil.copytree(pipeline.folder / "pretrain", tmp_path / "again")
     pipeline.run_stage("pretrain", tmp_path / "again", f"--max_steps={steps + 2}")
