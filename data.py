@@ -1,6 +1,6 @@
 """What a batch, a document and a chat are, and how they are stored.
 
-    text/   *train*.npy, *val*.npy      1-D uint16 token shards; <|endoftext|> begins each document
+    text/   *_train_*.npy, *_val_*.npy  1-D uint16 token shards; <|endoftext|> begins each document
 
     chats/  {train,val}/ ids.npy, supervised.npy, offsets.npy            chats, concatenated
             images_*.bin, image_offsets.npy, first_image.npy             their encoded images; one
@@ -100,10 +100,11 @@ class Text:
 
     def __init__(self, folder, split, T, n_vocab):
         self.name, self.T, self.n_vocab = f"{folder} ({split})", T, n_vocab
-        coming = hub.expected(folder, f"*{split}*.npy")
-        self.paths = list(coming) or sorted(Path(folder).glob(f"*{split}*.npy"))
+        coming = hub.expected(folder, split)
+        self.paths = list(coming) or shards_in(folder, split)
         if not self.paths:
-            raise UserError(f"no *{split}*.npy in {folder}; prepare.py text makes such a folder")
+            raise UserError(f"no .npy file in {folder} has the word {split} in its name; "
+                            "prepare.py text makes such a folder")
         lengths = list(coming.values()) or [len(read_array(p, np.uint16)) for p in self.paths]
         self.first = np.cumsum([0, *((length - 1) // T for length in lengths)])
         if len(self) == 0:
@@ -140,9 +141,14 @@ class Text:
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
 
+def shards_in(folder, split):
+    """The token shards of a split, sorted, by the words of their names (hub.split_of)."""
+    return sorted(path for path in Path(folder).glob("*.npy") if hub.split_of(path) == split)
+
+
 def read_array(path, dtype):
     """The 1-D array in `path`, memory-mapped, or a UserError that names the file."""
-    if not Path(path).exists() and Path(path) in hub.expected(Path(path).parent, "*"):
+    if not Path(path).exists() and Path(path) in hub.expected(Path(path).parent):
         raise hub.NotYet(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -169,7 +175,7 @@ def check_tokenizer(folder, tokenizer=None):
     info = read_sealed(manifest)
     if not {"tokenizer", "tokenizer_name"} <= info.keys():
         raise UserError(f"{folder} is not a data set; name one of the folders in it")
-    coming = {path.name for path in hub.expected(folder, "*")}  # checked on arrival by hub.py
+    coming = {path.name for path in hub.expected(folder)}  # checked on arrival by hub.py
     check_together(folder, info.get("sha256", {}), coming)
     if tokenizer is None:
         return tokenizers.load("gpt2" if info["tokenizer_name"] == "gpt2" else folder)

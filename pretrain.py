@@ -26,8 +26,8 @@ from vision import describe, open_model
 @dataclass
 class Config(TrainSettings):
     # --- data
-    # folder of *train*.npy and *val*.npy token shards, or hf://OWNER/NAME for those of a hub data
-    # set, which are downloaded during training
+    # folder of .npy token shards with the word train or val in their names, or hf://OWNER/NAME for
+    # those of a hub data set, which are downloaded during training
     data: str = "data/text"
     context: int = 1024  # tokens of a training row
 

@@ -158,8 +158,8 @@ def random_data(cfg, stage, model, tokenizer):
     """A data set for a stage's loader."""
     if stage == "pretrain":
         ids = np.random.default_rng(0).integers(0, tokenizer.n_vocab, 10**6, dtype=np.uint16)
-        np.save(Path(cfg.out) / "random.npy", ids)
-        return Text(cfg.out, "random", cfg.context, tokenizer.n_vocab)
+        np.save(Path(cfg.out) / "train.npy", ids)
+        return Text(cfg.out, "train", cfg.context, tokenizer.n_vocab)
     lengths = {"clip_pretrain": 30, "sft": cfg.context // 5, "vision_pretrain": 40,
                "vision_sft": 200}
     spec = (image_spec(model.config) if stage == "clip_pretrain"

@@ -5,8 +5,8 @@ before the shards have arrived. A file gets its name only when it is complete an
 sha256. Broken transfers are retried by huggingface_hub.
 """
 
-import fnmatch
 import os
+import re
 import shutil
 import threading
 import time
@@ -21,6 +21,8 @@ PREFIX = "hf://"  # of a data setting that names a data set of the hub
 PREPARED = ("manifest.json", "tokenizer.json")  # files that prepare.py writes beside the shards
 INCOMING = ".incoming"  # folder of files that are not yet complete and checked
 PAUSE = 30.0  # seconds before a failed background download is tried again
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+          "test": "test"}  # words in the names of shards
 
 
 class NotYet(Exception):
@@ -40,11 +42,23 @@ class Remote:
             raise UserError(f"the hub lists a file outside of its data set, {self.name!r}; it is "
                             "not downloaded")
         self.base = Path(self.name).name  # its name in the local folder
+        self.split = split_of(self.name)
+
+
+def split_of(name):
+    """The split of a token shard by the words of its base name, "" if none is in SPLITS: that of
+    pretrain/medieval_train_000.npy is train. UserError for the words of two splits."""
+    words = re.findall("[a-z]+", Path(name).name.lower())
+    splits = sorted({SPLITS[word] for word in words if word in SPLITS})
+    if len(splits) > 1:
+        raise UserError(f"the name of {name} has the words of two splits, {' and '.join(splits)}; "
+                        "rename it")
+    return "".join(splits)
 
 
 def listing(repository):
     """The .npy files of a hub data set and those that prepare.py wrote beside them, as [Remote]
-    sorted by name; UserError if there are no .npy files."""
+    sorted by name; UserError if a split is missing or two files have the same base name."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
@@ -56,9 +70,15 @@ def listing(repository):
     found = [Remote(file.path, file.size, file.lfs.sha256 if file.lfs else "")
              for file in files if isinstance(file, RepoFile)
              and (file.path.endswith(".npy") or file.path in PREPARED)]
-    if not any(remote.name.endswith(".npy") for remote in found):
-        raise UserError(f"the hub's data set {repository} has no .npy files")
-    return sorted(found, key=lambda remote: remote.name)
+    by_base = {}
+    for remote in sorted(found, key=lambda remote: remote.name):
+        if by_base.setdefault(remote.base, remote) is not remote:
+            raise UserError(f"the hub's data set {repository} has two files of the same name, "
+                            f"{by_base[remote.base].name} and {remote.name}; rename one of them")
+    if lacking := {"train", "val"} - {remote.split for remote in found}:
+        raise UserError(f"the hub's data set {repository} has no .npy file with the word "
+                        f"{min(lacking)} in its name; names of folders do not count")
+    return list(by_base.values())
 
 
 def fetch(repository, remote, folder):
@@ -116,7 +136,7 @@ def stream(data, run):
             if path.is_file() and (path.name in wrong or path.stat().st_size != size):
                 say(f"{path} is damaged; it is downloaded again")
                 path.unlink()
-        train = [remote for remote in remotes if fnmatch.fnmatch(remote.name, "*train*.npy")]
+        train = [remote for remote in remotes if remote.split == "train"]
         for remote in [remote for remote in remotes if remote not in train] + train[:1]:
             if not (folder / remote.base).is_file():
                 say(f"{folder / remote.name} ({remote.size / 1e6:.0f} MB)")
@@ -145,7 +165,8 @@ def listed(folder):
     return [Remote(**file) for file in read_sealed(path)["files"]] if path.is_file() else []
 
 
-def expected(folder, pattern):
-    """{path: tokens} of the shards that shards.json says are, or will be, in `folder`."""
+def expected(folder, split=None):
+    """{path: tokens} of the files of a split, or of all, that shards.json says are, or will be, in
+    `folder`."""
     return {Path(folder) / remote.base: (remote.size - 128) // 2  # a header of 128 bytes
-            for remote in listed(folder) if fnmatch.fnmatch(remote.name, pattern)}
+            for remote in listed(folder) if split in (None, remote.split)}

@@ -14,7 +14,7 @@ import numpy as np
 from common import hub
 from common.config import UserError, read_json
 from common.images import ImageError
-from data import Chats, check_tokenizer, read_array
+from data import Chats, check_tokenizer, read_array, shards_in
 from evals.tasks import DESCRIBE, LETTER, SHORT
 from prep.convert import resized
 
@@ -101,7 +101,7 @@ def texts_in(folders, wanted, tokenizer):
             check_tokenizer(folder, tokenizer)
         except UserError:  # of a CLIP with another vocabulary
             continue
-        for path in [*sorted(folder.glob("*train*.npy")), *folder.glob("train/ids.npy")]:
+        for path in [*shards_in(folder, "train"), *folder.glob("train/ids.npy")]:
             for start in range(0, len(read_array(path, np.uint16)) - WINDOW + 1, BLOCK):
                 # Mapped again for each block: pages that were read count as memory of the process.
                 block = read_array(path, np.uint16)[start : start + BLOCK + WINDOW - 1]

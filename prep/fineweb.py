@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 
@@ -21,15 +20,15 @@ def fetch_shards(cfg):
     Interrupted, it resumes with what is missing; an existing data set is extended.
     """
     remotes = hub.listing(cfg.repository)
-    train = [remote for remote in remotes if "train" in remote.name]
-    val = [remote for remote in remotes if "val" in remote.name]
-    if not (train and val) or cfg.shards > len(train):
-        raise UserError(f"{cfg.repository} has {len(train)} training and {len(val)} validation "
-                        f"shards; --shards={cfg.shards} needs more")
+    train = [remote for remote in remotes if remote.split == "train"]
+    val = [remote for remote in remotes if remote.split == "val"]
+    if cfg.shards > len(train):
+        raise UserError(f"{cfg.repository} has {len(train)} training shards; "
+                        f"--shards={cfg.shards} needs more")
     folder, counts, sums = new_data_set(cfg.out, keep=True), {"train": 0, "val": 0}, {}
     with folder as out:
         for remote in [*val, *train[: cfg.shards or None]]:
-            name = Path(remote.name).name
+            name = remote.base
             with contextlib.suppress(OSError):  # files of an existing data set are not fetched
                 os.link(folder.path / name, out / name)
             n = len(read_array(hub.fetch(cfg.repository, remote, out), np.uint16))

@@ -119,6 +119,22 @@ def test_shards_being_downloaded_are_read_in_doubling_groups(tmp_path):
     assert sorted(flat(loader.rows_of(step).tolist() for step in range(7))) == list(range(42))
 
 
+@pytest.mark.parametrize("coming", [False, True])
+def test_no_shard_is_in_two_splits(coming, tmp_path):
+    names = ["pretrain_val_000.npy", "train_medieval_001.npy"]
+    for name in names:
+        np.save(tmp_path / name, np.arange(20, dtype=np.uint16))
+    if coming:
+        write_json(tmp_path / "shards.json", seal({"files": [
+            {"name": f"pretrain/{name}", "size": 168, "sha256": ""} for name in names]}))
+    found = [Text(tmp_path, split, 4, 128).paths for split in ("val", "train")]
+    assert [[path.name for path in paths] for paths in found] == [names[:1], names[1:]]
+    if not coming:
+        np.save(tmp_path / "train_val_0.npy", np.arange(20, dtype=np.uint16))
+        with pytest.raises(UserError, match=r"train_val_0\.npy has the words of two splits, train"):
+            Text(tmp_path, "train", 4, 128)
+
+
 def test_memory_does_not_grow_with_the_tokens_read(tmp_path):
     """Sparse shards; the windows read after step 1 cover at least 60 MB of pages."""
     for shard in range(20):
@@ -392,7 +408,7 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("open_data", "message"), [
     (check_tokenizer, "no data folder .*nowhere"),
-    (lambda folder: Text(folder, "train", 8, 64), r"train\*\.npy in .*nowhere"),
+    (lambda folder: Text(folder, "train", 8, 64), r"nowhere has the word train in"),
     (lambda folder: Chats(folder, "train"), r"nowhere/train/ids\.npy")])
 def test_missing_data_is_named(tmp_path, open_data, message):
     with pytest.raises(UserError, match=message):

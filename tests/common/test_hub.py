@@ -65,6 +65,25 @@ def test_a_file_is_complete_and_undamaged_or_absent(server, tmp_path, monkeypatc
         hub.listing("some/one")
 
 
+@pytest.mark.parametrize("name, split", [
+    ("a_train_000001.npy", "train"), ("pretrain/val_000.npy", "val"), ("val/train0.npy", "train"),
+    ("train_medieval_001.npy", "train"), ("Validation-00.npy", "val"), ("test_000.npy", "test"),
+    ("train/000.npy", ""), ("pretrain_interval.npy", "")])
+def test_a_whole_word_of_its_own_name_decides_the_split_of_a_shard(name, split):
+    assert hub.Remote(name, 10, "").split == split
+
+
+@pytest.mark.parametrize("names, said", [
+    (("train/000.npy", "val/000.npy"), "two files of the same name, train/000.npy and val/000.npy"),
+    (("a/x_train.npy", "b/x_train.npy", "val.npy"), "a/x_train.npy and b/x_train.npy; rename"),
+    (("a/train_0.npy", "train_val_0.npy"), "train_val_0.npy has the words of two splits"),
+    (("val_0.npy", "train/0.npy"), "no .npy file with the word train in its name")])
+def test_shards_that_cannot_be_told_apart_are_refused_by_name(names, said, server):
+    server.repos["datasets", REPOSITORY] = dict.fromkeys(names, server.files[NAMES[0]])
+    with pytest.raises(UserError, match=said):
+        hub.listing(REPOSITORY)
+
+
 def test_background_downloads_outlast_failures(server, tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("common.hub.time.sleep", lambda seconds: server.damaged.clear())
