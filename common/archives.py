@@ -3,8 +3,9 @@
     find = open_images("images_*.tar, more.zip")
     find("coco/train2017/000000000009.jpg")  # the bytes of that file
 
-A name that does not exist matches the file with the same base name; of several, the one that shares
-the most folders before it. Names are only looked up, never written, so one with ../ is harmless.
+A name that does not exist matches the file with the same base name; of several, the one of which
+the complete path ends the name, or is ended by it. Different images that fit a name equally well
+are refused. Names are only looked up, never written, so one with ../ is harmless.
 """
 
 import bisect
@@ -88,22 +89,21 @@ class ImageFiles:
         self.by_base = None if search else {}  # {base name: [(source, name)]}, when first needed
 
     def __call__(self, name):
-        """The bytes of an image; ImageError if it does not exist or cannot be read."""
-        source, found = self._find(name)
-        try:
-            content = source.read(found)
-        except (OSError, ValueError, struct.error, zlib.error) as error:
-            raise ImageError("an unreadable image", f"{found} in {source.name}: {error}") from None
-        if content is None:
-            raise ImageError("an image that is too large",
-                             f"{found} is larger than {MAX_BYTES >> 20} MiB")
+        """The bytes of an image; ImageError if it does not exist or cannot be read, or if several
+        files fit the name and are not copies."""
+        first, *others = self._find(name)
+        content = read_from(*first)
+        for other in others:
+            if read_from(*other) != content:
+                both = " and ".join(f"{found} in {source.name}" for source, found in (first, other))
+                raise ImageError("a name that fits several images", f"{name[:200]} fits {both}")
         return content
 
     def _find(self, name):
+        """The files that fit a name best, as [(source, name in it)]."""
         wanted = normalized(name.replace("\\", "/"))
-        for source in self.sources:
-            if wanted in source:
-                return source, wanted
+        if exact := [(source, wanted) for source in self.sources if wanted in source]:
+            return exact
         with self.lock:
             if self.by_base is None:
                 self.by_base = {}
@@ -113,9 +113,28 @@ class ImageFiles:
         similar = self.by_base.get(os.path.basename(wanted))
         if not similar:
             raise ImageError("a missing image", f"there is no image {name[:200]}")
-        parts = wanted.split("/")[::-1]  # most of them in common; of equals the first
-        return max(similar, key=lambda item: len(os.path.commonprefix(  # noqa: RUF071 (of lists)
-            [item[1].split("/")[::-1], parts])))
+        agreed = [agreement(known, wanted) for _, known in similar]
+        best = max(agreed)
+        return [item for item, n in zip(similar, agreed, strict=True) if n == best]
+
+
+def read_from(source, found):
+    """The bytes of a file in a Folder or Archive, or an ImageError."""
+    try:
+        content = source.read(found)
+    except (OSError, ValueError, struct.error, zlib.error) as error:
+        raise ImageError("an unreadable image", f"{found} in {source.name}: {error}") from None
+    if content is None:
+        raise ImageError("an image that is too large",
+                         f"{found} is larger than {MAX_BYTES >> 20} MiB")
+    return content
+
+
+def agreement(path, other):
+    """How many parts two paths of one base name have in common: all of the shorter if the longer
+    ends with it, else only the base name."""
+    short, long = sorted((path.split("/"), other.split("/")), key=len)
+    return len(short) if long[-len(short) :] == short else 1
 
 
 def normalized(name):
