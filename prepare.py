@@ -111,12 +111,12 @@ class Chat(Rows):
 class Images(Rows):
     """Chats or captions about images, in LLaVA's form; up to 4 images per row, or none.
 
-    Rows about the same image are held out together.
+    Equal rows and rows about the same image are held out together.
     """
 
     # --- source
     # folder, .zip, .tar, .tar.zst or .tar.gz with the images: comma-separated paths or patterns; a
-    # name that is not found is searched by its base name
+    # name that is not found is searched by its base name, and refused if that fits several images
     image_root: str = ""
     max_chats: int = 0  # use only the first chats; 0 for all
 
@@ -133,8 +133,8 @@ class Check(Images):
     """Count what is in a data set, what is wrong with it, and what training makes of it.
 
     DATA is a folder that prepare.py made, or a .json, .jsonl or .parquet file or a pattern, which
-    is converted as `prepare.py images` does it; its flags about validation, --out and --shard_bytes
-    have no effect.
+    is converted as `prepare.py images` does it; its flags --out and --shard_bytes have no effect,
+    and --val_files are not read.
     """
 
     # --- training

@@ -17,7 +17,7 @@ import numpy as np
 import tokenizer as tokenizers
 from common.config import UserError
 from data import Chats, ImageSpec, check_tokenizer
-from prep.convert import read_chats
+from prep.convert import read_chats, splits_of
 from prep.sources import Refused, show, sources_of
 from prep.writers import write_split
 from train.packing import Packed
@@ -31,7 +31,7 @@ class DataSet:
 
     name: str
     tokenizer: object
-    splits: list  # data.Chats
+    splits: list  # data.Chats, that of training first
     chats: list  # (name, split, number in the split)
     left_out: dict  # {reason: {"rows": count, "first": names}}
 
@@ -63,8 +63,9 @@ def check(cfg):
 def opened(path):
     """The DataSet in a folder that prepare.py made; its checksums are verified first."""
     folder, name = Path(path), path.rstrip("/")
-    names = sorted({path.parent.name for path in folder.glob("*/ids.npy")})
-    if not names or not (folder / "manifest.json").is_file():
+    names = sorted({path.parent.name for path in folder.glob("*/ids.npy")},
+                   key=lambda name: (name != "train", name))
+    if names[:1] != ["train"] or not (folder / "manifest.json").is_file():
         raise UserError(f"{name} is not a folder with chats that prepare.py made; name files, like "
                         f"'{name}/*.json'")
     tokenizer = check_tokenizer(folder)
@@ -75,8 +76,9 @@ def opened(path):
 
 
 def converted(cfg, work):
-    """The DataSet that prepare.py images makes of rows, in one split; no more than --show needs."""
-    cfg = replace(cfg, max_chats=cfg.show or cfg.max_chats, val_files="")
+    """The DataSet that prepare.py images makes of rows; no more than --show needs."""
+    cfg = replace(cfg, max_chats=cfg.show or cfg.max_chats, val_files="",
+                  val_share=0 if cfg.val_files else cfg.val_share)
     sources, tokenizer = sources_of(cfg), tokenizers.load(cfg.tokenizer)
     (work / "records").mkdir()
     records, left_out = read_chats(cfg, work / "records", sources, tokenizer)
@@ -84,10 +86,14 @@ def converted(cfg, work):
     if len(rows) == 0:
         hint = "; is --image_root right?" if "a missing image" in left_out else ""
         raise UserError(f"{name} holds no row that can be used{hint}")
-    names = rows.column("name")[: cfg.max_chats or None]
-    write_split(work / "data/train", (rows[i] for i in range(len(names))))
-    chats = [(name, 0, i) for i, name in enumerate(names)]
-    return DataSet(name, tokenizer, [Chats(work / "data", "train")], chats, left_out)
+    names, splits, places = list(rows.column("name")), [], {}
+    for split, (_, numbers) in splits_of(cfg, records, cfg.max_chats).items():
+        if len(numbers):  # nothing may be held out
+            write_split(work / "data" / split, (rows[i] for i in np.sort(numbers)))
+            places |= {i: (len(splits), k) for k, i in enumerate(np.sort(numbers))}
+            splits.append(Chats(work / "data", split))
+    chats = [(names[i], *places[i]) for i in sorted(places)]
+    return DataSet(name, tokenizer, splits, chats, left_out)
 
 
 def inspected(cfg, data, packed):
@@ -112,7 +118,8 @@ def inspected(cfg, data, packed):
 
 def print_figures(cfg, data):
     """Print what training makes of a data set; returns whether it can be trained on, in a line."""
-    packed = Packed(data.splits, cfg.context, data.tokenizer, ImageSpec(cfg.patches, 0))
+    packed, training = (Packed(splits, cfg.context, data.tokenizer, ImageSpec(cfg.patches, 0))
+                        for splits in (data.splits, data.splits[:1]))
     good, positions, left_out, notes = inspected(cfg, data, packed)
     print(f"{data.name}: {len(data.chats):,} chats, {good['rows']:,} of them good, with "
           f"{good['answers']:,} answers and {good['images']:,} images")
@@ -123,9 +130,9 @@ def print_figures(cfg, data):
     percentiles = np.percentile(positions, PERCENTILES, method="nearest")
     print(f"\n{'percentile':<20}" + "".join(f"{q:>8}" for q in PERCENTILES))
     print(f"{'positions per chat':<20}" + "".join(f"{n:>8,}" for n in percentiles))
-    steps = -(-len(packed) // max(1, cfg.batch_tokens // cfg.context))
-    print(f"\nan epoch: {steps:,} steps of {cfg.batch_tokens:,} positions ({len(packed):,} packed "
-          f"rows of {cfg.context:,}, {packed.filled:.1%} filled)")
+    steps = -(-len(training) // max(1, cfg.batch_tokens // cfg.context))
+    print(f"\nan epoch of the training split: {steps:,} steps of {cfg.batch_tokens:,} positions "
+          f"({len(training):,} packed rows of {cfg.context:,}, {training.filled:.1%} filled)")
     n_rows = len(data.chats) + sum(entry["rows"] for entry in data.left_out.values())
     if good["rows"] == n_rows:
         return f"all {n_rows:,} rows are good: this can be trained on as it is"

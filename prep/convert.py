@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+from array import array
 from functools import partial
 from itertools import chain, islice
 
@@ -86,24 +87,29 @@ def documents_of(cfg, records, tokenizer):
 def splits_of(cfg, records, limit):
     """{split: (Records, numbers of its records)}; training numbers come in a seeded order.
 
-    Rows that show the same image stay together, as an image that several rows ask about could else
-    be in both: LLaVA-Instruct-150K has about two rows per image.
+    Equal rows and rows that show the same image stay together, as what is held out could else be in
+    both: LLaVA-Instruct-150K has about two rows per image. How many rows that are is printed.
     """
     from scipy.sparse import coo_array, csgraph
 
     rows = records["rows"]
-    n, generator = min(len(rows), limit or len(rows)), np.random.default_rng(cfg.seed)
+    n = min(len(rows), limit or len(rows))
+    order, (row, keys) = np.random.default_rng(cfg.seed).permutation(n), keys_of(rows, n)
     if "val_rows" in records:
         val = records["val_rows"]
-        return {"train": (rows, generator.permutation(n)), "val": (val, np.arange(len(val)))}
-    # Nodes are the rows and the images that they show, so a group is a connected component.
-    keys = rows.column("image_keys")[:n]  # of each row, 8 bytes per image
-    row = np.repeat(np.arange(n), [len(key) // 8 for key in keys])
-    names, image = np.unique(np.frombuffer(b"".join(keys), np.int64), return_inverse=True)
-    edges = coo_array((np.ones(len(row), np.int8), (row, n + image)), [n + len(names)] * 2)
+        val_row, val_keys = keys_of(val, len(val))
+        if n_known := len(set(val_row[np.isin(val_keys, keys)])):
+            print(f"{n_known:,} of {len(val):,} validation rows equal a training row or show its "
+                  "image")
+        return {"train": (rows, order), "val": (val, np.arange(len(val)))}
+    # Nodes are the rows and their keys, so a group is a connected component.
+    names, key = np.unique(keys, return_inverse=True)
+    edges = coo_array((np.ones(len(row), np.int8), (row, n + key)), [n + len(names)] * 2)
     group = csgraph.connected_components(edges, directed=False)[1][:n]
     sizes = np.bincount(group)
-    groups = generator.permutation(len(sizes))
+    if n_grouped := sizes[sizes > 1].sum():
+        print(f"{n_grouped:,} of {n:,} rows equal another or show its image: they stay together")
+    groups = np.random.default_rng(cfg.seed).permutation(len(sizes))
     wanted = left = min(round(n * cfg.val_share) or int(cfg.val_share > 0), max(0, n - 1))
     held_out = []  # the first groups that make `wanted` records, without those that are too large
     for number in groups.tolist():
@@ -113,8 +119,17 @@ def splits_of(cfg, records, limit):
     if wanted and not held_out and len(groups) > 1:  # all are too large
         held_out = [groups[np.argmin(sizes[groups])]]
     is_val = np.isin(group, held_out)
-    order = np.argsort(np.argsort(groups)[group], kind="stable")  # rows, one group after another
     return {"train": (rows, order[~is_val[order]]), "val": (rows, np.flatnonzero(is_val))}
+
+
+def keys_of(records, n):
+    """The keys of the first n Records and the number of the record that each belongs to, as arrays
+    (number, key)."""
+    counts, keys = array("q"), bytearray()
+    for found in islice(records.column("keys"), n):
+        counts.append(len(found) // 8)
+        keys += found
+    return np.repeat(np.arange(n), counts), np.frombuffer(keys, np.int64)
 
 
 def convert_chats(cfg):
@@ -129,8 +144,8 @@ def convert_chats(cfg):
             raise UserError(f"{sources['rows'].name} holds no usable chat")
         splits = splits_of(cfg, records, cfg.max_chats)
         if len(splits["val"][1]) == 0:
-            raise UserError("no chat is left for validation (those about the same image stay "
-                            "together); give --val_files or a larger --val_share")
+            raise UserError("no chat is left for validation (equal ones and those about the same "
+                            "image stay together); give --val_files or a larger --val_share")
         for split, (source, numbers) in splits.items():
             # sorted, as sequential reading is faster; the loader shuffles
             chats = (source[i] for i in np.sort(numbers))

@@ -34,8 +34,8 @@ COMMIT_SECONDS, PROGRESS_SECONDS = 1.0, 10.0
 # The images of record i have the numbers MAX_IMAGES * i, MAX_IMAGES * i + 1, ...
 TABLES = """PRAGMA page_size = 16384;
 CREATE TABLE IF NOT EXISTS state (key INTEGER PRIMARY KEY, content TEXT);
-CREATE TABLE IF NOT EXISTS records (number INTEGER PRIMARY KEY, name TEXT, image_keys BLOB,
-                                    ids BLOB, supervised BLOB);
+CREATE TABLE IF NOT EXISTS records (number INTEGER PRIMARY KEY, name TEXT, keys BLOB, ids BLOB,
+                                    supervised BLOB);
 CREATE TABLE IF NOT EXISTS images (number INTEGER PRIMARY KEY, content BLOB)"""
 
 
@@ -71,7 +71,8 @@ class Records:
                 self.refused.add(result, [name])
                 continue
             n, images = len(self), result.images
-            keys = b"".join(hashlib.blake2b(image, digest_size=8).digest() for image in images)
+            keys = b"".join(hashlib.blake2b(part, digest_size=8).digest()
+                            for part in images or [result.ids.tobytes()])
             self.db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?)", (
                 n, name, keys, result.ids.tobytes(), bytes(result.supervised)))
             self.db.executemany("INSERT INTO images VALUES (?, ?)",
@@ -99,9 +100,9 @@ class Records:
                       [content for content, in images])
 
     def column(self, name):
-        """A column of all records, in order: name, or image_keys (8 bytes per image; equal images
-        have equal keys)."""
-        return [value for value, in self.db.execute(f"SELECT {name} FROM records ORDER BY number")]
+        """Yield a column of all records, in order: name, or keys (8 bytes for each image, or for
+        the ids where there is no image; what is equal has equal keys)."""
+        return (value for value, in self.db.execute(f"SELECT {name} FROM records ORDER BY number"))
 
 
 def in_order(job, items, workers=None):

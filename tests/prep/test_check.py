@@ -102,10 +102,10 @@ def test_every_problem_is_counted_and_the_first_rows_are_named(corpus, check):
 
 def test_a_prepared_folder_is_read_as_training_reads_it(corpus, check):
     said, tokenizer = check(corpus / "made").out, tokenizers.load(corpus)
-    splits = [Chats(corpus / "made", split) for split in ("train", "val")]
-    packed = Packed(splits, 96, tokenizer, ImageSpec(16, 32))
+    packed, train = (Packed([Chats(corpus / "made", split) for split in splits], 96, tokenizer,
+                            ImageSpec(16, 32)) for splits in (("train", "val"), ("train",)))
     assert f"{len(GOOD) + N_KEPT} chats, {len(packed.chats)} of them good" in said
-    assert f"({len(packed)} packed rows of 96, {packed.filled:.1%} filled)" in said
+    assert f"({len(train)} packed rows of 96, {train.filled:.1%} filled)" in said
     assert all(reason in said for reason in REFUSED) and "(train:" in said
 
 
@@ -121,6 +121,27 @@ def test_positions_and_steps_are_those_of_training(corpus, check):
     assert f"{-(-n_rows // 2)} steps of 192 positions ({n_rows} packed" in said
     assert said.splitlines()[-1].startswith("all 20 rows are good")
     assert "3 chats, 3 of them good" in check(corpus / "good.jsonl", "--max_chats=3").out
+
+
+def test_an_epoch_is_of_what_is_not_held_out(corpus, check, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([row("", f"Say {i}.", "It is red.") for i in range(40)]))
+    prepared("images", f"--files={path}", f"--tokenizer={corpus}", "--val_share=0.5",
+             f"--out={tmp_path}/out")
+    train = Packed([Chats(tmp_path / "out", "train")], 96, tokenizers.load(corpus))
+    assert len(train.chats) == 20
+    for data in path, tmp_path / "out":
+        said = check(data, "--val_share=0.5", "--batch_tokens=96").out
+        assert f"training split: {len(train)} steps of 96" in said and "40 of them good" in said
+
+
+@pytest.mark.parametrize("first", ["long", "good"])
+def test_any_number_of_long_chats_leaves_the_others_good(first, corpus, check, tmp_path):
+    rows = sorted(GOOD + [row("red.png", LONG + str(i), "Long.") for i in range(300)],
+                  key=lambda row: (row in GOOD) == (first == "long"))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    said = check(tmp_path / "a.json").out
+    assert "320 chats, 20 of them good" in said and f"300 rows: {TOO_LONG}" in said
 
 
 def test_the_contact_sheet_shows_sixteen_random_chats(corpus, check, tmp_path):
