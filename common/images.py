@@ -74,9 +74,10 @@ def read_image(source, name=None, size=0, how="pad", max_pixels=MAX_PIXELS):
 def to_rgb(image):
     """An opened PIL image upright and in RGB, transparency on white."""
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip to white
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        deep, key = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray(np.where(deep == key, 255, (deep >> 8).clip(0, 255)).astype("u1"))
     image = ImageOps.exif_transpose(image)
-    if image.mode in ("P", "LA", "PA", "RGBA"):
+    if image.has_transparency_data:  # of a channel, a palette or one colour
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")

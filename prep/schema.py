@@ -21,8 +21,8 @@ def messages_of(row):
     turns = row.get("conversations") or row.get("messages") or instruction_turns(row)
     if not (isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)):
         raise ValueError("turns of another form")
-    messages = [{"role": turn.get("from") or turn.get("role"),
-                 "content": turn.get("value") or turn.get("content")} for turn in turns]
+    messages = [{"role": first_of(turn, "from", "role"),
+                 "content": first_of(turn, "value", "content")} for turn in turns]
     if not all(isinstance(m["role"], str) for m in messages):
         raise ValueError("turns of another form")
     for m in messages:
@@ -39,13 +39,19 @@ def messages_of(row):
     return messages
 
 
+def first_of(row, *names):
+    """The first of some fields that has content, else the first that is there, else None."""
+    found = [row[name] for name in names if row.get(name) is not None]
+    return max(found, key=bool, default=None)  # of equals max gives the first
+
+
 def instruction_turns(row):
     """The two turns of a row with columns like instruction and response, or image and caption."""
-    question = row.get("instruction") or row.get("prompt") or ""
+    question = first_of(row, "instruction", "prompt") or ""
     if not isinstance(question, str):
         raise ValueError("a question that is not text")
     question += f"\n{row['input']}" if row.get("input") else ""
-    answer = row.get("response") or row.get("output") or row.get("caption")
+    answer = first_of(row, "response", "output", "caption")
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 

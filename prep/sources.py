@@ -80,7 +80,7 @@ def read_text(path):
     size = path.stat().st_size
     if size > LONGEST_TEXT:
         raise ValueError(f"more than {LONGEST_TEXT >> 30} GiB; split it into several files")
-    yield path.read_text(encoding="utf-8", errors="replace"), size
+    yield path.read_text(encoding="utf-8-sig", errors="replace"), size
 
 
 def read_parquet(path):
@@ -104,7 +104,7 @@ def read_list(path):
     nested lists.
     """
     decoder, at = json.JSONDecoder(), 1
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         buffer = file.read(BLOCK).lstrip()
         if not buffer.startswith("["):
             raise ValueError("it is not a JSON list of rows")

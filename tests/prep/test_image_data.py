@@ -35,6 +35,19 @@ def bomb():
             + struct.pack(">I", zlib.crc32(chunk)) + encoded(red(), "PNG")[33:])
 
 
+def keyed_images():
+    """{name: (image of which the left half has a color that the file calls transparent, that color,
+    the other color as RGB)}."""
+    found = {}
+    for name, mode, key, other, color in (
+            ("rgb.png", "RGB", (0, 0, 0), RED, RED), ("l.png", "L", 0, 200, (200,) * 3),
+            ("bit.png", "1", 0, 1, WHITE), ("deepl.png", "I;16", 257, 51400, (200,) * 3)):
+        halves = Image.new(mode, (40, 20), other)
+        halves.paste(key, (0, 0, 20, 20))
+        found[name] = halves, key, color
+    return found
+
+
 def wild_images():
     """{name: (bytes, reason why it is refused or "", colors as (y, x, color))}."""
     text = PngImagePlugin.PngInfo()
@@ -62,6 +75,8 @@ def wild_images():
                      [(y, 16, (8 * y,) * 3) for y in (2, 16, 30)]),
         "palette.png": (encoded(palette, "PNG", transparency=0), "",
                         [(16, 6, WHITE), (16, 26, RED)]),
+        **{name: (encoded(halves, "PNG", transparency=key), "", [(16, 6, WHITE), (16, 26, color)])
+           for name, (halves, key, color) in keyed_images().items()},
         "moving.gif": (gif, "", wide), "gif.jpg": (gif, "", wide),
         "rotated.jpg": (encoded(rotated, "JPEG", exif=exif, quality=95), "",
                         [(6, 16, RED), (26, 16, BLUE), (16, 2, GREY)]),
@@ -218,6 +233,27 @@ def test_the_path_decides_among_files_with_the_same_base_name(form, tmp_path):
         assert find(wanted) == found.encode()
     with pytest.raises(ImageError, match="x/3"):
         find("x/3.jpg")
+
+
+@pytest.mark.parametrize("form", ["folder", "a.zip", "a.tar", "one.zip,two"])
+def test_a_name_that_fits_several_images_is_refused_and_counted(form, vocabulary, tmp_path):
+    shades = [encoded(Image.new("RGB", (9, 9), (80 * i, 0, 0)), "PNG") for i in range(3)]
+    (tmp_path / "in").mkdir()
+    root = store(tmp_path / "in", form, [("cats/1.png", shades[0]), ("dogs/1.png", shades[1]),
+                                         ("cats/2.png", shades[2]), ("copy/2.png", shades[2])])
+    names = ["birds/1.png", "1.png", "birds/cats/x/1.png",  # these fit both, or none of the folders
+             "dogs/1.png", "images/cats/1.png", "2.png", "birds/2.png"]
+    convert(tmp_path, vocabulary, map(asked, names), root)
+    assert manifest(tmp_path / "out")["left_out"] == {"a name that fits several images": {
+        "rows": 3, "first": ["rows.json:1", "rows.json:2", "rows.json:3"]}}
+    assert [round(image[16, 16, 0] / 80) for image, in images_in(tmp_path / "out")] == [1, 0, 2, 2]
+
+
+def test_two_archives_that_both_have_a_name_are_named(tmp_path):
+    for name in "one.zip", "two.zip":
+        store(tmp_path, name, [("1.png", name.encode())])
+    with pytest.raises(ImageError, match=r"1.png fits 1.png in .*one.zip and 1.png in .*two.zip"):
+        open_images(f"{tmp_path}/one.zip,{tmp_path}/two.zip")("1.png")
 
 
 def numbered(n=12):

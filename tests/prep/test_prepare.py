@@ -96,6 +96,29 @@ def test_every_document_is_kept_unchanged(ending, vocabulary, tmp_path):
     assert sorted(documents(tmp_path / "out", "train")) == sorted(TEXTS)
     assert documents(tmp_path / "out", "val") == TEXTS
     assert f"{len(TEXTS)} documents" in said and "left out" not in said
+    assert f"{len(TEXTS)} of {len(TEXTS)} validation rows equal a training row" in said
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "json"])
+def test_a_byte_order_mark_is_not_text(ending, vocabulary, tmp_path):
+    path = tmp_path / f"a.{ending}"
+    path.write_text(TEXTS[1]) if ending == "txt" else write_rows(path, [{"text": TEXTS[1]}])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    prepared("text", f"--files={path}", f"--val_files={path}", f"--tokenizer={vocabulary}",
+             f"--out={tmp_path}/out")
+    assert documents(tmp_path / "out", "train") == [TEXTS[1]]
+
+
+@pytest.mark.parametrize("command, read", [("text", documents), ("chat", chats)])
+def test_equal_rows_stay_on_one_side_of_the_split(command, read, vocabulary, tmp_path):
+    rows = [{"text": f"Story {i}.", "prompt": f"say {i}", "output": "it"} for i in range(500)] * 2
+    path = write_rows(tmp_path / "a.jsonl", random.Random(0).sample(rows, len(rows)))
+    said = prepared(command, f"--files={path}", f"--tokenizer={vocabulary}", "--val_share=0.1",
+                    f"--out={tmp_path}/out")
+    train, val = (read(tmp_path / "out", split) for split in ("train", "val"))
+    assert (len(train), len(val)) == (900, 100) and not set(train) & set(val)
+    assert "1,000 of 1,000 rows equal another or show its image: they stay" in said
+    assert sum(a == b for a, b in itertools.pairwise(train)) < 10  # copies are not neighbours
 
 
 def test_several_patterns_another_field_a_vocabulary_and_small_shards(tmp_path):
@@ -174,6 +197,14 @@ def test_every_form_of_a_chat_gives_the_same_ids(ending, vocabulary, tmp_path):
     assert "train: 4 chats" in said and "left out" not in said
 
 
+def test_an_empty_question_is_alike_in_every_form(vocabulary, tmp_path):
+    rows = json.loads(json.dumps(FORMS).replace("hello", ""))
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    prepared("chat", f"--files={path}", f"--val_files={path}", f"--tokenizer={vocabulary}",
+             f"--out={tmp_path}/out")
+    assert chats(tmp_path / "out") == [(HELLO[0].replace("hello", ""), HELLO[1])] * 4
+
+
 def test_longer_chats_keep_every_turn(vocabulary, tmp_path):
     turns = [("system", "be kind"), ("user", "1"), ("assistant", "one"), ("user", "2 <|end|>"),
              ("assistant", "two"), ("user", "still there?")]
@@ -239,7 +270,10 @@ BAD_CHATS = {
         {"messages": [{"role": "user", "content": "a"}, *FORMS[1]["messages"]]},
         {"messages": [{"role": "user", "content": "hello"}]},
         {"conversations": [{"from": "martian", "value": "x"}, {"from": "gpt", "value": "hi"}]}],
-    "an empty answer": [{"instruction": "hello", "response": " "}],
+    "an empty answer": [
+        {"instruction": "hello", "response": " "}, {"instruction": "hello", "response": ""},
+        {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": ""}]},
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}],
     "a turn without text": [
         {"instruction": "hello"}, {"conversations": []},
         {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "hi"}]},
