@@ -15,5 +15,5 @@ schedule = "cosine"
 warmup = 0.03
 cooldown = 0.97
 eval_every = 100
-save_every = 250
+save_every = 200
 compile = True

@@ -19,4 +19,4 @@ max_steps = 600
 warmup = 0.05
 cooldown = 0.6
 eval_every = 100
-save_every = 150
+save_every = 200

@@ -18,4 +18,4 @@ replay_share = 0.1
 text_share = 0.5  # with a tenth and twice the rates chats lost 0.5 nats (docs/log.md)
 cooldown = 0.7
 eval_every = 100
-save_every = 250
+save_every = 200
