@@ -251,8 +251,8 @@ def contrast(images, texts, scale, keys, gather=gather):
     """This process's share of the contrastive loss in nats, averaged over all processes' pairs.
 
     images, texts (B, E): unit vectors. keys (B,) int64: captions with equal keys are identical, so
-    their images count as positives for each other and share the target evenly. gather: as above;
-    validation has the same rows in every process.
+    their images count as positives for each other and share the target evenly. gather: collects the
+    rows of all processes; in validation, where all have the same rows, it returns its argument.
     """
     with torch.autocast(images.device.type, enabled=False):  # bf16 rounds logits near 100 to 0.5
         same = (keys[:, None] == gather(keys)).float()  # (B, B of all processes)

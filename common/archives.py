@@ -3,9 +3,9 @@
     find = open_images("images_*.tar, more.zip")
     find("coco/train2017/000000000009.jpg")  # the bytes of that file
 
-A name that does not exist matches the file with the same base name; of several, the one of which
-the complete path ends the name, or is ended by it. Different images that fit a name equally well
-are refused. Names are only looked up, never written, so one with ../ is harmless.
+A name that does not exist matches the file with the same base name. Of several such files, one is
+taken whose complete path is the end of the name, or the other way round. Different images that fit
+a name equally well are refused. Names are only looked up, never written: ../ is harmless.
 """
 
 import bisect

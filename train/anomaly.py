@@ -12,7 +12,7 @@ from common.config import UserError
 WINDOW = 128  # recent steps whose mean and deviation count
 MIN_STEPS = 32  # in the first, only what is not finite is skipped
 DEVIATIONS = 6.0  # standard deviations above the mean that make an outlier
-LEAST_DEVIATION = 1e-3  # as a share of the mean: less does not tell what is usual
+LEAST_DEVIATION = 1e-3  # as a fraction of the mean; nearly constant values set no limit
 MAX_IN_A_ROW = 20  # skipped steps that end a run; fp16 needs 16 to find its scale
 
 
