@@ -235,7 +235,7 @@ class Chats:
         return int(self.first_image[i + 1] - self.first_image[i]) if self.has_images else 0
 
     def cluster(self, i):
-        """A key that chats about the same images share: their scores depend on each other."""
+        """The images of chat i as keys, else i: scores of chats that share one are dependent."""
         numbers = range(*self.first_image[i : i + 2]) if self.n_images(i) else ()
         return tuple(hash(self._bytes(n)) for n in numbers) or i
 

@@ -172,7 +172,7 @@ def described_settings(config_class):
 def read_config_file(path, config_class):
     """The assignments in the file `path` as a list of flags."""
     try:
-        lines = ast.parse(Path(path).read_text(encoding="utf-8")).body
+        lines = ast.parse(Path(path).read_text(encoding="utf-8-sig")).body
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"cannot read the config file {path}: {one_line(error)}") from None
     flags = []

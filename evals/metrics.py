@@ -25,16 +25,32 @@ def score(items, statistic=np.mean, chance=None, n=1000, clusters=None):
 
     Its error is the deviation over n bootstrap samples of the items, always drawn with the same
     seed; 0 for a single item. Source: Efron (1979), "Bootstrap Methods".
-    clusters: a key per item; items with equal keys, such as questions about one image, are drawn
-    together, because they are not independent. Source: Field & Welsh (2007), JRSS B 69(3).
+    clusters: a key per item, or a tuple of keys; items that share one, such as questions about an
+    image, are drawn together, because they are not independent. Source: Field & Welsh (2007), JRSS
+    B 69(3).
     """
     items, random, index = np.asarray(items), np.random.default_rng(0), {}
-    numbers = [index.setdefault(key, len(index)) for key in clusters or range(len(items))]
+    numbers = [index.setdefault(key, len(index)) for key in joined(clusters or range(len(items)))]
     drawn, N = [], len(index)
     for _ in range(n):
         times = np.bincount(random.integers(N, size=N), minlength=N)  # that each cluster was drawn
         drawn.append(statistic(items.repeat(times[numbers], axis=0)))
     return Score(float(statistic(items)), float(np.std(drawn, ddof=1)), chance)
+
+
+def joined(clusters):
+    """A key for each item, equal for items that share one of theirs, if only through others."""
+    parent, clusters = {}, [key if isinstance(key, tuple) else (key,) for key in clusters]
+
+    def root(key):
+        while parent.setdefault(key, key) != key:
+            key = parent[key]
+        return key
+
+    for keys in clusters:
+        for key in keys:
+            parent[root(key)] = root(keys[0])
+    return [root(keys[0]) for keys in clusters]
 
 
 def ratio(rows):

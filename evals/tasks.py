@@ -163,7 +163,7 @@ def question_of(task, row, number=0):
 
 
 def scored(questions, items, *args, **options):
-    """The Score of items, one for each question; questions about the same images are a cluster."""
+    """The Score of items, one for each question; questions that share an image are a cluster."""
     clusters = [tuple(question.images) or i for i, question in enumerate(questions)]
     return score(items, *args, **options, clusters=clusters)
 
@@ -277,7 +277,7 @@ def rows_of(path):
     """The rows of a JSON file, or the lines of a JSONL file; hf://OWNER/NAME/FILE is downloaded."""
     try:
         path = fetched(path)[0] if path.startswith(hub.PREFIX) else path
-        text = Path(path).read_bytes()
+        text = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
         rows = json.loads(text) if text.lstrip().startswith(b"[") else [
             line for line in text.split(b"\n") if line.strip()]
     except (OSError, ValueError) as error:

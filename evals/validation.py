@@ -97,8 +97,9 @@ def turns(model, tokenizer, chats, n, max_tokens=None):
     spec, too_long = getattr(model, "image_spec", None), 0
     for i in range(min(n, len(chats))):
         images = chats.images(i, spec)
-        for prompt, answer in turns_of(chats, i):
-            if fits(model, tokenizer, prompt, max_tokens or len(answer) + 1):
+        complete = turns_of(getattr(chats, "chats", chats), i)  # text-only: as many as with images
+        for (prompt, answer), (longest, _) in zip(turns_of(chats, i), complete, strict=True):
+            if fits(model, tokenizer, longest, max_tokens or len(answer) + 1):
                 yield i, prompt, answer, images[: prompt.count(tokenizer.image)]
             else:
                 too_long += 1

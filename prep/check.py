@@ -98,21 +98,21 @@ def converted(cfg, work):
 
 def inspected(cfg, data, packed):
     """(counts of good chats, positions of every chat, Refused by training, Refused with notes)."""
-    used = packed.chats[["source", "number", "truncated"]].tolist()
-    truncated = {tuple(place): truncated for *place, truncated in used}
+    used = packed.chats[["source", "number", "n_ids", "truncated"]].tolist()
+    kept = {(split, number): found for split, number, *found in used}
     good, positions, left_out, notes = Counter(), [], Refused(), Refused()
     for name, split, number in data.chats:
         ids, supervised = data.splits[split].chat(number)
-        n_images = np.count_nonzero(ids == data.tokenizer.image)
-        n_answers = np.count_nonzero(supervised & (ids == data.tokenizer.end))
-        positions.append(len(ids) + n_images * (cfg.patches - 1))
-        if (split, number) not in truncated:
-            left_out.add(f"its first answer ends beyond {cfg.context:,} positions" if n_answers
+        is_image, is_end = ids == data.tokenizer.image, supervised & (ids == data.tokenizer.end)
+        positions.append(len(ids) + is_image.sum() * (cfg.patches - 1))
+        if (split, number) not in kept:
+            left_out.add(f"its first answer ends beyond {cfg.context:,} positions" if is_end.any()
                          else "no supervised token", [name])
             continue
-        if truncated[split, number]:
+        n_ids, truncated = kept[split, number]
+        if truncated:
             notes.add(f"truncated after an answer to {cfg.context:,} positions", [name])
-        good.update(rows=1, answers=n_answers, images=n_images)
+        good.update(rows=1, answers=is_end[:n_ids].sum(), images=is_image[:n_ids].sum())
     return good, positions, left_out, notes
 
 

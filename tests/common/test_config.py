@@ -38,7 +38,7 @@ def written(tmp_path):
 
 def test_flags_override_the_file_and_the_file_the_defaults(written):
     assert parse(Config, []) == Config()
-    path = written('"""Words."""\n\nmax_steps = 7  # few\nlr = 1e-4\ndata = "here"\nout = ""\n')
+    path = written('\ufeff"""Words."""\nmax_steps = 7  # few\nlr = 1e-4\ndata = "here"\nout = ""\n')
     assert parse(Config, [path]) == Config(max_steps=7, lr=1e-4, data="here", out="")
     cfg = parse(Config, [path, "--max_steps=9", "--data=there"])
     assert cfg == Config(max_steps=9, lr=1e-4, data="there", out="")

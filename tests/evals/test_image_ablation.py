@@ -22,7 +22,7 @@ from common.device import Machine
 from data import Chats, ImageSpec
 from evals.image_ablation import AblatedChats, ImageAblation, ignored_images_warning, nats_by_chat
 from evals.metrics import ratio, score
-from evals.validation import answer_scores, caption_choice
+from evals.validation import ANSWER_TOKENS, answer_scores, caption_choice, exact_answers
 from prep.writers import write_chats, write_manifest
 from tokenizer import load
 from train.loader import Loader, validation_loss
@@ -128,7 +128,7 @@ def test_the_nats_of_the_chats_sum_up_to_the_loss(vision_model, mixed):
                                                                           rel=1e-4)
 
 
-def test_gains_by_hand(mixed):
+def test_gains_by_hand(mixed, monkeypatch):
     """Mismatched images cost one nat per token more; chats without images do not count."""
     folder, tokenizer = mixed
     ablation = ImageAblation(Chats(folder, "val"), 12, 128, tokenizer, SPEC)
@@ -139,6 +139,11 @@ def test_gains_by_hand(mixed):
     assert gains["mismatched"] == pytest.approx((1.0, 0.0, 0.0), abs=1e-9)
     assert gains["blank"] == (0.0, 0.0, 0.0)  # chats 0, 2, 4 ... have no images
     assert score([(1, 1), (0, 1)], ratio).error == pytest.approx(0.5 / 2**0.5, rel=0.1)
+    with monkeypatch.context() as patch:  # as if all chats showed one image
+        patch.setattr(Chats, "cluster", lambda chats, i: 0)
+        uneven = {number: (loss + number, n) for number, (loss, n) in other.items()}
+        assert ablation.gains(dict.fromkeys(("correct", "blank"), correct)
+                              | {"mismatched": uneven})["mismatched"].error < 1e-9
     few = {number: correct[number] for number in (0, 2, 4)}
     assert ablation.gains(dict.fromkeys(("correct", "mismatched", "blank"), few)) == {}
 
@@ -175,6 +180,18 @@ def test_turns_of_a_chat_and_chats_about_an_image_are_one_sample(
         found |= part
     assert found["chat_exact"].error == pytest.approx(0.5 / 20**0.5, rel=0.08)
     assert found["vqa_exact"].error == pytest.approx(0.5 / 10**0.5, rel=0.08)
+
+
+def test_the_same_turns_are_asked_with_and_without_images(vision_model, tmp_path):
+    """Only without its image would the longer question leave room for an answer."""
+    (model, tokenizer), P = vision_model, vision_model[0].image_spec.n_patches
+    n = model.config.max_positions - ANSWER_TOKENS - 4  # 4: special tokens
+    chats = [[{"role": "user", "content": "." * (n - P + more)},
+              {"role": "assistant", "content": "a"}] for more in (0, 1)]
+    write_chats(tmp_path / "val", tokenizer, [(chat, [grey_image(9)]) for chat in chats])
+    for kind in ("correct", "mismatched", "text_only"):
+        marks = exact_answers(model, tokenizer, Chats(tmp_path, "val"), 2, kind)[""]
+        assert [number for _, number in marks] == [0]
 
 
 def test_of_a_caption_that_is_too_long_for_another_prompt_the_beginning_counts(

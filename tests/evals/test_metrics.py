@@ -45,6 +45,8 @@ def test_items_of_a_cluster_are_one_sample():
     assert score(values, clusters=keys.tolist()).error == pytest.approx(
         (sums**2).sum() ** 0.5 / 1000, rel=0.08)
     assert score(values, clusters=range(1000)) == score(values)
+    pairs = [(key, f"own {i}") if i % 2 else (f"{i}", key) for i, key in enumerate(keys.tolist())]
+    assert score(values, clusters=pairs) == score(values, clusters=keys.tolist())
     again = score(np.repeat(values, 5), clusters=[i // 5 for i in range(5000)])
     assert again[:2] == pytest.approx(score(values)[:2])
 

@@ -201,7 +201,8 @@ def test_what_cannot_be_asked_is_one_sentence(name, text, model, why, tmp_path):
 
 
 def test_json_lists_and_files_of_the_hub_are_read_like_lines(tmp_path, monkeypatch):
-    (tmp_path / "rows.json").write_text(json.dumps([PIQA, PIQA], indent=1))
+    """Also with a byte-order mark."""
+    (tmp_path / "rows.json").write_text(json.dumps([PIQA, PIQA], indent=1), encoding="utf-8-sig")
     monkeypatch.setattr(tasks, "fetched", lambda pattern: [tmp_path / pattern.split("/")[-1]])
     for path in str(tmp_path / "rows.json"), "hf://owner/name/rows.json":
         assert len(TaskRunner("piqa", path, text_model(), TOKENIZER).questions) == 2

@@ -94,7 +94,7 @@ def test_every_problem_is_counted_and_the_first_rows_are_named(corpus, check):
     _, training = said.split("\nleft out by training\n")
     assert training.startswith(f"2 rows: {TOO_LONG}")
     n_good = len(GOOD) + N_KEPT - 2
-    assert (f"{len(GOOD) + N_KEPT} chats, {n_good} of them good, with {n_good + 1} answers and "
+    assert (f"{len(GOOD) + N_KEPT} chats, {n_good} of them good, with {n_good} answers and "
             f"{n_good + 2} images\n") in said
     assert said.splitlines()[-1].startswith(
         f"{n_good} of {len(GOOD) + N_KEPT + N_REFUSED} rows are good; training leaves")
