@@ -6,6 +6,7 @@ from pathlib import Path
 from common.archives import open_images
 from common.atomic import append_rows, resume_rows
 from common.config import UserError
+from common.device import pick_dtype
 from common.images import fit, read_image
 from evals.loglikelihood import Item, likelihoods
 from evals.tasks import TASKS, question_of, rows_of, text_windows
@@ -43,7 +44,8 @@ class TaskRunner:
         if has_images and not isinstance(model, VisionLanguageModel):
             raise UserError(f"{name} asks about images, but this checkpoint is text-only")
         self.file = Path(out) / f"{name}.{Path(path).stem}.jsonl" if out else None
-        asked = repr([checkpoint, str(next(model.parameters()).dtype), self.questions])
+        dtype, found = pick_dtype(next(model.parameters()).device), (image_root, self.find.identity)
+        asked = repr([checkpoint, str(dtype), self.questions, has_images and found])
         self.header = {"task": name, "asked": hashlib.sha256(asked.encode()).hexdigest()}
 
     def run(self, progress=lambda n: None):

@@ -495,6 +495,29 @@ def test_answers_of_another_checkpoint_or_to_other_questions_are_refused(tmp_pat
             task_runner("piqa", tmp_path, other, out=out, checkpoint=checkpoint).run()
 
 
+def test_answers_about_other_images_or_in_another_precision_are_refused(tmp_path, monkeypatch):
+    def acc(name):
+        return TaskRunner("pope", path, new_model(), TOKENIZER, 9, str(tmp_path / name),
+                          str(tmp_path / "out")).run()["scores"]["acc"]
+
+    path = written(tmp_path, [POPE])
+    for color, name in ((RED, "a"), (BLUE, "b"), (None, "empty")):
+        (tmp_path / name).mkdir()
+        if color:
+            color.save(tmp_path / name / "red.png")
+    with pytest.raises(UserError, match="no image is readable"):
+        acc("empty")
+    with pytest.raises(UserError, match="choose another name, or remove it"):
+        acc("a")
+    (tmp_path / "out" / "pope.rows.jsonl").unlink()
+    assert acc("a") == acc("a")
+    with pytest.raises(UserError, match="choose another name, or remove it"):
+        acc("b")
+    monkeypatch.setattr(runner, "pick_dtype", lambda device: torch.float16)
+    with pytest.raises(UserError, match="choose another name, or remove it"):
+        acc("a")
+
+
 def test_eval_prints_and_writes_scores_with_errors_chance_and_text_only(tmp_path):
     """Two files of one task are told apart by their names."""
     save(tmp_path / "run", new_model())
