@@ -109,6 +109,9 @@ def benchmarks(name, cfg, machine):
     runners = {task if tasks.count(task) == 1 else f"{task}:{Path(path).stem}": TaskRunner(
         task, path, model, tokenizer, cfg.items, cfg.image_root, cfg.out, info["sha256"])
         for task, path in wanted}
+    if len(runners) < len(wanted):
+        raise UserError(f"--tasks={cfg.tasks} has one task twice with files of the same name; "
+                        "rename one of them")
     found = {}
     seen = overlaps(list(runners.values()), info) if cfg.overlap else [None] * len(runners)
     for (task, runner), overlap in zip(runners.items(), seen, strict=True):

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from common.config import UserError
 
+HELD = {}  # path -> open file of answers, locked until this process ends
+
 
 def flush(folder, deep=True):
     """Force `folder`, and if deep everything below it, to the disk."""
@@ -106,6 +108,12 @@ def resume_rows(path, header, n, batch):
     """
     path, first = Path(path), json.dumps(header).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
+    file = HELD[path.absolute()] = HELD.get(path.absolute()) or open(path, "ab")  # noqa: SIM115
+    try:
+        take_lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is writing {path}; wait for it, or choose another "
+                        "name") from None
     content = path.read_bytes() if path.exists() else b""
     lines = content.split(b"\n")[1:-1]  # a kill may have cut the last one
     if len(lines) > n or not (content.startswith(first) or first.startswith(content)):

@@ -3,8 +3,11 @@
 import contextlib
 import os
 import resource
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 from common.atomic import NewFolder, append_rows, resume_rows
 from common.config import UserError
@@ -43,6 +46,18 @@ def test_two_processes_cannot_write_one_folder(tmp_path):
         with pytest.raises(UserError, match="another process"), NewFolder(tmp_path / "out"):
             pass
         assert (tmp_path / ".writing-out/new").is_dir()
+
+
+def test_two_processes_cannot_append_to_one_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    code = f"from common.atomic import *; resume_rows({str(path)!r}, {{}}, 2, 1); print(1); input()"
+    with subprocess.Popen([sys.executable, "-uc", code], cwd=ROOT, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"1\n"
+        with pytest.raises(UserError, match="another process is writing"):
+            resume_rows(path, {}, 2, 1)
+        other.communicate(b"\n")
+    assert resume_rows(path, {}, 2, 1) == []
 
 
 def test_rows_are_resumed_after_the_last_complete_batch(tmp_path):

@@ -538,3 +538,7 @@ def test_eval_prints_and_writes_scores_with_errors_chance_and_text_only(tmp_path
     assert found["tasks"]["piqa"]["n"] == 5 and len(found["sha256"]) == 64
     logs = [f"{name}.jsonl" for name in ("pope.popular", "pope.random", "piqa.rows")]
     assert all((tmp_path / "out" / log).is_file() for log in logs)
+    (tmp_path / "b").mkdir()
+    other = written(tmp_path / "b", synthetic("pope", rng, 6), "random.jsonl")
+    same = run(*argv[:2], f"--tasks=pope:{pope[1]},pope:{other}", *argv[3:])
+    assert "has one task twice with files of the same name" in same.refusal
