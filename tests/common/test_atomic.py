@@ -93,6 +93,9 @@ def test_a_full_disk_loses_no_complete_batch(room, tmp_path):
     try:
         with contextlib.suppress(OSError):
             append_rows(path, rows[2:4])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        with contextlib.suppress(OSError):
+            resume_rows(path, {}, 6, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes().startswith(before)
