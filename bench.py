@@ -21,6 +21,7 @@ from benchmarks.baselines import beside_nanogpt
 from benchmarks.decoding import decode_speeds
 from benchmarks.training import STAGES, Training, plan, profile, step_speed
 from common.config import UserError, parse, run_main
+from tokenizer import SPECIALS
 
 
 @dataclass
@@ -40,6 +41,8 @@ def main():
     bench = parse(Config, [flag for flag in argv if flag.startswith(own)],
                   "[plan | decode] CONFIG")
     argv = [flag for flag in argv if not flag.startswith(own)]
+    if bench.steps < 1 or bench.vocabulary <= len(SPECIALS):
+        raise UserError(f"--steps must be at least 1, --vocabulary above {len(SPECIALS)}")
     if command == "plan":
         plan(argv[0] if argv else "configs/demo", bench.vocabulary)
     elif bench.peer not in ("", "transformers"):

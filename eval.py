@@ -19,6 +19,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from common import checkpoint
+from common.atomic import check_output, writing
 from common.checkpoint import write_json
 from common.config import UserError, parse, parse_checkpoint, read_json, run_main
 from common.device import peak_memory_gb, pick_device, setup
@@ -67,6 +68,9 @@ def main():
     name, cfg = parse_checkpoint(Config)
     if cfg.items < 1:
         raise UserError(f"--items={cfg.items}: it must be at least 1")
+    for setting in "out", "report":
+        if folder := getattr(cfg, setting):
+            check_output(folder, f"--{setting}=", folder=True)
     machine = setup(cfg.device)
     if cfg.tasks:
         return benchmarks(name, cfg, machine)
@@ -130,8 +134,9 @@ def benchmarks(name, cfg, machine):
             print(f"({task}: {len(runner.left_out)} left out, such as {runner.left_out[0]})",
                   file=sys.stderr)
     if cfg.out:
-        write_json(Path(cfg.out) / "eval.json", {
-            "checkpoint": info["folder"], "sha256": info["sha256"], "tasks": found})
+        with writing(cfg.out, "--out="):
+            write_json(Path(cfg.out) / "eval.json", {
+                "checkpoint": info["folder"], "sha256": info["sha256"], "tasks": found})
 
 
 def report(name, cfg, by_split):
@@ -171,9 +176,10 @@ def report(name, cfg, by_split):
     sections["Loss curves"] = [ReportImage(f"curves/{stage}.png", path.read_bytes(), stage)
                                for stage, path in curves.items() if path.is_file()]
     lead = f"{duration(figures['seconds'])}, {price(figures['dollars'])}"
-    write_report(folder, str(folder), lead, sections)
-    write_json(folder / "report.json", {
-        "checkpoint": info["folder"], "sha256": info["sha256"], **figures})
+    with writing(folder, "--report="):
+        write_report(folder, str(folder), lead, sections)
+        write_json(folder / "report.json", {
+            "checkpoint": info["folder"], "sha256": info["sha256"], **figures})
     print(f"wrote {folder / 'report.html'}, report.md and report.json")
 
 

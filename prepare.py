@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import tokenizer as tokenizers
-from common.checkpoint import write_json
-from common.config import UserError, parse, run_main, seal
+from common.config import UserError, parse, run_main
 from common.device import peak_memory_gb
 from prep.check import check
 from prep.convert import convert_chats, convert_text
 from prep.fineweb import fetch_shards
 from prep.toy_dataset import write_demo
-from prep.writers import new_data_set
+from prep.writers import new_data_set, write_manifest
 
 
 @dataclass
@@ -170,11 +169,11 @@ LOWEST = {"stories": 1, "chats": 1, "captions": 1, "conversations": 1, "question
 def demo(cfg):
     """Draw the demo's data: text, chats, captions, scenes, and a folder of held-out images."""
     began = time.time()
-    with new_data_set(cfg.out) as out:
+    with new_data_set(cfg.out, "demo") as out:
         n_train = write_demo(out, cfg)
         seconds = time.time() - began
-        write_json(out / "manifest.json", seal({
-            "test_seed": cfg.test_seed, "seconds": seconds, "peak_rss_gb": peak_memory_gb()[1]}))
+        write_manifest(out, "demo", test_seed=cfg.test_seed, seconds=seconds,
+                       peak_rss_gb=peak_memory_gb()[1])
     print(f"{cfg.out}: {cfg.stories} stories ({n_train:,} tokens), {cfg.chats} chats, "
           f"{cfg.captions} captions, {cfg.conversations} image chats, in {seconds:.0f} s")
 

@@ -8,6 +8,7 @@
 """
 
 import importlib.metadata
+import os
 import shutil
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from common import checkpoint
-from common.atomic import NewFolder
+from common.atomic import NewFolder, check_output, writing
 from common.config import UserError, one_line, parse_checkpoint, run_main
 from common.device import PRECISIONS
 from export.model_card import fill_template, held_out_images, write_card
@@ -61,16 +62,19 @@ def main():
         raise UserError("name a target: --to, --repo, --space or --gguf")
     if cfg.gguf:
         path = Path(cfg.gguf)
-        if path.exists() and not cfg.overwrite:
-            raise UserError(f"{path} exists already; choose another name, or --overwrite=True")
+        check_output(path, "--gguf=")
+        if path.exists() and not (cfg.overwrite and path.read_bytes()[:4] == b"GGUF"):
+            raise UserError(f"{path} exists already; choose another name, or replace an earlier "
+                            "export by --overwrite=True")
         model, tokenizer, info = open_model(name, kinds=("decoder", "vision"))
-        path.parent.mkdir(parents=True, exist_ok=True)  # as for --to
-        write_gguf(model, tokenizer, path, cfg.gguf_dtype, chats=info["stage"] != "pretrain")
+        with writing(path, "--gguf="):
+            write_gguf(model, tokenizer, path, cfg.gguf_dtype, chats=info["stage"] != "pretrain")
         print(f"written: {path}")
     if cfg.to:
         check_target(Path(cfg.to), cfg.overwrite)
         with NewFolder(cfg.to) as folder:
             fill_model(name, folder, cfg)
+            check_target(Path(cfg.to), cfg.overwrite, {path.name for path in folder.iterdir()})
         print(f"written: {cfg.to}")
     for repo, kind, fill in (cfg.repo, "model", fill_model), (cfg.space, "space", fill_space):
         if repo:
@@ -79,8 +83,9 @@ def main():
                 push(Path(folder), repo, kind, cfg)
 
 
-def check_target(target, overwrite):
-    """UserError if the folder `target` is neither new nor, with overwrite, an earlier export."""
+def check_target(target, overwrite, names=()):
+    """UserError if the folder `target` is neither new nor, with overwrite, an earlier export, which
+    has only files of these names."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
@@ -89,6 +94,9 @@ def check_target(target, overwrite):
     if not (target / "README.md").is_file() or not all(map(Path.is_file, target.iterdir())):
         raise UserError(f"{target} is not an earlier export, so it is not replaced; choose another "
                         "folder")
+    for other in sorted(set(os.listdir(target)) - set(names or os.listdir(target))):
+        raise UserError(f"{target} is not replaced: this export has no {other}, so the one in it "
+                        "would be lost; move that elsewhere, or choose another folder")
 
 
 def fill_model(name, folder, cfg):

@@ -7,6 +7,7 @@
     append_rows("answers.jsonl", rows)
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -16,6 +17,28 @@ from pathlib import Path
 from common.config import UserError
 
 HELD = {}  # path -> open file of answers, locked until this process ends
+
+
+@contextlib.contextmanager
+def writing(path, setting=""):
+    """A context whose OSErrors, as of a full disk, become a UserError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {setting}{path}: {error.strerror or error}; make room, or "
+                        "choose another name") from None
+
+
+def check_output(path, setting="", folder=False):
+    """Make the folder of an output file, or that folder itself; UserError if `path` cannot be
+    written, before the work for it begins."""
+    path = Path(path)
+    with writing(path, setting):
+        (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
+        if not folder and path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(0, "there is no permission")
 
 
 def flush(folder, deep=True):
@@ -57,10 +80,14 @@ class NewFolder:
 
     Files in self.work survive an error or a kill for the next start, and are removed at the end;
     with keep=True the content of the new folder survives too. UserError if it cannot be written.
+    check(path): raises UserError if what is at `path` may not be replaced, now or when it is.
     """
 
-    def __init__(self, path, keep=False):
-        self.path, self.keep = Path(path).absolute(), keep
+    def __init__(self, path, keep=False, check=lambda path: None):
+        self.path, self.keep, self.check = Path(os.path.realpath(path)), keep, check
+        if self.path in (Path.cwd(), *Path.cwd().parents):
+            raise UserError(f"{path} is or contains the working folder; choose another folder")
+        check(self.path)
         self.work = self.path.with_name(f".writing-{self.path.name}")
         self.new = self.work / "new"
 
@@ -83,6 +110,7 @@ class NewFolder:
     def __exit__(self, kind, error, _):
         try:
             if kind is None:
+                self.check(self.path)
                 publish(self.new, self.path)
             files = [p for p in self.work.rglob("*") if p.is_file() and p.stat().st_size]
             if kind and any(self.keep or self.new not in file.parents for file in files):

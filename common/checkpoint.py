@@ -100,7 +100,7 @@ def steps_in(run_folder):
 
 def clear(run_folder, everything=False):
     """Remove what killed runs left unfinished; all checkpoints too if `everything`."""
-    folders = [path for name in (".writing-*", ".removing-*") for path in run_folder.glob(name)]
+    folders = [*run_folder.glob(".writing-step_*"), *run_folder.glob(".removing-step_*")]
     for folder in [*folders, *(steps_in(run_folder).values() if everything else ())]:
         shutil.rmtree(folder)
 

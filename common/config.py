@@ -116,7 +116,7 @@ def parse_checkpoint(config_class, argv=None, default=None):
     settings = parse(config_class, argv, "CHECKPOINT [CONFIG]")
     if name is None:
         raise UserError(f"name a checkpoint: python {Path(sys.argv[0]).name} out/demo/sft")
-    return name, settings
+    return os.path.expanduser(name), settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -131,7 +131,8 @@ def options_of(field, comment):
     shown = f"{comment} (default: {default})" if default not in ("", ()) else comment
     options = {"default": default, "help": shown.strip().replace("%", "%%")}
     if kind == tuple[str, ...]:
-        return options | {"action": "append", "default": [], "metavar": "STR"}
+        return options | {"action": "append", "default": [], "metavar": "STR",
+                          "type": functools.partial(value_of, str)}
     if kind not in (bool, int, float, str):
         return options | {"choices": get_args(kind)}
     return options | {"type": functools.partial(value_of, kind), "metavar": kind.__name__.upper()}
@@ -140,6 +141,8 @@ def options_of(field, comment):
 def value_of(kind, text):
     """The value of type `kind` that `text` spells."""
     try:
+        if kind is str and text.startswith("~/"):  # which a shell does not expand after a =
+            text = os.path.expanduser(text)
         text.encode()  # fails for bytes that are not UTF-8, such as a file name in Latin-1
         value = ("False", "True").index(text) == 1 if kind is bool else kind(text)
         if kind is not str and not abs(value) < 2**63:  # NaN is not below it either
@@ -205,7 +208,7 @@ def check_name(name, config_class, where):
 def read_json(path):
     """The JSON value in the file `path`, or a UserError that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
 

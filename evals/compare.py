@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import checkpoint
+from common.atomic import check_output, writing
 from common.config import UserError, read_json
 from common.report import code, found_scores, score_texts, table, write_report
 from train import log
@@ -27,6 +28,7 @@ def compare(folders, out):
     """Write report.md and report.html about the runs in `folders` into the folder `out`."""
     if len(folders) < 2:
         raise UserError("name two or more runs to compare: python eval.py compare out/a out/b")
+    check_output(out, "--out=", folder=True)
     if checkpoint.steps_in(out):
         raise UserError(f"--out={out} is a run, whose own report would be lost; choose another")
     names = [Path(folder).resolve().name for folder in folders]
@@ -45,10 +47,8 @@ def compare(folders, out):
     commands = [start["command"] for info in infos for start in info.get("origins", [])[-1:]]
     if commands:
         sections["Commands"] = [code(command) for command in commands]
-    try:
+    with writing(out, "--out="):
         write_report(out, "Comparison of runs", ", ".join(map(str, folders)), sections)
-    except OSError as error:
-        raise UserError(f"cannot write into --out={out}: {error.strerror}") from None
     print(f"{Path(out) / 'report.html'} and report.md compare {len(runs)} runs")
 
 

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from common.archives import open_images
-from common.atomic import append_rows, resume_rows
+from common.atomic import append_rows, resume_rows, writing
 from common.config import UserError
 from common.device import pick_dtype
 from common.images import fit, read_image
@@ -53,12 +53,14 @@ class TaskRunner:
         images, if there are any}. Answers already in the file are not generated again."""
         found = []
         if self.file:
-            found = resume_rows(self.file, self.header, len(self.questions), PART)
+            with writing(self.file):
+                found = resume_rows(self.file, self.header, len(self.questions), PART)
         progress(len(found))
         for start in range(len(found), len(self.questions), PART):
             part = self.ask(range(start, min(start + PART, len(self.questions))))
             if self.file:
-                append_rows(self.file, part)
+                with writing(self.file):
+                    append_rows(self.file, part)
             found += part
             progress(len(part))
         asked = list(zip(self.questions, found, strict=True))

@@ -27,7 +27,7 @@ RATIO, ROOM = 100, 1 << 30  # an archive that unpacks to more than RATIO times a
 
 def convert_text(cfg):
     """Tokenize documents, shuffled, into shards."""
-    sources, folder = sources_of(cfg), new_data_set(cfg.out)
+    sources, folder = sources_of(cfg), new_data_set(cfg.out, "text")
     with folder as out:
         if cfg.vocabulary:
             texts = islice(texts_of(sources["rows"], cfg.field), cfg.max_documents or None)
@@ -54,7 +54,7 @@ def convert_text(cfg):
             n_tokens = write_shards(out, split, documents, cfg.shard_tokens)
             counts[f"{split}_tokens"] = n_tokens
             print(f"{cfg.out}/{split}: {n} documents, {n_tokens:,} tokens")
-        write_manifest(out, tokenizer, **counts, left_out=left_out)
+        write_manifest(out, "text", tokenizer, **counts, left_out=left_out)
 
 
 def texts_of(source, field):
@@ -137,7 +137,8 @@ def convert_chats(cfg):
     tokenizer, counts = tokenizers.load(cfg.tokenizer), {}
     if hasattr(cfg, "image_root"):
         counts["stored_images"] = {"size": cfg.image_size, "fit": cfg.fit}
-    sources, folder = sources_of(cfg), new_data_set(cfg.out)
+    command = "images" if hasattr(cfg, "image_root") else "chat"
+    sources, folder = sources_of(cfg), new_data_set(cfg.out, command)
     with folder as out:
         records, left_out = read_chats(cfg, folder.work, sources, tokenizer)
         if len(records["rows"]) == 0:
@@ -153,7 +154,7 @@ def convert_chats(cfg):
             print(f"{cfg.out}/{split}: {found['chats']} chats, {found['tokens']:,} tokens, "
                   f"{found['images']} images")
             counts[split] = found
-        write_manifest(out, tokenizer, **counts, left_out=left_out)
+        write_manifest(out, command, tokenizer, **counts, left_out=left_out)
 
 
 def read_chats(cfg, work, sources, tokenizer):

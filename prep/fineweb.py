@@ -8,10 +8,10 @@ import numpy as np
 
 import tokenizer as tokenizers
 from common import hub
-from common.checkpoint import file_sum, write_json
-from common.config import UserError, seal
+from common.checkpoint import file_sum
+from common.config import UserError
 from data import read_array
-from prep.writers import new_data_set
+from prep.writers import new_data_set, write_manifest
 
 
 def fetch_shards(cfg):
@@ -25,7 +25,7 @@ def fetch_shards(cfg):
     if cfg.shards > len(train):
         raise UserError(f"{cfg.repository} has {len(train)} training shards; "
                         f"--shards={cfg.shards} needs more")
-    folder, counts, sums = new_data_set(cfg.out, keep=True), {"train": 0, "val": 0}, {}
+    folder, counts, sums = new_data_set(cfg.out, "fineweb", keep=True), {"train": 0, "val": 0}, {}
     with folder as out:
         for remote in [*val, *train[: cfg.shards or None]]:
             name = remote.base
@@ -40,8 +40,6 @@ def fetch_shards(cfg):
                 shutil.rmtree(path)
             elif path.name not in sums:
                 path.unlink()
-        write_json(out / "manifest.json", seal({
-            "tokenizer_name": "gpt2", "tokenizer": tokenizers.gpt2().fingerprint,
-            "train_tokens": counts["train"], "val_tokens": counts["val"],
-            "repository": cfg.repository, "sha256": sums}))
+        write_manifest(out, "fineweb", tokenizers.gpt2(), train_tokens=counts["train"],
+                       val_tokens=counts["val"], repository=cfg.repository, sha256=sums)
     print(f"{cfg.out}: {counts['train']:,} training tokens, {counts['val']:,} validation tokens")

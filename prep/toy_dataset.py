@@ -121,9 +121,9 @@ def write_demo(out, cfg):
     for split, documents in stories.items():
         ids = ([tokenizer.end_of_text, *tokenizer.encode(text)] for text in documents)
         tokens[f"{split}_tokens"] = write_shards(out / "text", split, ids)
-    write_manifest(out / "text", tokenizer, **tokens)
+    write_manifest(out / "text", "demo", tokenizer, **tokens)
     for kind in "captions", "scenes", "chats":
-        write_manifest(out / kind, tokenizer)
+        write_manifest(out / kind, "demo", tokenizer)
     (out / "images").mkdir()  # eight images with held-out pairs, to ask a model about
     rng = random.Random(f"{cfg.seed} images")
     for i in range(8):

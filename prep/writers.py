@@ -3,32 +3,57 @@
 Everything is appended to files as it comes; only the offsets of chats and images stay in memory.
 """
 
+import os
 from array import array
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 
 import tokenizer as tokenizers
 from common.atomic import NewFolder
 from common.checkpoint import sums, write_json
-from common.config import UserError, seal
+from common.checksums import NOTED
+from common.config import UserError, read_json, seal
+
+IGNORED = ("manifest.json", ".DS_Store")  # files that no manifest lists; the second is of macOS
 
 
-def new_data_set(path, keep=False):
-    """The NewFolder of a data set; UserError if `path` is something else than a data set."""
-    if Path(path).exists() and not (Path(path) / "manifest.json").is_file():
-        raise UserError(f"{path} exists and is not a data set, so it is not replaced; choose "
-                        "another --out")
-    return NewFolder(path, keep)
+def new_data_set(path, command, keep=False):
+    """The NewFolder of a data set by `prepare.py command`; UserError if `path` has anything that
+    this command did not write."""
+    return NewFolder(path, keep, partial(check_replaceable, command=command))
 
 
-def write_manifest(folder, tokenizer, **counts):
-    """manifest.json of a data folder, and the tokenizer beside it."""
-    tokenizer.save(folder)
-    write_json(folder / "manifest.json", seal({
-        "tokenizer_name": tokenizer.name, "tokenizer": tokenizer.fingerprint,
-        **counts, "sha256": sums(folder),
-    }))  # fmt: skip
+def check_replaceable(path, command):
+    """UserError unless `path` is new, empty, or holds only what `prepare.py command` wrote."""
+    kept, advice = f"{path} is not replaced: ", "; choose another --out, or remove it"
+    manifests = sorted(path.rglob("manifest.json")) if path.is_dir() else []
+    if path / "manifest.json" not in manifests:
+        if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{kept}it is not a data set{advice}")
+        return
+    for manifest in manifests:
+        found = read_json(manifest)
+        made_by = isinstance(found, dict) and found.get("made_by")
+        if made_by != f"prepare.py {command}":
+            raise UserError(f"{kept}{manifest} is not of prepare.py {command}, but of "
+                            f"{made_by or 'an older version or another program'}{advice}")
+    known = read_json(path / "manifest.json").get("sha256", {})
+    for file in sorted(path.rglob("*")):
+        if (str(file.relative_to(path)) not in known and not file.name.startswith(NOTED)
+                and file.name not in IGNORED and (file.is_symlink() or not file.is_dir())):
+            raise UserError(f"{kept}prepare.py {command} did not make its file {file}; move that "
+                            "elsewhere, or choose another --out")
+
+
+def write_manifest(folder, command, tokenizer=None, **counts):
+    """manifest.json of a data folder by `prepare.py command`, and the tokenizer beside it."""
+    if tokenizer:
+        tokenizer.save(folder)
+        counts |= {"tokenizer_name": tokenizer.name, "tokenizer": tokenizer.fingerprint}
+    if "sha256" not in counts:
+        counts["sha256"] = sums(folder)
+    write_json(folder / "manifest.json", seal({"made_by": f"prepare.py {command}", **counts}))
 
 
 class Array:

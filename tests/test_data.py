@@ -58,7 +58,8 @@ def write_chats(folder, tokenizer, chats, n_images=()):
     """The split train of a data folder; image k of chat i has the grey 10 * i + k."""
     items = [(messages, [png(10 * i + k) for k in range(n_images[i] if n_images else 0)])
              for i, messages in enumerate(chats)]
-    write_manifest(folder, tokenizer, **writers.write_chats(folder / "train", tokenizer, items))
+    counts = writers.write_chats(folder / "train", tokenizer, items)
+    write_manifest(folder, "images", tokenizer, **counts)
     return Chats(folder, "train")
 
 

@@ -52,14 +52,14 @@ def trained(tmp_path):
     texts = [letters(rng, 70) for _ in range(30)]
     documents = ([TOKENIZER.end_of_text, *TOKENIZER.encode(text)] for text in texts)
     write_shards(root / "text", "train", documents, 3000)  # documents continue in the next
-    write_manifest(root / "text", TOKENIZER)
+    write_manifest(root / "text", "text", TOKENIZER)
     said = [letters(rng, 30) for _ in range(4)]
     write_chats(root / "chats/train", TOKENIZER, [
         ([{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}],
          [stored(encoded(color))])
         for text, color in zip(said, ("red", "blue", "green", "white"), strict=True)])
     stored_images = {"size": 32, "fit": "pad"}
-    write_manifest(root / "chats", TOKENIZER, stored_images=stored_images)
+    write_manifest(root / "chats", "images", TOKENIZER, stored_images=stored_images)
     (tmp_path / "before").mkdir()
     write_json(tmp_path / "before/config.json", {"settings": {"data": str(root / "text")}})
     info = {"settings": {"data": str(root / "chats"), "text_data": str(tmp_path / "gone")},

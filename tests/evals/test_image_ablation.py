@@ -55,7 +55,7 @@ def mixed(world_data, tmp_path):
     tokenizer = load(world_data / "scenes")
     counts = {split: write(tmp_path / "mixed", tokenizer, [0, 1, 0, 2, 0, 4] * n, split)
               for split, n in (("train", 8), ("val", 2))}
-    write_manifest(tmp_path / "mixed", tokenizer, **counts)
+    write_manifest(tmp_path / "mixed", "images", tokenizer, **counts)
     return tmp_path / "mixed", tokenizer
 
 

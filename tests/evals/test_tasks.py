@@ -291,7 +291,7 @@ def test_a_text_has_the_loss_of_its_prepared_shards(tmp_path):
     (tmp_path / "text").mkdir()
     write_shards(tmp_path / "text", "val", [[TOKENIZER.end_of_text, *TOKENIZER.encode(text)]
                                             for text in texts])
-    write_manifest(tmp_path / "text", TOKENIZER)
+    write_manifest(tmp_path / "text", "text", TOKENIZER)
     machine = Machine(torch.device("cpu"), torch.float32)
     expected = text_loss(model, TOKENIZER, tmp_path / "text", 6, machine)
     rows = [{"text": text} for text in texts]

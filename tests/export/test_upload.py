@@ -193,11 +193,14 @@ def test_an_export_replaces_nothing_but_an_earlier_export(tmp_path, pipeline, mo
         result = upload(*command, "--overwrite=True")
         assert (result.status, result.out) == (0, "written: models\n")
         names = {path.name for path in target.iterdir()}
-        assert {"config.json", "model.safetensors"} <= names and "old.safetensors" not in names
+        assert {"config.json", "model.safetensors"} <= names
         assert {path.stat().st_mode & 0o777 for path in target.iterdir()} == {0o644}
         assert [path.name for path in tmp_path.iterdir()] == ["models"]
-        (target / "old.safetensors").touch()
     assert "models exists" in upload(*command).refusal
+    (target / "old.safetensors").touch()
+    assert "this export has no old.safetensors" in upload(*command, "--overwrite=True").refusal
+    gguf = [f"--gguf={target}/README.md", "--overwrite=True"]  # not a GGUF file
+    assert "README.md exists already" in upload(command[0], *gguf).refusal
     (target / ".git").mkdir()
     assert "models is not an earlier export" in upload(*command, "--overwrite=True").refusal
     assert (target / "old.safetensors").is_file()

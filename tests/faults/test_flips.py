@@ -113,7 +113,7 @@ def test_large_files_are_hashed_once_and_small_ones_every_time(tmp_path, monkeyp
     monkeypatch.setattr(checksums, "file_sum", lambda p: hashed.append(p) or file_sum(p))
     np.save(large, np.arange(4000, dtype=np.uint16))
     np.save(small, np.arange(100, dtype=np.uint16))
-    write_manifest(tmp_path, tokenizers.load("gpt2"))
+    write_manifest(tmp_path, "text", tokenizers.load("gpt2"))
     for _ in range(2):
         check_tokenizer(tmp_path)
     assert sorted(hashed) == [large, small, small]

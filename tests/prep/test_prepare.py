@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -20,10 +21,11 @@ from PIL import Image
 from test_resumable import many_rows, prepared
 
 from common.checkpoint import sums
-from common.config import UserError
+from common.config import UserError, seal
 from data import Chats
 from prep import toy_images
 from prep.sources import Files, pieces
+from prep.writers import check_replaceable
 from tokenizer import load
 
 
@@ -429,6 +431,88 @@ def test_the_demo_has_the_requested_counts_and_checksums(world_data):
     for kind in "text", "chats", *KINDS:
         manifest = json.loads((world_data / kind / "manifest.json").read_text())
         assert manifest["sha256"] == sums(world_data / kind)
+
+
+# ------------------------------------------------------------------------------- what is replaced
+
+
+@pytest.fixture
+def books(tmp_path, monkeypatch):
+    """The flags of prepare.py text in a folder where it has made data/books."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in TEXTS])
+    prepared("text", "--files=rows.jsonl", "--out=data/books")
+    return ["text", "--files=rows.jsonl"]
+
+
+FOREIGN = {  # name: (what is at data/it, --out, words of the refusal)
+    "a file": (lambda it: it.write_text("a"), "data/it", "is not a data set"),
+    "a folder": (lambda it: write(it / "a.txt"), "data/it", "is not a data set"),
+    "a file in the data set": (lambda it: write(copied(it) / "a/model.pt"), "data/it",
+                               r"file .*/data/it/a/model.pt; move that"),
+    "a link in it": (lambda it: (copied(it) / "a").symlink_to(".."), "data/it", "data/it/a; move"),
+    "one of another command": (lambda it: sealed(it, made_by="prepare.py chat"), "data/it",
+                               "manifest.json is not of prepare.py text, but of prepare.py chat"),
+    "an older one": (lambda it: sealed(it, tokenizer="a"), "data/it", "but of an older version"),
+    "a list": (lambda it: write(it / "manifest.json", "[1]"), "data/it", "or another program"),
+    "a checkpoint": (lambda it: sealed(it, sha256={"config.json": ""}), "data/it", "older version"),
+    "one below it": (lambda it: shutil.copytree("data/books", copied(it) / "more"), "data/it",
+                     "data/it/more/"),
+    "another's below it": (lambda it: sealed(copied(it) / "a", made_by="prepare.py demo"),
+                           "data/it", "data/it/a/manifest.json is not of prepare.py text"),
+    "several": (lambda it: shutil.copytree("data/books", it / "a"), "data/it", "not a data set"),
+    "the inputs": (lambda it: None, ".", "working folder"),
+    "the root": (lambda it: None, "/", "working folder"),
+    "what contains it": (lambda it: None, "data/../..", "working folder"),
+}
+
+
+def write(path, text=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def copied(folder):
+    return shutil.copytree("data/books", folder)
+
+
+def sealed(folder, **manifest):
+    write(folder / "manifest.json", json.dumps(seal(manifest)))
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_out_replaces_nothing_that_the_command_did_not_make(name, books, tmp_path):
+    make, out, words = FOREIGN[name]
+    make(tmp_path / "data/it")
+    before = sorted(tmp_path.rglob("*"))
+    assert re.search(words, run("prepare.py", *books, f"--out={out}").refusal)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_out_replaces_its_own_data_set_an_empty_folder_and_the_target_of_a_link(books, tmp_path):
+    data = tmp_path / "data"
+    (data / "empty").mkdir()
+    (data / "link").symlink_to(tmp_path / "disk/a", target_is_directory=True)
+    (data / "books/.verified.json").write_text("{}")
+    write(tmp_path / "rows.jsonl", json.dumps({"text": "Another text."}))
+    for out in "books", "empty", "link", "link":
+        prepared(*books, f"--out=data/{out}")
+        assert manifest(data / out)["train_tokens"] + manifest(data / out)["val_tokens"] < 9
+    assert (data / "link").is_symlink() and sorted(os.listdir(tmp_path / "disk")) == ["a"]
+
+
+def test_what_appears_at_out_meanwhile_is_kept(books, tmp_path, monkeypatch):
+    monkeypatch.setattr("prep.convert.write_manifest", lambda *_, **__: write(tmp_path / "new/a"))
+    assert "new is not replaced" in run("prepare.py", *books, "--out=new").refusal
+    assert (tmp_path / "new/a").exists()
+
+
+def test_the_demo_is_made_again_but_only_where_all_of_it_is_its_own(world_data, tmp_path):
+    it = shutil.copytree(world_data, tmp_path / "demo")
+    check_replaceable(it, "demo")
+    write(it / "images/mine.png")
+    with pytest.raises(UserError, match=r"images/mine\.png"):
+        check_replaceable(it, "demo")
 
 
 def test_no_text_or_chat_is_in_two_splits(world_data):
