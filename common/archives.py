@@ -1,26 +1,32 @@
-"""Image files by name, from folders, .zip, .tar, .tar.zst and .tar.gz, complete or in parts.
+"""Image files by name, from folders, .zip and .tar, which may be compressed, complete or in parts.
 
     find = open_images("images_*.tar, more.zip")
     find("coco/train2017/000000000009.jpg")  # the bytes of that file
 
-A name that does not exist matches the file with the same base name. Of several such files, one is
-taken whose complete path is the end of the name, or the other way round. Different images that fit
-a name equally well are refused. Names are only looked up, never written: ../ is harmless.
+A name that does not exist matches the file with the same base name, in any case. Of several such
+files, one is taken whose complete path is the end of the name, or the other way round. Different
+images that fit a name equally well are refused. Names are only looked up, never written: ../ is
+harmless.
 """
 
 import bisect
+import bz2
 import fnmatch
 import glob
 import io
+import lzma
 import os
 import re
 import struct
 import tarfile
 import threading
+import unicodedata
 import zipfile
 import zlib
 from itertools import accumulate
 from pathlib import Path
+from urllib.parse import unquote
+from urllib.request import DataHandler, Request
 
 from common import hub
 from common.config import UserError, one_line
@@ -28,7 +34,13 @@ from common.images import ImageError
 
 MAX_BYTES = 1 << 28  # a larger file is refused before it is read
 BLOCK = 1 << 20  # bytes read at once
-MAGIC = {b"\x28\xb5\x2f\xfd": "zstd", b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"PK\5\6": "zip"}
+MAGIC = {b"\x28\xb5\x2f\xfd": "zstd", b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz",
+         b"PK\3\4": "zip", b"PK\5\6": "zip"}
+DECOMPRESSORS = {  # of the members of a zip
+    zipfile.ZIP_DEFLATED: lambda: zlib.decompressobj(-15), zipfile.ZIP_BZIP2: bz2.BZ2Decompressor,
+    zipfile.ZIP_LZMA: lambda: lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=MAX_BYTES)}
+MAX_LINKS = 40  # from one to the next
+BASE64 = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[^.]{200}")  # of a JPEG, PNG, GIF or WebP
 
 
 def open_images(root, unpack=None):
@@ -45,12 +57,12 @@ def open_images(root, unpack=None):
         elif groups and groups[-1][0] != "folder":  # the next part of a split archive
             groups[-1][1].append(path)
         else:
-            raise UserError(f"{path} is neither a folder nor a .zip, .tar, .tar.zst or .tar.gz; "
-                            "correct --image_root")
+            raise UserError(f"{path} is neither a folder nor a .zip, .tar or .tar.{{zst,gz,bz2,xz}}"
+                            "; correct --image_root")
     identity = identity_of(path for kind, paths in groups if kind != "folder" for path in paths)
     sources = []
     for kind, paths in groups:
-        if kind in ("zstd", "gzip"):
+        if kind not in ("folder", "zip", "tar"):
             if unpack is None:
                 raise UserError(f"{paths[0]} is compressed and has no random access; unpack it")
             kind, paths = "tar", [unpack(paths, kind)]
@@ -59,7 +71,7 @@ def open_images(root, unpack=None):
 
 
 def kind_of(path):
-    """What a path is: folder, zip, tar, zstd, gzip, or "" for anything else."""
+    """What a path is: folder, tar, a value of MAGIC, or "" for anything else."""
     if path.is_dir():
         return "folder"
     try:
@@ -86,11 +98,18 @@ class ImageFiles:
 
     def __init__(self, sources, identity, search):
         self.sources, self.identity, self.lock = sources, identity, threading.Lock()
-        self.by_base = None if search else {}  # {base name: [(source, name)]}, when first needed
+        # {base name in lower case: [(source, name)]}, when first needed
+        self.by_base = None if search else {}
 
     def __call__(self, name):
-        """The bytes of an image; ImageError if it does not exist or cannot be read, or if several
-        files fit the name and are not copies."""
+        """The bytes of an image, whose name may be a data: URL; ImageError if it does not exist or
+        cannot be read, or if several files fit the name and are not copies."""
+        if name.startswith("data:") or BASE64.match(name):
+            url = name if name.startswith("data:") else f"data:;base64,{name}"
+            try:
+                return DataHandler().data_open(Request(url)).read()
+            except ValueError as error:
+                raise ImageError("a malformed data: URL", f"{name[:60]} ...: {error}") from None
         first, *others = self._find(name)
         content = read_from(*first)
         for other in others:
@@ -101,28 +120,35 @@ class ImageFiles:
 
     def _find(self, name):
         """The files that fit a name best, as [(source, name in it)]."""
-        wanted = normalized(name.replace("\\", "/"))
-        if exact := [(source, wanted) for source in self.sources if wanted in source]:
-            return exact
+        plain = normalized(name)
+        names = dict.fromkeys((plain, unicodedata.normalize("NFD", plain),
+                               normalized(unquote(re.split("[?#]", name)[0]))))
+        for wanted in names:
+            if exact := [(source, wanted) for source in self.sources if wanted in source]:
+                return exact
         with self.lock:
             if self.by_base is None:
                 self.by_base = {}
                 for source in self.sources:
                     for known in source:
-                        self.by_base.setdefault(os.path.basename(known), []).append((source, known))
-        similar = self.by_base.get(os.path.basename(wanted))
-        if not similar:
-            raise ImageError("a missing image", f"there is no image {name[:200]}")
-        agreed = [agreement(known, wanted) for _, known in similar]
-        best = max(agreed)
-        return [item for item, n in zip(similar, agreed, strict=True) if n == best]
+                        base = os.path.basename(normalized(known)).casefold()
+                        self.by_base.setdefault(base, []).append((source, known))
+        for wanted in names:
+            if similar := self.by_base.get(os.path.basename(wanted).casefold()):
+                agreed = [agreement(normalized(known), wanted) for _, known in similar]
+                best = max(agreed)
+                return [item for item, n in zip(similar, agreed, strict=True) if n == best]
+        if re.match(r"\w{2,}://", name):
+            raise ImageError("an image that is a URL, which is not downloaded: download it and use "
+                             "--image_root", f"{name[:200]} is not downloaded; use --image_root")
+        raise ImageError("a missing image", f"there is no image {name[:200]}")
 
 
 def read_from(source, found):
     """The bytes of a file in a Folder or Archive, or an ImageError."""
     try:
         content = source.read(found)
-    except (OSError, ValueError, struct.error, zlib.error) as error:
+    except (OSError, EOFError, ValueError, struct.error, zlib.error, lzma.LZMAError) as error:
         raise ImageError("an unreadable image", f"{found} in {source.name}: {error}") from None
     if content is None:
         raise ImageError("an image that is too large",
@@ -131,15 +157,17 @@ def read_from(source, found):
 
 
 def agreement(path, other):
-    """How many parts two paths of one base name have in common: all of the shorter if the longer
-    ends with it, else only the base name."""
-    short, long = sorted((path.split("/"), other.split("/")), key=len)
-    return len(short) if long[-len(short) :] == short else 1
+    """How many parts two paths have in common, and whether their base names are the same in upper
+    and lower case too: all parts of the shorter if the longer ends with it, else the base name."""
+    short, long = sorted((path.casefold().split("/"), other.casefold().split("/")), key=len)
+    same = os.path.basename(path) == os.path.basename(other)
+    return (len(short) if long[-len(short) :] == short else 1), same
 
 
 def normalized(name):
-    """A name with single slashes, and none in front."""
-    return "/".join(part for part in name.split("/") if part not in ("", "."))
+    """A name in Unicode's composed form with single slashes, and none in front."""
+    parts = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")
+    return "/".join(part for part in parts if part not in ("", "."))
 
 
 class Folder:
@@ -167,12 +195,15 @@ class Folder:
 
 
 class Archive(dict):
-    """{name: place} of the files of a zip or tar, which any number of threads may read."""
+    """{name: place, or for a link the name of its target} of the files of a zip or tar, which any
+    number of threads may read."""
 
     def __init__(self, kind, paths):
         self.file, self.name = Joined(paths), paths[0]
         try:
-            for name, place in (tar_members if kind == "tar" else zip_members)(self.file):
+            for (name, *more), place in (tar_members if kind == "tar" else zip_members)(self.file):
+                for other in more:
+                    self.setdefault(normalized(other), place)
                 self[normalized(name)] = place  # of two with one name the later counts
             if not self:
                 raise ValueError("there is no file in it")
@@ -181,7 +212,13 @@ class Archive(dict):
                             "download it again") from None
 
     def read(self, name):
-        offset, size, full_size, method, crc = self[name]
+        place = name
+        for _ in range(MAX_LINKS):
+            place = self.get(place) if isinstance(place, str) else place
+        if not isinstance(place, tuple):
+            raise ImageError("a missing image", f"{name} is a link that leads to no file in "
+                                                f"{self.name}")
+        offset, size, full_size, method, crc = place
         if max(size, full_size) > MAX_BYTES:
             return None
         if method is None:  # tar
@@ -189,10 +226,13 @@ class Archive(dict):
         # The data follow a header of 30 bytes, which ends with the lengths of two names, and those.
         offset += 30 + sum(struct.unpack("<HH", self.file.pread(4, offset + 26)))
         content = self.file.pread(size, offset)
-        if method == zipfile.ZIP_DEFLATED:
-            content = zlib.decompressobj(-15).decompress(content, full_size + 1)
+        if method == zipfile.ZIP_LZMA:  # as an .lzma file of unknown size
+            content = content[4:9] + b"\xff" * 8 + content[9:]
+        if method in DECOMPRESSORS:
+            content = DECOMPRESSORS[method]().decompress(content, full_size + 1)
         if zlib.crc32(content) != crc:
-            raise ValueError("it is damaged, encrypted or has an unknown compression")
+            raise ValueError("it is encrypted; pack it without a password" if method == "encrypted"
+                             else f"it is damaged, or compressed by an unknown method ({method})")
         return content
 
 
@@ -232,16 +272,25 @@ class Joined(io.RawIOBase):
 
 
 def zip_members(file):
-    """Yield (name, (offset, size, full size, method, CRC)) of the files of a zip."""
+    """Yield ([name, or several that it may mean], (offset, size, full size, method, CRC)) of the
+    files of a zip."""
     with zipfile.ZipFile(io.BufferedReader(file, BLOCK)) as archive:
         for member in archive.infolist():
-            if not member.is_dir():
-                yield member.filename, (member.header_offset, member.compress_size,
-                                        member.file_size, member.compress_type, member.CRC)
+            if member.is_dir():
+                continue
+            names = [member.filename]
+            if not (member.flag_bits & 0x800 or member.filename.isascii()):  # of unknown encoding
+                raw = member.orig_filename.encode("cp437")
+                decoded = (raw.decode(encoding, "replace") for encoding in ("utf-8", "gbk"))
+                names += [name for name in decoded if "\ufffd" not in name]
+            method = "encrypted" if member.flag_bits & 1 else member.compress_type
+            yield names, (member.header_offset, member.compress_size, member.file_size, method,
+                          member.CRC)
 
 
 def tar_members(file):
-    """The same of a tar, with the method None; blocks with a damaged header are skipped."""
+    """The same of a tar, with the method None, or for a link the name of its target; blocks with a
+    damaged header are skipped."""
     if file.size % tarfile.BLOCKSIZE:
         raise ValueError("unexpected end of data")
     archive = tarfile.open(fileobj=io.BufferedReader(file, BLOCK), mode="r:",  # noqa: SIM115
@@ -253,7 +302,10 @@ def tar_members(file):
             raise ValueError("a member with a wrong size")
         at = archive.offset
         if member.isreg():
-            yield member.name, (member.offset_data, member.size, member.size, None, 0)
+            yield [member.name], (member.offset_data, member.size, member.size, None, 0)
+        elif member.islnk() or member.issym():
+            folder = os.path.dirname(member.name) if member.issym() else ""
+            yield [member.name], normalized(os.path.normpath(f"{folder}/{member.linkname}"))
 
 
 def local_paths(patterns, setting="the path"):
@@ -266,7 +318,12 @@ def local_paths(patterns, setting="the path"):
         if pattern.startswith(hub.PREFIX):
             found = fetched(pattern)
         else:
-            found = [pattern] if os.path.exists(pattern) else glob.glob(pattern)
+            path = os.path.expanduser(pattern)
+            found = [path] if os.path.exists(path) else (
+                glob.glob(path, recursive=True)
+                or glob.glob(path.replace("\\", "/"), recursive=True))
+            if "**" in path:  # which matches folders too
+                found = list(filter(os.path.isfile, found)) or found
         if not found or not all(map(os.path.exists, found)):
             raise UserError(f"no file matches {pattern}, or a link is broken; correct {setting}")
         paths += map(Path, sorted(sorted(found), key=lambda path: [
@@ -281,17 +338,19 @@ def identity_of(paths):
 
 
 def fetched(pattern):
-    """The files of a hub data set that match hf://OWNER/NAME/PATTERN, in the local hub cache."""
+    """The files of a hub data set that match hf://OWNER/NAME[@REVISION]/PATTERN, in the local hub
+    cache."""
     from huggingface_hub import HfApi, hf_hub_download
 
-    *repository, file = pattern.removeprefix(hub.PREFIX).split("/", 2)
-    if len(repository) < 2 or not file:
+    where, file = hub.address(pattern)
+    if not file:
         raise UserError(f"{pattern} names no file; use the form hf://OWNER/NAME/chat.json")
-    repository, files = "/".join(repository), [file]
     try:
-        if glob.has_magic(file):
-            files = fnmatch.filter(HfApi().list_repo_files(repository, repo_type="dataset"), file)
-        return [hf_hub_download(repository, file, repo_type="dataset") for file in files]
+        known = HfApi().list_repo_files(**where) if glob.has_magic(file) else [file]
+        files = [file] if file in known else fnmatch.filter(known, file.replace("**/", "*"))
+        paths = [hf_hub_download(filename=name, **where) for name in files]
     except Exception as error:  # the exception types depend on the library's HTTP client
-        raise UserError(f"cannot download {pattern} from the Hugging Face Hub: "
-                        f"{one_line(error)}; the same command resumes") from None
+        raise hub.failure(f"cannot download {pattern} from the Hugging Face Hub", error) from None
+    if not paths:
+        raise UserError(f"no file matches {pattern}; that data set has {', '.join(known[:9])}")
+    return paths

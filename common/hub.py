@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from common.checkpoint import file_sum, write_json
 from common.checksums import damaged
@@ -21,6 +22,7 @@ PREFIX = "hf://"  # of a data setting that names a data set of the hub
 PREPARED = ("manifest.json", "tokenizer.json")  # files that prepare.py writes beside the shards
 INCOMING = ".incoming"  # folder of files that are not yet complete and checked
 PAUSE = 30.0  # seconds before a failed background download is tried again
+ADDRESS = re.compile(r"(?:hf://)?(?:datasets/)?([^/@]+/[^/@]+)(?:@(refs/[^/]+/[^/]+|[^/]+))?/?(.*)")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
           "test": "test"}  # words in the names of shards
 
@@ -56,6 +58,30 @@ def split_of(name):
     return "".join(splits)
 
 
+def address(text):
+    """({argument of huggingface_hub: value}, file or "") of OWNER/NAME[@REVISION][/FILE]."""
+    match = ADDRESS.fullmatch(text)
+    if not match:
+        raise UserError(f"{text} is no data set of the hub; use the form hf://OWNER/NAME")
+    repository, revision, file = match.groups()
+    return {"repo_id": repository, "repo_type": "dataset",
+            "revision": unquote(revision) if revision else None}, file
+
+
+def failure(what, error):
+    """The UserError of a failed request, with the library's whole advice, and whether to repeat it:
+    not after a refusal (status 4xx, but not 408 or 429), a malformed name or in offline mode."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if isinstance(error, FileNotFoundError):  # that there is no local copy either
+        error = error.__cause__ or error
+    status = getattr(getattr(error, "response", None), "status_code", 500)
+    final = (isinstance(error, ValueError | OfflineModeIsEnabled)
+             or (status < 500 and status not in (408, 429)))
+    advice = "" if final else "; the same command resumes"
+    return UserError(f"{what}: {one_line(error, 1000)}{advice}")
+
+
 def listing(repository):
     """The .npy files of a hub data set and those that prepare.py wrote beside them, as [Remote]
     sorted by name; UserError if a split is missing or two files have the same base name."""
@@ -63,10 +89,10 @@ def listing(repository):
     from huggingface_hub.hf_api import RepoFile
 
     try:
-        files = list(HfApi().list_repo_tree(repository, recursive=True, repo_type="dataset"))
+        files = list(HfApi().list_repo_tree(recursive=True, **address(repository)[0]))
     except Exception as error:  # the exception types depend on the library's HTTP client
-        raise UserError(f"cannot list the data set {repository} of the Hugging Face Hub: "
-                        f"{one_line(error)}") from None
+        raise failure(f"cannot list the data set {repository} of the Hugging Face Hub",
+                      error) from None
     found = [Remote(file.path, file.size, file.lfs.sha256 if file.lfs else "")
              for file in files if isinstance(file, RepoFile)
              and (file.path.endswith(".npy") or file.path in PREPARED)]
@@ -92,16 +118,15 @@ def fetch(repository, remote, folder):
     if matches(path, remote):
         return path
     try:
-        arrived = Path(hf_hub_download(repository, remote.name, repo_type="dataset",
-                                       local_dir=Path(folder) / INCOMING))
+        arrived = Path(hf_hub_download(filename=remote.name, local_dir=Path(folder) / INCOMING,
+                                       **address(repository)[0]))
         if not matches(arrived, remote):
             arrived.unlink()
             raise OSError("it arrived damaged")
         arrived.replace(path)
     except Exception as error:  # as in listing
         if not matches(path, remote):  # else another process was faster
-            raise UserError(f"cannot download {remote.name} of {repository}: {one_line(error)}; "
-                            "start the same command again to resume with this file") from None
+            raise failure(f"cannot download {remote.name} of {repository}", error) from None
     return path
 
 
@@ -119,7 +144,7 @@ def stream(data, run):
     """
     if not data.startswith(PREFIX):
         return data
-    repository, say = data.removeprefix(PREFIX).strip("/"), run.log.say
+    repository, say = data.removeprefix(PREFIX).removeprefix("datasets/").strip("/"), run.log.say
     folder = Path("data/hub") / repository.replace("/", "--")
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         if not listed(folder):

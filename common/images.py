@@ -6,13 +6,15 @@ normalizes to zero ("pad"), or the longer side cropped ("crop").
 Shapes: M images, S pixels.
 """
 
+import contextlib
 import io
 import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from common.config import UserError, one_line
 
@@ -24,8 +26,27 @@ SHARPNESS = 1.4  # a JPEG is decoded at no less than this many times the wanted 
 WIDEST = 8  # aspect ratio; what is beyond it is cropped
 # The decoders in use. Pillow has more, among them PostScript, which starts another program.
 Image.init()
-FORMATS = [name for name in ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000",
-                             "ICO", "TGA", "PCX", "SGI") if name in Image.OPEN]
+with contextlib.suppress(ImportError):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+FORMATS = [name for name in ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "HEIF", "BMP", "TIFF", "PPM",
+                             "JPEG2000", "ICO", "TGA", "PCX", "SGI") if name in Image.OPEN]
+# The transparent colour of a PNG, from the file's bit depth to Pillow's 8 bits.
+KEYS = {"L;2": lambda key: key * 85, "L;4": lambda key: key * 17,
+        "RGB;16B": lambda key: tuple(channel >> 8 for channel in key)}
+# What stands in the place of images: {its beginning, in lower case without NULs: what it is}.
+OTHERS = {
+    rb"version https://git-lfs": "a Git LFS pointer instead of an image: run git lfs pull",
+    rb"(<[?!][^>]*>|\s)*<svg": "an SVG drawing: save it as PNG",
+    rb"<!doctype html|(<[?!][^>]*>|\s)*<(html|head|body|title|script|meta)":
+        "an HTML page instead of an image: download it again",
+    rb"[<{\[]": "a JSON or XML document instead of an image: download it again",
+    rb"%pdf": "a PDF document: save its pages as PNG",
+    rb".{0,4}ftyp(hei|hev|mif1|msf1)": "HEIF" not in FORMATS and
+        "a HEIC image, which needs pillow-heif: pip install pillow-heif",
+    rb".{0,4}ftyp(?!avi)|\x1a\x45\xdf\xa3": "a video: save its frames as images",
+}
 warnings.filterwarnings("ignore", module="PIL")  # of large images, which are refused, and more
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # bytes of text in a PNG
 
@@ -43,16 +64,15 @@ def read_image(source, name=None, size=0, how="pad", max_pixels=MAX_PIXELS):
 
     With the size it will be fitted into, a large JPEG is decoded at a half, quarter or eighth.
     """
-    name = name or source
+    name, content = name or source, b""
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file, formats=FORMATS) as image:
+        content = source if isinstance(source, bytes) else Path(source).expanduser().read_bytes()
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise ImageError("an image that is too large", f"{name}: {width} x {height} is more"
                                  f" than {max_pixels / 10**6:g} megapixels")
-            if (image.format in ("JPEG", "MPO") and isinstance(source, bytes)
-                    and source.count(b"\xff\xda") > MAX_SCANS):
+            if image.format in ("JPEG", "MPO") and content.count(b"\xff\xda") > MAX_SCANS:
                 raise ImageError("an unreadable image",
                                  f"{name} is a JPEG of more than {MAX_SCANS} scans")
             scale = SHARPNESS * size / (max if how == "pad" else min)(image.size)
@@ -66,21 +86,52 @@ def read_image(source, name=None, size=0, how="pad", max_pixels=MAX_PIXELS):
     except Image.DecompressionBombError as error:
         raise ImageError("an image that is too large", f"{name}: {error}") from None
     except Exception as error:  # Pillow's decoders raise many types
+        if what := other(content[:1024]):
+            raise ImageError(what, f"{name} is {what}") from None
         kind = "a truncated" if "truncated" in str(error).lower() else "an unreadable"
         why = re.sub(r" ?<_io.*?>", "", one_line(getattr(error, "strerror", None) or error))
         raise ImageError(f"{kind} image", f"{name} is not a readable image: {why}") from None
 
 
+def other(start):
+    """What a file with this beginning is instead of an image, and what to do; "" if unknown."""
+    text = start.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n").lower()
+    found = (what for form, what in OTHERS.items() if re.match(form, text, re.DOTALL))
+    return next(found, "")
+
+
 def to_rgb(image):
     """An opened PIL image upright and in RGB, transparency on white."""
-    if image.mode.startswith("I"):  # 16 bits, which convert() would clip to white
-        deep, key = np.asarray(image), image.info.get("transparency")
-        image = Image.fromarray(np.where(deep == key, 255, (deep >> 8).clip(0, 255)).astype("u1"))
+    key = image.info.get("transparency")
+    if image.format == "PNG" and key is not None and image.tile and image.tile[0][3] in KEYS:
+        image.info["transparency"] = KEYS[image.tile[0][3]](key)
     image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":
+        deep = np.asarray(image)
+        image = Image.fromarray(np.where(deep == key, np.uint8(255), to_8_bits(deep)))
+    if image.mode == "LAB":
+        lab, rgb = map(ImageCms.createProfile, ("LAB", "sRGB"))
+        image = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
     if image.has_transparency_data:  # of a channel, a palette or one colour
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def to_8_bits(deep):
+    """Grey of 16 or 32 bits or floats (an array) in uint8, by what it holds.
+
+    Floats of 0 to 1 are multiplied by 255, values of 0 to 255 stay, those of 16 bits are divided by
+    257. Others are scaled from the least, black, to the greatest. What is not finite is black.
+    """
+    finite, values = np.isfinite(deep), deep.astype(np.float64)
+    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0, 0)
+    usual = {1: deep.dtype.kind == "f", 255: True, 65535: deep.itemsize == 2}
+    ranges = [top for top, fits in usual.items() if fits and low >= 0 and high <= top]
+    if ranges:
+        low, high = 0, ranges[0]
+    values[~finite] = low
+    return ((values - low) * (255 / (high - low or 1))).round().astype(np.uint8)
 
 
 def fit(image, size, how="pad"):

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import lzma
 import os
 from array import array
 from functools import partial
@@ -217,9 +218,10 @@ def decompressed(source, codec, name):
     """Yield blocks of the decompressed content of the file `source`."""
     import pyarrow  # supports zstd on every version of Python
 
-    stream = pyarrow.input_stream(io.BufferedReader(source, BLOCK), compression=codec)
+    file = io.BufferedReader(source, BLOCK)
+    stream = lzma.LZMAFile(file) if codec == "xz" else pyarrow.input_stream(file, compression=codec)
     try:
         while block := stream.read(BLOCK):
             yield block
-    except OSError as error:
+    except (OSError, EOFError, lzma.LZMAError) as error:
         raise UserError(f"{name} is incomplete or damaged ({error}); download it again") from None

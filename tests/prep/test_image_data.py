@@ -1,6 +1,8 @@
 """The claims of prepare.py images: images from any container, used or counted by reason."""
 
+import bz2
 import io
+import lzma
 import struct
 import tarfile
 import zipfile
@@ -86,14 +88,14 @@ def wild_images():
         "cut.jpg": (encoded(noise, "JPEG")[:1500], truncated, ()),
         "cut.png": (encoded(noise, "PNG")[:1000], truncated, ()),
         "empty.jpg": (b"", unreadable, ()), "text.jpg": (b"not an image", unreadable, ()),
-        "html.png": (b"<html>404</html>", unreadable, ()),
+        "html.png": (b"<html>404</html>", "an HTML page instead of an image: download it again", ()),
     }
 
 
 WILD = wild_images()
 GOOD = [name for name, (_, reason, _) in WILD.items() if not reason]
 ONE = [("red.png", WILD["red.png"][0])]
-FORMS = ("folder", "a.zip", "a.tar", "a.tar.gz", "a.tar.zst", "many_*.tar", "cut.tar.part-*",
+FORMS = ("folder", "a.zip", "a.tar", "a.tar.gz", "a.tar.zst", "a.tar.bz2", "a.tar.xz", "many_*.tar", "cut.tar.part-*",
          "cut.tar.zst.part-*", "cut.zip.part-*", "one.zip,two")
 
 
@@ -137,6 +139,8 @@ def packed_tar(files, ending="tar"):
             archive.addfile(member, io.BytesIO(content))
     if ending == "tar":
         return tar.getvalue()
+    if ending in ("bz2", "xz"):
+        return {"bz2": bz2, "xz": lzma}[ending].compress(tar.getvalue())
     packed = pyarrow.BufferOutputStream()
     with pyarrow.CompressedOutputStream(packed, {"zst": "zstd", "gz": "gzip"}[ending]) as stream:
         stream.write(tar.getvalue())
@@ -281,6 +285,8 @@ def flip(content, after):
     ("a.tar", lambda whole: cut_at(whole, 300), "damaged"),
     ("a.tar.zst", lambda whole: whole[:-300], "damaged"),
     ("a.tar.gz", lambda whole: whole[: len(whole) // 2], "damaged"),
+    ("a.tar.bz2", lambda whole: whole[:-300], "damaged"),
+    ("a.tar.xz", lambda whole: whole[:-300], "damaged"),
 ])
 def test_a_root_that_is_incomplete_or_has_no_images_is_refused(name, content, message, vocabulary,
                                                                tmp_path):
@@ -311,14 +317,14 @@ def test_files_of_the_hub(vocabulary, tmp_path, monkeypatch):
     store(hub, "many_*.tar", ONE * 3)
     write_rows(hub / "chat.json", [*[asked("red.png")] * 8, {"prompt": "What?", "output": "It."}])
 
-    def download(repository, name, repo_type):
-        assert (repository, repo_type) == ("owner/set", "dataset")
-        if not (hub / name).exists():
-            raise OSError(f"404: {name}\nsecond line")
-        return str(hub / name)
+    def download(repo_id, filename, repo_type, revision):
+        assert (repo_id, repo_type, revision) == ("owner/set", "dataset", None)
+        if not (hub / filename).exists():
+            raise OSError(f"404: {filename}\nsecond line")
+        return str(hub / filename)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, repository, repo_type:
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, **where:
                         sorted(path.name for path in hub.iterdir()))
     argv = ("images", f"--tokenizer={vocabulary}", f"--out={tmp_path}/out")
     said = prepared(*argv, "--files=hf://owner/set/chat.json",
