@@ -114,7 +114,7 @@ class Images(Rows):
     """
 
     # --- source
-    # folder, .zip, .tar, .tar.zst or .tar.gz with the images: comma-separated paths or patterns; a
+    # folder, .zip, .tar or .tar.{zst,gz,bz2,xz} of images: comma-separated paths or patterns; a
     # name that is not found is searched by its base name, and refused if that fits several images
     image_root: str = ""
     max_chats: int = 0  # use only the first chats; 0 for all

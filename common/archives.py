@@ -3,10 +3,9 @@
     find = open_images("images_*.tar, more.zip")
     find("coco/train2017/000000000009.jpg")  # the bytes of that file
 
-A name that does not exist matches the file with the same base name, in any case. Of several such
-files, one is taken whose complete path is the end of the name, or the other way round. Different
-images that fit a name equally well are refused. Names are only looked up, never written: ../ is
-harmless.
+A name that does not exist matches the file with the same base name in any case. Of several, one is
+taken whose complete path is the end of the name, or the other way round. Different images that fit
+a name equally well are refused. Names are only looked up, never written: ../ is harmless.
 """
 
 import bisect
@@ -98,8 +97,7 @@ class ImageFiles:
 
     def __init__(self, sources, identity, search):
         self.sources, self.identity, self.lock = sources, identity, threading.Lock()
-        # {base name in lower case: [(source, name)]}, when first needed
-        self.by_base = None if search else {}
+        self.by_base = None if search else {}  # {lower-case base: [(source, name)]}, when needed
 
     def __call__(self, name):
         """The bytes of an image, whose name may be a data: URL; ImageError if it does not exist or
@@ -120,10 +118,7 @@ class ImageFiles:
 
     def _find(self, name):
         """The files that fit a name best, as [(source, name in it)]."""
-        plain = normalized(name)
-        names = dict.fromkeys((plain, unicodedata.normalize("NFD", plain),
-                               normalized(unquote(re.split("[?#]", name)[0]))))
-        for wanted in names:
+        for wanted in spellings(name):
             if exact := [(source, wanted) for source in self.sources if wanted in source]:
                 return exact
         with self.lock:
@@ -133,7 +128,7 @@ class ImageFiles:
                     for known in source:
                         base = os.path.basename(normalized(known)).casefold()
                         self.by_base.setdefault(base, []).append((source, known))
-        for wanted in names:
+        for wanted in spellings(name):
             if similar := self.by_base.get(os.path.basename(wanted).casefold()):
                 agreed = [agreement(normalized(known), wanted) for _, known in similar]
                 best = max(agreed)
@@ -142,6 +137,14 @@ class ImageFiles:
             raise ImageError("an image that is a URL, which is not downloaded: download it and use "
                              "--image_root", f"{name[:200]} is not downloaded; use --image_root")
         raise ImageError("a missing image", f"there is no image {name[:200]}")
+
+
+def spellings(name):
+    """Yield the normalized names to look for: as it is, decomposed (macOS), as in a URL."""
+    plain = normalized(name)
+    yield plain
+    yield from {unicodedata.normalize("NFD", plain),
+                normalized(unquote(re.split("[?#]", name)[0]))} - {plain}
 
 
 def read_from(source, found):
@@ -167,7 +170,7 @@ def agreement(path, other):
 def normalized(name):
     """A name in Unicode's composed form with single slashes, and none in front."""
     parts = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")
-    return "/".join(part for part in parts if part not in ("", "."))
+    return "/".join([part for part in parts if part not in ("", ".")])
 
 
 class Folder:
@@ -216,8 +219,7 @@ class Archive(dict):
         for _ in range(MAX_LINKS):
             place = self.get(place) if isinstance(place, str) else place
         if not isinstance(place, tuple):
-            raise ImageError("a missing image", f"{name} is a link that leads to no file in "
-                                                f"{self.name}")
+            raise ImageError("a missing image", f"{name} is a link to no file in {self.name}")
         offset, size, full_size, method, crc = place
         if max(size, full_size) > MAX_BYTES:
             return None
@@ -272,20 +274,18 @@ class Joined(io.RawIOBase):
 
 
 def zip_members(file):
-    """Yield ([name, or several that it may mean], (offset, size, full size, method, CRC)) of the
-    files of a zip."""
+    """Yield (possible names, (offset, size, full size, method, CRC)) of the files of a zip."""
     with zipfile.ZipFile(io.BufferedReader(file, BLOCK)) as archive:
         for member in archive.infolist():
-            if member.is_dir():
-                continue
             names = [member.filename]
             if not (member.flag_bits & 0x800 or member.filename.isascii()):  # of unknown encoding
                 raw = member.orig_filename.encode("cp437")
                 decoded = (raw.decode(encoding, "replace") for encoding in ("utf-8", "gbk"))
                 names += [name for name in decoded if "\ufffd" not in name]
             method = "encrypted" if member.flag_bits & 1 else member.compress_type
-            yield names, (member.header_offset, member.compress_size, member.file_size, method,
-                          member.CRC)
+            if not member.is_dir():
+                yield names, (member.header_offset, member.compress_size, member.file_size, method,
+                              member.CRC)
 
 
 def tar_members(file):
@@ -319,9 +319,8 @@ def local_paths(patterns, setting="the path"):
             found = fetched(pattern)
         else:
             path = os.path.expanduser(pattern)
-            found = [path] if os.path.exists(path) else (
-                glob.glob(path, recursive=True)
-                or glob.glob(path.replace("\\", "/"), recursive=True))
+            found = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
+            found = found or glob.glob(path.replace("\\", "/"), recursive=True)
             if "**" in path:  # which matches folders too
                 found = list(filter(os.path.isfile, found)) or found
         if not found or not all(map(os.path.exists, found)):
@@ -338,8 +337,7 @@ def identity_of(paths):
 
 
 def fetched(pattern):
-    """The files of a hub data set that match hf://OWNER/NAME[@REVISION]/PATTERN, in the local hub
-    cache."""
+    """The local copies of the files that match hf://OWNER/NAME[@REVISION]/PATTERN."""
     from huggingface_hub import HfApi, hf_hub_download
 
     where, file = hub.address(pattern)

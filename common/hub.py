@@ -12,7 +12,6 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from urllib.parse import unquote
 
 from common.checkpoint import file_sum, write_json
 from common.checksums import damaged
@@ -64,22 +63,18 @@ def address(text):
     if not match:
         raise UserError(f"{text} is no data set of the hub; use the form hf://OWNER/NAME")
     repository, revision, file = match.groups()
-    return {"repo_id": repository, "repo_type": "dataset",
-            "revision": unquote(revision) if revision else None}, file
+    return {"repo_id": repository, "repo_type": "dataset", "revision": revision}, file
 
 
 def failure(what, error):
     """The UserError of a failed request, with the library's whole advice, and whether to repeat it:
-    not after a refusal (status 4xx, but not 408 or 429), a malformed name or in offline mode."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
+    not after a refusal (status 4xx, but not 408 or 429) or for a malformed name."""
     if isinstance(error, FileNotFoundError):  # that there is no local copy either
         error = error.__cause__ or error
     status = getattr(getattr(error, "response", None), "status_code", 500)
-    final = (isinstance(error, ValueError | OfflineModeIsEnabled)
-             or (status < 500 and status not in (408, 429)))
-    advice = "" if final else "; the same command resumes"
-    return UserError(f"{what}: {one_line(error, 1000)}{advice}")
+    final = isinstance(error, ValueError) or (status < 500 and status not in (408, 429))
+    resumes = "" if final else "; the same command resumes"
+    return UserError(f"{what}: {one_line(error, 1000)}{resumes}")
 
 
 def listing(repository):
@@ -88,11 +83,11 @@ def listing(repository):
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
+    where, _ = address(repository)
     try:
-        files = list(HfApi().list_repo_tree(recursive=True, **address(repository)[0]))
+        files = list(HfApi().list_repo_tree(recursive=True, **where))
     except Exception as error:  # the exception types depend on the library's HTTP client
-        raise failure(f"cannot list the data set {repository} of the Hugging Face Hub",
-                      error) from None
+        raise failure(f"cannot list the data set {repository} of the hub", error) from None
     found = [Remote(file.path, file.size, file.lfs.sha256 if file.lfs else "")
              for file in files if isinstance(file, RepoFile)
              and (file.path.endswith(".npy") or file.path in PREPARED)]

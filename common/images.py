@@ -27,9 +27,7 @@ WIDEST = 8  # aspect ratio; what is beyond it is cropped
 # The decoders in use. Pillow has more, among them PostScript, which starts another program.
 Image.init()
 with contextlib.suppress(ImportError):
-    import pillow_heif
-
-    pillow_heif.register_heif_opener()
+    __import__("pillow_heif").register_heif_opener()
 FORMATS = [name for name in ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "HEIF", "BMP", "TIFF", "PPM",
                              "JPEG2000", "ICO", "TGA", "PCX", "SGI") if name in Image.OPEN]
 # The transparent colour of a PNG, from the file's bit depth to Pillow's 8 bits.
@@ -45,7 +43,7 @@ OTHERS = {
     rb"%pdf": "a PDF document: save its pages as PNG",
     rb".{0,4}ftyp(hei|hev|mif1|msf1)": "HEIF" not in FORMATS and
         "a HEIC image, which needs pillow-heif: pip install pillow-heif",
-    rb".{0,4}ftyp(?!avi)|\x1a\x45\xdf\xa3": "a video: save its frames as images",
+    rb".{0,4}ftyp(?!avi)|\x1ae\xdf\xa3": "a video: save its frames as images",
 }
 warnings.filterwarnings("ignore", module="PIL")  # of large images, which are refused, and more
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # bytes of text in a PNG
@@ -96,8 +94,7 @@ def read_image(source, name=None, size=0, how="pad", max_pixels=MAX_PIXELS):
 def other(start):
     """What a file with this beginning is instead of an image, and what to do; "" if unknown."""
     text = start.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n").lower()
-    found = (what for form, what in OTHERS.items() if re.match(form, text, re.DOTALL))
-    return next(found, "")
+    return next((what for form, what in OTHERS.items() if re.match(form, text, re.DOTALL)), "")
 
 
 def to_rgb(image):

@@ -219,7 +219,8 @@ def decompressed(source, codec, name):
     import pyarrow  # supports zstd on every version of Python
 
     file = io.BufferedReader(source, BLOCK)
-    stream = lzma.LZMAFile(file) if codec == "xz" else pyarrow.input_stream(file, compression=codec)
+    stream = (lzma.LZMAFile(file) if codec == "xz"  # noqa: SIM115
+              else pyarrow.input_stream(file, compression=codec))
     try:
         while block := stream.read(BLOCK):
             yield block

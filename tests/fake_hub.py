@@ -31,6 +31,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.closed = []  # parts of paths: the next request with one gets no answer
         self.truncated = {}  # {file: bytes after which its next download breaks}
         self.damaged = set()  # files that are sent as zeros
+        self.gated = set()  # names of repositories that ask for access
         self.halfway = lambda name: None  # called when half of an LFS file is sent
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -87,6 +88,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             hub.stored[path.split("/")[-1]] = body
         if path.startswith(("/stored/", "/api/validate-yaml")):
             return self.send(200, {})
+        if any(f"/{name}/" in path for name in hub.gated):
+            return self.send(403, {}, {"X-Error-Code": "GatedRepo",
+                                       "X-Error-Message": "Visit the page to ask for access."})
         if match := API.fullmatch(path):
             return self.api(*match.groups(), body)
         if match := RESOLVE.fullmatch(path):

@@ -88,15 +88,16 @@ def wild_images():
         "cut.jpg": (encoded(noise, "JPEG")[:1500], truncated, ()),
         "cut.png": (encoded(noise, "PNG")[:1000], truncated, ()),
         "empty.jpg": (b"", unreadable, ()), "text.jpg": (b"not an image", unreadable, ()),
-        "html.png": (b"<html>404</html>", "an HTML page instead of an image: download it again", ()),
+        "html.png": (b"<html>404</html>", "an HTML page instead of an image: download it again",
+                     ()),
     }
 
 
 WILD = wild_images()
 GOOD = [name for name, (_, reason, _) in WILD.items() if not reason]
 ONE = [("red.png", WILD["red.png"][0])]
-FORMS = ("folder", "a.zip", "a.tar", "a.tar.gz", "a.tar.zst", "a.tar.bz2", "a.tar.xz", "many_*.tar", "cut.tar.part-*",
-         "cut.tar.zst.part-*", "cut.zip.part-*", "one.zip,two")
+FORMS = ("folder", "a.zip", "a.tar", "a.tar.gz", "a.tar.zst", "a.tar.bz2", "a.tar.xz",
+         "many_*.tar", "cut.tar.part-*", "cut.tar.zst.part-*", "cut.zip.part-*", "one.zip,two")
 
 
 def store(folder, form, files):

@@ -1,0 +1,188 @@
+"""The claims of common/archives.py about names, links and compression, and about files of the hub.
+"""
+
+import base64
+import io
+import struct
+import tarfile
+import unicodedata
+import zipfile
+
+import fake_hub
+import pytest
+
+from common.archives import local_paths, open_images
+from common.config import UserError
+from common.images import ImageError
+
+
+def raw_zip(path, files):
+    """A zip whose names, pairs of bytes and content, are said to be in no encoding."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for number, (_, content) in enumerate(files):
+            archive.writestr(f"{number:04}", content)
+    packed = path.read_bytes()
+    for number, (name, _) in enumerate(files):  # as long as the numbers
+        packed = packed.replace(f"{number:04}".encode(), name)
+    path.write_bytes(packed)
+    return open_images(str(path))
+
+
+@pytest.mark.parametrize(("raw", "names"), [
+    ("ü.é".encode("cp437") + b"x", ["ü.éx"]), ("ü.j".encode(), ["ü.j", "├╝.j", "u\u0308.j"]),
+    ("图片".encode("gbk"), ["图片", "═╝╞¼", "a/图片"])])
+def test_a_zip_name_without_an_encoding_is_found_as_any_that_it_may_be(raw, names, tmp_path):
+    find = raw_zip(tmp_path / "a.zip", [(raw[:4], b"one"), (b"two.", b"two")])
+    for name in names:
+        assert find(name) == b"one", name
+    assert find("two.") == b"two"
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_composed_and_decomposed_names_are_the_same(kind, form, tmp_path):
+    stored = unicodedata.normalize(form, "bilder/é ü.jpg")
+    if kind == "folder":
+        (tmp_path / "a/bilder").mkdir(parents=True)
+        (tmp_path / "a" / stored).write_bytes(b"one")
+    elif kind == "zip":
+        with zipfile.ZipFile(tmp_path / "a", "w") as archive:
+            archive.writestr(stored, "one")
+    else:
+        tar(tmp_path / "a", [(stored, b"one")])
+    find = open_images(str(tmp_path / "a"))
+    for asked in "NFC", "NFD":
+        for name in "bilder/é ü.jpg", "x\\é ü.jpg", "bilder/%C3%A9%20%C3%BC.jpg", "É Ü.JPG":
+            assert find(unicodedata.normalize(asked, name)) == b"one"
+
+
+def test_backslashes_and_case_in_stored_names(tmp_path):
+    (tmp_path / "cats\\1.JPG").write_bytes(b"cat")  # as unzip makes from a zip of Windows
+    (tmp_path / "dogs").mkdir()
+    (tmp_path / "dogs/1.jpg").write_bytes(b"dog")
+    find = open_images(str(tmp_path))
+    assert find("x/cats/1.jpg") == b"cat" and find("DOGS/1.JPG") == b"dog"
+    assert find("birds/1.jpg") == b"dog" and find("birds/1.JPG") == b"cat"
+    with pytest.raises(ImageError, match="fits"):
+        find("1.Jpg")
+
+
+def tar(path, files):
+    """A tar of pairs of a name and its bytes, or for a link (its type, its target)."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in files:
+            member, data = tarfile.TarInfo(name), b""
+            if isinstance(content, tuple):
+                member.type, member.linkname = content
+            else:
+                data, member.size = content, len(content)
+            archive.addfile(member, io.BytesIO(data))
+    return open_images(str(path))
+
+
+def test_links_in_a_tar_lead_to_files_in_it_or_are_missing(tmp_path):
+    hard, soft = tarfile.LNKTYPE, tarfile.SYMTYPE
+    find = tar(tmp_path / "a.tar", [
+        ("a/later.jpg", (soft, "1.jpg")), ("./a/1.jpg", b"one"), ("hard.jpg", (hard, "./a/1.jpg")),
+        ("b/up.jpg", (soft, "../a/1.jpg")), ("b/twice.jpg", (soft, "../hard.jpg")),
+        ("out.jpg", (soft, "../../etc/passwd")), ("root.jpg", (soft, "/etc/passwd")),
+        ("loop.jpg", (soft, "pool.jpg")), ("pool.jpg", (soft, "loop.jpg")),
+        ("gone.jpg", (hard, "x/1.jpg"))])
+    for name in "a/later.jpg", "hard.jpg", "b/up.jpg", "b/twice.jpg":
+        assert find(name) == b"one", name
+    for name in "out", "root", "loop", "gone":
+        with pytest.raises(ImageError, match=f"{name}.jpg is a link to no file") as why:
+            find(f"{name}.jpg")
+        assert why.value.reason == "a missing image"
+
+
+@pytest.mark.parametrize("method", [
+    zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_every_compression_of_a_zip_is_read_up_to_its_size(method, tmp_path):
+    content = bytes(range(256)) * 3000
+    with (zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive,
+          archive.open("1.bin", "w", force_zip64=True) as file):
+        file.write(content)
+    find = open_images(str(tmp_path / "a.zip"))
+    assert find("1.bin") == content
+    offset, size, _, *rest = find.sources[0]["1.bin"]
+    find.sources[0]["1.bin"] = offset, size, 1000, *rest
+    if method:
+        with pytest.raises(ImageError, match="damaged"):
+            find("1.bin")
+
+
+@pytest.mark.parametrize(("at", "value", "said"), [
+    (8, 1, "encrypted; pack it without"), (10, 93, r"unknown method \(93\)")])
+def test_a_zip_member_that_cannot_be_unpacked_is_named(at, value, said, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1.jpg", "one")
+    packed = bytearray((tmp_path / "a.zip").read_bytes())
+    struct.pack_into("<H", packed, packed.index(b"PK\1\2") + at, value)
+    (tmp_path / "a.zip").write_bytes(packed)
+    with pytest.raises(ImageError, match=f"1.jpg in .*a.zip: .*{said}"):
+        open_images(str(tmp_path / "a.zip"))("1.jpg")
+
+
+def test_an_image_may_stand_in_the_place_of_its_name(tmp_path):
+    (tmp_path / "1.jpg").write_bytes(b"one")
+    find, content = open_images(str(tmp_path)), b"\xff\xd8\xff\xe0" + bytes(range(256))
+    text = base64.b64encode(content).decode()
+    for name in (text, f"data:image/jpeg;base64,{text}", f"data:;base64,{text[:80]}\n{text[80:]}",
+                 f"data:image/jpeg;base64,{text.replace('/', '%2F')}"):
+        assert find(name) == content
+    for name in "data:image/png;base64,abc", "data:image/png;base64":
+        with pytest.raises(ImageError) as why:
+            find(name)
+        assert why.value.reason == "a malformed data: URL"
+    assert find("https://host.org/x/1.jpg?size=3") == b"one"
+    for name in "http://host.org/2.jpg", "s3://x/2.jpg":
+        with pytest.raises(ImageError, match=f"{name} is not downloaded") as why:
+            find(name)
+        assert "a URL" in why.value.reason
+
+
+def test_patterns(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in "a/1.txt", "a/b/2.txt", "a/b/c/10.txt", "a/x[1].txt":
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for pattern, found in {"~/a/1.txt": "1", "~/a/**/*.txt": "1 x[1] 2 10", "a/**": "1 x[1] 2 10",
+                           "a\\b\\*.txt": "2", "a\\1.txt": "1", "a/x[1].txt": "x[1]",
+                           "a/**/c": "c"}.items():
+        assert {path.stem for path in local_paths(pattern)} == set(found.split()), pattern
+
+
+REPOSITORY = "someone/Some-Data"
+
+
+def test_files_of_the_hub_and_what_it_says_of_others(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    with fake_hub.running(monkeypatch) as server:
+        names = "a.json", "in/b.json", "in/c/d.json", "e.zip"
+        server.repos["datasets", REPOSITORY] = {name: name.encode() for name in names}
+        for pattern, found in {
+                "someone/Some-Data/a.json": "a", "datasets/someone/Some-Data/in/b.json": "b",
+                "someone/Some-Data@v1/e.zip": "e", "someone/Some-Data/in/**/*.json": "b d",
+                "someone/Some-Data/*.zip": "e"}.items():
+            assert {path.stem for path in local_paths(f"hf://{pattern}")} == set(found.split())
+        assert server.times("resolve/v1/e.zip")
+        server.repos["datasets", "someone/Gated"] = {"a.json": b"[]"}
+        server.gated.add("someone/Gated")
+        resumes, before = "the same command resumes", len(server.log)
+        for pattern, said in {
+                "someone/Some-Data/*.csv": "no file matches .* has a.json, e.zip, in/b.json",
+                "someone/Some-Data/no.json": "Entry Not Found for url",
+                "someone/None/*.json": "Repository Not Found .*make sure you are authenticated",
+                "someone/Gated/a.json": "Cannot access gated repo .*ask for access",
+                "someone": "is no data set of the hub; use the form hf://OWNER/NAME"}.items():
+            with pytest.raises(UserError, match=said) as why:
+                local_paths(f"hf://{pattern}")
+            assert resumes not in str(why.value)
+        assert len(server.log) - before <= 5  # nothing is asked twice
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+                            "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
+        with pytest.raises(UserError, match=f"cannot download .* refused; {resumes}"):
+            local_paths(f"hf://{REPOSITORY}/x.json")
