@@ -57,6 +57,7 @@ class Rows:
     dataset: str = ""  # instead of files: a data set of the Hugging Face Hub, or a local folder
     subset: str = ""  # configuration of the data set, where it has several
     split: str = "train"  # split of the data set
+    ignore_columns: str = ""  # comma-separated columns with text that is not needed
 
     # --- validation
     val_files: str = ""  # validation rows; if empty, val_share of the rows is held out
@@ -86,7 +87,7 @@ class Text(Rows):
 
 @dataclass
 class Chat(Rows):
-    """Chats from JSONL, JSON or parquet: conversations, messages, or instruction and response.
+    """Chats in any form of docs/data.md: conversations, messages, instruction and response, ...
 
     Rows with Magpie's columns are filtered as its authors did (arXiv 2406.08464, table 5).
     """
@@ -108,7 +109,7 @@ class Chat(Rows):
 
 @dataclass
 class Images(Rows):
-    """Chats or captions about images, in LLaVA's form; up to 4 images per row, or none.
+    """Chats or captions about images in any form of docs/data.md; up to 4 images per row, or none.
 
     Equal rows and rows about the same image are held out together.
     """
@@ -118,6 +119,9 @@ class Images(Rows):
     # name that is not found is searched by its base name, and refused if that fits several images
     image_root: str = ""
     max_chats: int = 0  # use only the first chats; 0 for all
+    # lowest ratings to keep, like relevance:4,formatting:3, by the columns <name>_ratings that
+    # FineVision has for each question and answer
+    min_rating: str = ""
 
     # --- output
     out: str = "data/images"  # output folder

@@ -149,7 +149,8 @@ class Rendered:
 
 
 def render(tokenizer, messages, n_images=0):
-    """Messages (dicts of role and content) -> Rendered: ids and the mask of supervised ids.
+    """Messages (dicts of role and content) -> Rendered: ids and the mask of supervised ids, which
+    are those of assistants' turns that do not have "supervised": False.
 
     With n_images > 0 each `<image>` in a user's turn is one image; without any mark all images come
     first in the first user turn. With 0 the mark is ordinary text.
@@ -162,7 +163,8 @@ def render(tokenizer, messages, n_images=0):
         for piece in pieces:
             content += [tokenizer.image] if piece is None else tokenizer.encode(piece)
         chat.ids += [tokenizer.role_ids[message["role"]], *content, tokenizer.end]
-        chat.supervised += [False, *[message["role"] == "assistant"] * (len(content) + 1)]
+        supervised = message["role"] == "assistant" and message.get("supervised", True)
+        chat.supervised += [False, *[supervised] * (len(content) + 1)]
     return chat
 
 

@@ -17,7 +17,7 @@ from common.archives import fetched
 from common.config import UserError
 from evals import metrics
 from evals.metrics import score
-from prep.schema import images_of, messages_of, text_of
+from prep.schema import Columns, chat_of, images_in, text_of
 from prep.sources import parsed
 
 SHORT = "Answer the question using a single word or phrase."  # these three as in LLaVA 1.5
@@ -116,8 +116,8 @@ def scienceqa(row):
 
 
 def own(row):
-    *messages, last = messages_of(row)
-    return Question(messages, [last["content"]], references=[last["content"]])
+    (*messages, last), images = chat_of(row)
+    return Question(messages, [last["content"]], references=[last["content"]], images=images)
 
 
 def text_windows(questions, tokenizer, T, most):
@@ -141,7 +141,8 @@ def question_of(task, row, number=0):
         raise ValueError("not a JSON object")
     try:
         question = task.read(row)
-        question.images = images_of(row, question.messages) if task.image else []
+        if task.image and not question.images:
+            question.images = images_in(Columns(row))
         question.row = number
     except KeyError as error:
         raise ValueError(f"no field {error}") from None

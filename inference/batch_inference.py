@@ -18,7 +18,7 @@ from common.config import UserError
 from common.images import fit, read_image
 from inference.conversation import TEXT_ONLY, answer_all, check_length, expand_images, has_vision
 from inference.generate import Sampler, Sampling
-from prep.schema import images_of, messages_of
+from prep.schema import chat_of
 from prep.sources import parsed
 from tokenizer import render
 
@@ -86,14 +86,12 @@ def answer_rows(model, tokenizer, stage, rows, numbers, cfg):
 
 def question(model, tokenizer, stage, row, folder):
     """(ids, PIL images) of a row's question; a ValueError or UserError says why there is none."""
-    messages = messages_of(with_answer(row))[:-1]
-    if not messages[-1]["content"].strip():
-        raise ValueError("a row without a question")
-    names = images_of(row, messages)
+    (*messages, _), names = chat_of(row, answer="?")
     if names and not has_vision(model):
         raise ValueError(TEXT_ONLY)
     # Fitted at once: a batch of photos in full size would fill the memory.
-    names = [name if os.path.exists(name) else folder / name for name in names]
+    names = [name if isinstance(name, bytes) or os.path.exists(name) else folder / name
+             for name in names]
     images = [fit(read_image(name), *model.image_spec[1:]) for name in names]
     if stage == "pretrain":
         ids = [tokenizer.end_of_text, *tokenizer.encode(messages[-1]["content"])]
@@ -101,14 +99,3 @@ def question(model, tokenizer, stage, row, folder):
         ids = [*render(tokenizer, messages, len(images)).ids, tokenizer.assistant]
     check_length(model, len(expand_images(model, tokenizer, ids)))
     return ids, images
-
-
-def with_answer(row):
-    """A row with a placeholder answer to its last question, which makes it a complete chat."""
-    if not isinstance(row, dict):
-        raise ValueError("row is not a JSON object")
-    for name in ("conversations", "messages"):
-        match row.get(name):
-            case [*_, {"from": "human" | "user"} | {"role": "human" | "user"}] as turns:
-                row = {**row, name: [*turns, {"role": "assistant", "content": "?"}]}
-    return {**row, "response": "?"}

@@ -34,6 +34,7 @@ class DataSet:
     splits: list  # data.Chats, that of training first
     chats: list  # (name, split, number in the split)
     left_out: dict  # {reason: {"rows": count, "first": names}}
+    unused: dict  # the same of its columns with text that nothing reads
 
 
 def check(cfg):
@@ -72,7 +73,8 @@ def opened(path):
     splits = [Chats(folder, split) for split in names]
     chats = [(f"{split}:{i + 1}", s, i) for s, split in enumerate(names)
              for i in range(len(splits[s]))]
-    return DataSet(name, tokenizer, splits, chats, splits[0].manifest.get("left_out", {}))
+    tables = (splits[0].manifest.get(table, {}) for table in ("left_out", "unused"))
+    return DataSet(name, tokenizer, splits, chats, *tables)
 
 
 def converted(cfg, work):
@@ -81,10 +83,10 @@ def converted(cfg, work):
                   val_share=0 if cfg.val_files else cfg.val_share)
     sources, tokenizer = sources_of(cfg), tokenizers.load(cfg.tokenizer)
     (work / "records").mkdir()
-    records, left_out = read_chats(cfg, work / "records", sources, tokenizer)
+    records, notes = read_chats(cfg, work / "records", sources, tokenizer)
     rows, name = records["rows"], sources["rows"].name
     if len(rows) == 0:
-        hint = "; is --image_root right?" if "a missing image" in left_out else ""
+        hint = "; is --image_root right?" if "a missing image" in notes["left_out"] else ""
         raise UserError(f"{name} holds no row that can be used{hint}")
     names, splits, places = list(rows.column("name")), [], {}
     for split, (_, numbers) in splits_of(cfg, records, cfg.max_chats).items():
@@ -93,7 +95,7 @@ def converted(cfg, work):
             places |= {i: (len(splits), k) for k, i in enumerate(np.sort(numbers))}
             splits.append(Chats(work / "data", split))
     chats = [(names[i], *places[i]) for i in sorted(places)]
-    return DataSet(name, tokenizer, splits, chats, left_out)
+    return DataSet(name, tokenizer, splits, chats, **notes)
 
 
 def inspected(cfg, data, packed):
@@ -124,7 +126,8 @@ def print_figures(cfg, data):
     print(f"{data.name}: {len(data.chats):,} chats, {good['rows']:,} of them good, with "
           f"{good['answers']:,} answers and {good['images']:,} images")
     for title, table in {"left out when prepared": data.left_out, "left out by training":
-                         left_out.table(), "kept, and worth knowing": notes.table()}.items():
+                         left_out.table(), "kept, and worth knowing": {**notes.table(),
+                                                                       **data.unused}}.items():
         print(f"\n{title}" * bool(table))
         show(table)
     percentiles = np.percentile(positions, PERCENTILES, method="nearest")
@@ -134,6 +137,9 @@ def print_figures(cfg, data):
     print(f"\nan epoch of the training split: {steps:,} steps of {cfg.batch_tokens:,} positions "
           f"({len(training):,} packed rows of {cfg.context:,}, {training.filled:.1%} filled)")
     n_rows = len(data.chats) + sum(entry["rows"] for entry in data.left_out.values())
+    if data.unused:
+        return (f"{good['rows']:,} of {n_rows:,} rows can be trained on, but without the columns "
+                "that are not used (above): rename them, or name them in --ignore_columns")
     if good["rows"] == n_rows:
         return f"all {n_rows:,} rows are good: this can be trained on as it is"
     return f"{good['rows']:,} of {n_rows:,} rows are good; training leaves the others out"

@@ -16,7 +16,7 @@ from common.archives import BLOCK, Joined, identity_of, open_images
 from common.config import UserError
 from common.images import fit, read_image
 from prep.resumable import Record, in_order, read_all
-from prep.schema import check_quality, images_of, messages_of, text_of
+from prep.schema import chats_of, check_quality, text_of, unread_beside
 from prep.sources import parsed, pieces, sources_of
 from prep.writers import new_data_set, write_manifest, write_shards, write_split
 
@@ -45,9 +45,9 @@ def convert_text(cfg):
             ids = np.concatenate([np.array([tokenizer.end_of_text], np.uint16), *parts])
             if len(ids) > MOST_IDS:
                 raise ValueError(f"a document of more than {MOST_IDS} tokens")
-            return Record(ids)
+            return [Record(ids, unused=unread_beside(row, cfg.field))]
 
-        records, left_out = read_all(folder.work, cfg, sources, tokenizer, make, cfg.max_documents)
+        records, notes = read_all(folder.work, cfg, sources, tokenizer, make, cfg.max_documents)
         if len(records["rows"]) == 0:
             raise UserError(f"{sources['rows'].name} holds no text")
         counts = {}
@@ -55,7 +55,7 @@ def convert_text(cfg):
             n_tokens = write_shards(out, split, documents, cfg.shard_tokens)
             counts[f"{split}_tokens"] = n_tokens
             print(f"{cfg.out}/{split}: {n} documents, {n_tokens:,} tokens")
-        write_manifest(out, "text", tokenizer, **counts, left_out=left_out)
+        write_manifest(out, "text", tokenizer, **counts, **notes)
 
 
 def texts_of(source, field):
@@ -141,7 +141,7 @@ def convert_chats(cfg):
     command = "images" if hasattr(cfg, "image_root") else "chat"
     sources, folder = sources_of(cfg), new_data_set(cfg.out, command)
     with folder as out:
-        records, left_out = read_chats(cfg, folder.work, sources, tokenizer)
+        records, notes = read_chats(cfg, folder.work, sources, tokenizer)
         if len(records["rows"]) == 0:
             raise UserError(f"{sources['rows'].name} holds no usable chat")
         splits = splits_of(cfg, records, cfg.max_chats)
@@ -155,27 +155,41 @@ def convert_chats(cfg):
             print(f"{cfg.out}/{split}: {found['chats']} chats, {found['tokens']:,} tokens, "
                   f"{found['images']} images")
             counts[split] = found
-        write_manifest(out, command, tokenizer, **counts, left_out=left_out)
+        write_manifest(out, command, tokenizer, **counts, **notes)
 
 
 def read_chats(cfg, work, sources, tokenizer):
     """read_all of chats: text-only ones are filtered by Magpie's columns, images are resized."""
-    find = None
+    find, ratings = None, ratings_of(cfg)
     if hasattr(cfg, "image_root"):
         find = open_images(cfg.image_root, partial(unpacked, folder=work / "unpacked"))
 
     def make(row):
-        messages, images = messages_of(row), []
+        chats, unused = chats_of(row, ratings)
         if find is None:
             check_quality(row, cfg)
-        else:
-            images = [resized(source, find, cfg) for source in images_of(row, messages)]
-        chat = tokenizers.render(tokenizer, messages, len(images))
-        return Record(np.array(chat.ids, np.uint16), chat.supervised, images)
+            if any(images for _, images in chats):
+                raise ValueError("an image in a row; use prepare.py images")
+        records, encoded = [], None
+        for messages, images in chats:  # all with the same images
+            encoded = encoded or [resized(source, find, cfg) for source in images]
+            chat = tokenizers.render(tokenizer, messages, len(images))
+            records.append(Record(np.array(chat.ids, np.uint16), chat.supervised, encoded, unused))
+        return records
 
     # One thread for text: turns are so short that two, which share Python's lock, are 1.6x slower.
     workers, archives = (None, find.identity) if find else (1, ())
     return read_all(work, cfg, sources, tokenizer, make, cfg.max_chats, workers, archives)
+
+
+def ratings_of(cfg):
+    """The (name, lowest rating) pairs of --min_rating."""
+    pairs = [pair.split(":") for pair in getattr(cfg, "min_rating", "").split(",") if pair]
+    try:
+        return [(name.strip(), float(lowest)) for name, lowest in pairs]
+    except ValueError:
+        raise UserError(f"--min_rating={cfg.min_rating}: expected names and numbers, like "
+                        "relevance:4,formatting:3") from None
 
 
 def resized(source, find, cfg):

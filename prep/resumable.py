@@ -45,6 +45,7 @@ class Record(NamedTuple):
     ids: np.ndarray  # uint16
     supervised: Sequence = ()  # of a chat, as long as ids
     images: Sequence = ()  # encoded images
+    unused: Sequence = ()  # the row's columns with text that nothing reads
 
 
 class Records:
@@ -55,33 +56,40 @@ class Records:
         # Without SQLite's locks, which network disks may lack: NewFolder has locked the folder.
         self.db = sqlite3.connect(f"file:{quote(os.fsencode(path))}?nolock=1", uri=True)
         self.db.executescript(TABLES)
-        self.state = {"rows": 0, "bytes": 0, "records": 0, "complete": False, "refused": {}}
+        self.state = {"rows": 0, "bytes": 0, "records": 0, "complete": False, "refused": {},
+                      "unused": {}}
         for (content,) in self.db.execute("SELECT content FROM state"):
             self.state |= json.loads(content)
         self.state["refused"] = self.refused = Refused(self.state["refused"])
+        self.state["unused"] = self.unused = Refused(self.state["unused"])
         self.committed = time.monotonic()
 
     def __len__(self):
         return self.state["records"]
 
     def add(self, results, n_bytes):
-        """Add what a batch of rows gave: (name of a row, Record or reason of its refusal) pairs."""
+        """Add what a batch gave: (name of a row, its [Record] or why it is refused) pairs."""
         for name, result in results:
-            if not isinstance(result, Record):
+            if isinstance(result, str):
                 self.refused.add(result, [name])
                 continue
-            n, images = len(self), result.images
-            keys = b"".join(hashlib.blake2b(part, digest_size=8).digest()
-                            for part in images or [result.ids.tobytes()])
-            self.db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?)", (
-                n, name, keys, result.ids.tobytes(), bytes(result.supervised)))
-            self.db.executemany("INSERT INTO images VALUES (?, ?)",
-                                enumerate(images, MAX_IMAGES * n))
-            self.state["records"] += 1
+            for column in result[0].unused:
+                self.unused.add(f"column {column} is not used", [name])
+            for record in result:
+                self._add(name, record)
         self.state["rows"] += len(results)
         self.state["bytes"] += n_bytes
         if time.monotonic() - self.committed >= COMMIT_SECONDS:
             self.commit()
+
+    def _add(self, name, record):
+        n, images = len(self), record.images
+        keys = b"".join(hashlib.blake2b(part, digest_size=8).digest()
+                        for part in images or [record.ids.tobytes()])
+        self.db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?)", (
+            n, name, keys, record.ids.tobytes(), bytes(record.supervised)))
+        self.db.executemany("INSERT INTO images VALUES (?, ?)", enumerate(images, MAX_IMAGES * n))
+        self.state["records"] += 1
 
     def commit(self, complete=False):
         """Force everything added so far to the disk. complete: the source has no more rows."""
@@ -121,7 +129,7 @@ def in_order(job, items, workers=None):
 
 
 def fill(records, source, make, limit=0, workers=None):
-    """Add make(row) of all rows of `source` that the Records lack, in order.
+    """Add the [Record] that make(row) gives of all rows of `source` that are not in yet, in order.
 
     make runs in threads, as decoding and tokenizing release Python's lock; a ValueError or
     ImageError of it is the reason to refuse a row. With a limit, reading ends soon after there are
@@ -162,7 +170,7 @@ def batches(rows):
 
 
 def convert(make, batch):
-    """([(where, Record or reason of its refusal) of each row of a batch], bytes of the rows)."""
+    """([(where, [Record] or reason of its refusal) of each row of a batch], bytes of the rows)."""
     results = []
     for where, row, _ in batch:
         try:
@@ -198,7 +206,8 @@ def open_records(folder, name, settings):
 
 
 def read_all(work, cfg, sources, tokenizer, make, limit, workers=None, archives=()):
-    """({name: filled Records} of all sources, the table of the rows left out, which is printed).
+    """({name: filled Records} of all sources, the tables "left_out" of rows and "unused" of columns
+    for the manifest, which are printed).
 
     work: a folder for them, where an earlier start may have left some; cfg: its settings.
     archives: the identities of the files that images come from, as records depend on them too.
@@ -206,9 +215,10 @@ def read_all(work, cfg, sources, tokenizer, make, limit, workers=None, archives=
     if tokenizer.n_vocab > 65536:
         raise UserError(f"the tokenizer {cfg.tokenizer} has {tokenizer.n_vocab} ids, and data sets "
                         "hold 16-bit ids: at most 65536")
-    later = ("out", "files", "val_files", "val_share", "seed", "shard_tokens", "shard_bytes")
+    later = ("out", "files", "val_files", "val_share", "seed", "shard_tokens", "shard_bytes",
+             "ignore_columns")
     kept = {name: value for name, value in vars(cfg).items() if name not in later}
-    found, refused = {}, Refused()
+    found, left_out, unused = {}, Refused(), Refused()
     try:
         for name, source in sources.items():
             settings = {**kept, "tokenizer": tokenizer.fingerprint, "source": source.identity,
@@ -217,9 +227,12 @@ def read_all(work, cfg, sources, tokenizer, make, limit, workers=None, archives=
             fill(found[name], source, make, limit if name == "rows" else 0, workers)
     finally:
         for records in found.values():
-            for reason, entry in records.refused.items():
-                refused.add(reason, entry["first"], entry["rows"])
-        show(refused.table(), "left out ")
+            left_out.merge(records.refused)
+            unused.merge(records.unused)
+        for column in cfg.ignore_columns.lower().split(","):
+            unused.pop(f"column {column.strip()} is not used", None)
+        show(left_out.table(), "left out ")
+        show(unused.table())
     if len(found["rows"]) == 0:
         shutil.rmtree(work)  # nothing in it is worth keeping
-    return found, refused.table()
+    return found, {"left_out": left_out.table(), "unused": unused.table()}

@@ -1,58 +1,325 @@
-"""Supported forms of a row: a text, a chat, images. A ValueError says why a row cannot be used."""
+"""Supported forms of a row: a text, a chat, images; docs/data.md has an example of each.
+
+A ValueError says why a row cannot be used.
+"""
+
+import base64
+import json
+import re
+from typing import NamedTuple
 
 from tokenizer import IMAGE_MARK
 
+# What is in a column, by its name in any case; of several columns of a kind the first is read.
+COLUMNS = {kind: names.split() for kind, names in {
+    "turns": "conversations conversation messages dialogue dialog turns texts chat qa_pairs",
+    "history": "history",  # [[question, answer], ...] before the question
+    "system": "system system_prompt system_message",
+    "question": "instruction question prompt query problem user",
+    "input": "input context",  # what the question is about
+    "answer": "response output completion solution multiple_choice_answer answer answers caption "
+              "captions assistant",
+    "text": "text txt comment",  # the question of an answer, or what is said about an image
+    "image": "image images image_path image_paths image_file image_files image_name image_url "
+             "image_urls image_bytes img img_path imgs picture photo jpg jpeg png webp",
+    "file": "file_name filename file path url",  # an image where it is called like one
+    "metadata":  # text that belongs neither into a question nor into an answer
+        "id ids idx index uid uuid key hash __key__ __url__ source sources dataset origin subset "
+        "split url urls license category type task task_name task_category domain tags model lang "
+        "language date dump created timestamp path file_path file file_name filename generator "
+        "input_quality llama_guard_2 min_similar_uuid",
+}.items()}
+ROLES = {name: role for role, names in {
+    "system": "system developer",
+    "user": "user human prompter",
+    "assistant": "assistant gpt chatgpt bing bard model bot ai chatbot",
+    "result": "tool function observation ipython tool_response function_response",
+    "call": "function_call tool_call",
+}.items() for name in names.split()}
+ROLE_KEYS, TEXT_KEYS = ("from", "role", "speaker"), ("value", "content", "text")
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+TOOLS = {"result": "user", "call": "assistant"}  # who says it in the chat template
+IMAGE_NAME = re.compile(r"\.(jpe?g|png|gif|webp|avif|bmp|tiff?|heic|heif)$|^data:image/", re.I)
+# The place of an image: <image>, <IMAGE>, <img>, <image1>, <|image_1|>, <image_placeholder>, [IMG]
+MARK = re.compile(
+    r"<\|?(?:image|img|picture)(?:[ _-]?(?:(\d+)|placeholder|pad|token|soft_token|here))?\|?\s?/?>"
+    r"(?:</im(?:age|g)>)?|\[(?:image|img)[ _-]?(\d*)\]|<start_of_image>", re.I)
+OWN_LINE = re.compile(rf"^[ \t]*(?:{MARK.pattern})|(?:{MARK.pattern})[ \t]*$", re.I | re.M)
 QUALITIES = ("very poor", "poor", "average", "good", "excellent")
 MAX_IMAGES = 4  # of a row
+
+
+class Chat(NamedTuple):
+    """What is read of a row."""
+
+    messages: list  # {"role", "content"}; "supervised": False where an answer is not learnt
+    images: list  # each its name or bytes; one for each <image> mark, or without any mark
+
+
+class Columns(dict):
+    """A row by its column names in lower case; `used` are those that have been read."""
+
+    def __init__(self, row):
+        row = {"messages": row} if isinstance(row, list) else row
+        if not isinstance(row, dict):
+            raise ValueError("row is not a JSON object")
+        super().__init__((str(name).lower(), value) for name, value in row.items())
+        self.used = set()
+
+    def take(self, kind):
+        """The first column of a kind that has content, else the first that is there, else None."""
+        name = first_of(self, COLUMNS[kind])
+        self.used.add(name)
+        return self.get(name)
+
+    def unread(self, texts=()):
+        """The columns with text or an image that were not read and do not repeat one of `texts`."""
+        return [name for name, value in self.items()
+                if name not in self.used and name not in COLUMNS["metadata"] and has_content(value)
+                and not (isinstance(value, str) and texts
+                         and (value.strip() in texts or all(map(value.count, texts))))]
+
+
+def first_of(row, names):
+    """The first of some names that has content in a row, else the first in it, else None."""
+    found = [name for name in names if row.get(name) is not None]
+    return max(found, key=lambda name: row[name] not in ("", []), default=None)
+
+
+def has_content(value):
+    """Whether there is text or bytes in a value, or nested in it."""
+    if isinstance(value, str | bytes):
+        return bool(value.strip())
+    values = value.values() if isinstance(value, dict) else value
+    return isinstance(value, list | dict) and any(map(has_content, values))
+
+
+def columns_of(row):
+    """The columns of a row, for messages."""
+    names = sorted(str(name)[:40] for name in row) if isinstance(row, dict) else []
+    return f"; its columns are {', '.join(names[:20])}" * bool(names)
 
 
 def text_of(row, field):
     """The text of a row, which is in a field of it, or is the row itself (of a .txt file)."""
     text = row.get(field) if isinstance(row, dict) else row
     if not (isinstance(text, str) and text.strip()):
-        raise ValueError(f"no text in the field {field}")
+        raise ValueError(f"no text in the field {field}{columns_of(row)}")
     return text
 
 
-def messages_of(row):
-    """The turns of a chat row as [{"role", "content"}], from any of the supported forms."""
-    if not isinstance(row, dict):
-        raise ValueError("row is not a JSON object")
-    turns = row.get("conversations") or row.get("messages") or instruction_turns(row)
-    if not (isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)):
+def unread_beside(row, field):
+    """The columns of a row with text but for one field."""
+    return Columns({**row, field: None}).unread() if isinstance(row, dict) else ()
+
+
+def chats_of(row, min_rating=(), answer=None):
+    """([Chat], [name of a column with text or an image that is not used]) of a row.
+
+    There are several Chats where the answer is a list, like the captions of one image. min_rating:
+    (name, lowest) pairs; answers that the column <name>_ratings rates lower are left out. answer:
+    stands for the last answer of a row that has none.
+    """
+    columns = Columns(row)
+    images, turns = images_in(columns), from_json(columns.take("turns"))
+    answers = [[]]
+    if turns:
+        turns = [turn for item in rated(turns, columns, min_rating) for turn in turns_in(item)]
+        if answer and turns[-1]["role"] in ("user", "result"):
+            answers = [[{"role": "assistant", "content": answer}]]
+    else:
+        turns, answers = question_and_answers(columns, bool(images), answer, row)
+    history = from_json(columns.take("history")) or []
+    turns = [turn for item in history for turn in turns_in(item)] + turns
+    if system := columns.take("system"):
+        turns.insert(0, {"role": "system", "content": system})
+    chats = [checked(turns + answer, images) for answer in answers]
+    texts = {message["content"] for chat in chats for message in chat.messages}
+    return chats, columns.unread({text.replace(IMAGE_MARK, "").strip() for text in texts})
+
+
+def chat_of(row, answer=None):
+    """The Chat of a row that has only one; see chats_of."""
+    chats, _ = chats_of(row, answer=answer)
+    if len(chats) > 1:
+        raise ValueError("several answers")
+    return chats[0]
+
+
+def question_and_answers(columns, has_image, default, row):
+    """([the user's turn], [[the assistant's turn], ...]) of columns like instruction, response."""
+    question, about, answer = map(columns.take, ("question", "input", "answer"))
+    answer = default if answer is None else answer
+    if question is None and about is None and answer is not None:
+        question = columns.take("text")
+    elif answer is None and has_image:
+        answer = columns.take("text")
+    if answer is None:
+        raise ValueError(f"no chat and no answer in it{columns_of(row)}")
+    parts = [part for part in (question, about) if part]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError("a question that is not text")
+    answers = answer if isinstance(answer, list) else [answer]
+    return [{"role": "user", "content": "\n".join(parts)}], [
+        [{"role": "assistant", "content": text}] for text in answers]
+
+
+def turns_in(item):
+    """The turns in an item of a list: one, or the two of a question and its answer."""
+    role = isinstance(item, dict) and item.get(first_of(item, ROLE_KEYS))
+    if role:
+        return [turn_of(item, role)]
+    if isinstance(item, dict):
+        columns = Columns(item)
+        item = [columns.take("question"), columns.take("answer")]
+    if not (isinstance(item, list) and len(item) == 2 and all(isinstance(t, str) for t in item)):
         raise ValueError("turns of another form")
-    messages = [{"role": first_of(turn, "from", "role"),
-                 "content": first_of(turn, "value", "content")} for turn in turns]
-    if not all(isinstance(m["role"], str) for m in messages):
+    return [{"role": role, "content": text}
+            for role, text in zip(("user", "assistant"), item, strict=True)]
+
+
+def turn_of(item, role):
+    """A turn: its role in ROLES, its content and whether it is supervised."""
+    if not isinstance(role, str):
         raise ValueError("turns of another form")
-    for m in messages:
-        m["role"] = {"human": "user", "gpt": "assistant"}.get(m["role"], m["role"])
-    if messages[-1]["role"] == "user" and len(messages) > 1:
+    if role.strip().lower() not in ROLES:
+        raise ValueError(f"unknown role {role[:40]!r}")
+    content, calls = item.get(first_of(item, TEXT_KEYS)), item.get("tool_calls")
+    if calls and not content:
+        role, content = "tool_call", json.dumps(calls, ensure_ascii=False)
+    weight = item.get("weight")
+    if weight not in (None, 0, 1):
+        raise ValueError("a turn whose weight is neither 0 nor 1")
+    return {"role": ROLES[role.strip().lower()], "content": content, "supervised": weight != 0}
+
+
+def rated(turns, columns, min_rating):
+    """The items of a list of turns without those that are rated too low."""
+    if not isinstance(turns, list):
+        raise ValueError("turns of another form")
+    keep = [True] * len(turns)
+    for name, lowest in min_rating:
+        ratings = columns.get(f"{name}_ratings", [])
+        if len(ratings) != len(turns):
+            raise ValueError(f"no {name}_ratings, or another number of them than of turns")
+        keep = [k and (n is None or n >= lowest) for k, n in zip(keep, ratings, strict=True)]
+    if not any(keep):
+        raise ValueError("ratings below --min_rating")
+    return [turn for turn, k in zip(turns, keep, strict=True) if k]
+
+
+def checked(turns, images):
+    """The Chat of turns and the images of the row; ValueError if they do not fit together."""
+    messages, shown, previous = [], [], None
+    for turn in turns:
+        role = TOOLS.get(turn["role"], turn["role"])
+        content = content_of(turn["content"], shown)
+        if role == "system" and content is not None and not content.strip():
+            continue
+        if messages and role == messages[-1]["role"] and TOOLS.keys() & {turn["role"], previous}:
+            messages[-1]["content"] = f"{messages[-1]['content']}\n{content}"
+        else:
+            messages.append({**turn, "role": role, "content": content})
+        previous = turn["role"]
+    if len(messages) > 1 and messages[-1]["role"] == "user":
         messages.pop()  # a question without an answer
-    body = messages[1:] if messages[0]["role"] == "system" else messages
+    body = messages[1:] if messages and messages[0]["role"] == "system" else messages
     if [m["role"] for m in body] != ["user", "assistant"] * (len(body) // 2) or not body:
         raise ValueError("turns out of order")
     if not all(isinstance(m["content"], str) for m in messages):
         raise ValueError("a turn without text")
-    if not all(m["content"].strip() for m in messages if m["role"] == "assistant"):
+    answers = [m for m in messages if m["role"] == "assistant"]
+    if not all(m["content"].strip() for m in answers):
         raise ValueError("an empty answer")
-    return messages
+    if not any(m.get("supervised", True) for m in answers):
+        raise ValueError("no answer with a weight of 1")
+    images = placed(messages, shown or images)
+    empty = [not m["content"].strip() for m in body if m["role"] == "user"]
+    if any(empty[1:]) or (empty[0] and not images):
+        raise ValueError("an empty question")
+    return Chat(messages, images)
 
 
-def first_of(row, *names):
-    """The first of some fields that has content, else the first that is there, else None."""
-    found = [row[name] for name in names if row.get(name) is not None]
-    return max(found, key=bool, default=None)  # of equals max gives the first
+def content_of(content, images):
+    """The text of a turn; of a list of parts with IMAGE_MARK for each image, which is appended to
+    `images` unless it is in a column of the row."""
+    if not isinstance(content, list | dict):
+        return content
+    text = ""
+    for part in content if isinstance(content, list) else [content]:
+        part = part if isinstance(part, dict) else {"text": part}
+        kind, found = str(part.get("type")), images_in(Columns(part))
+        if found or "image" in kind:
+            text += IMAGE_MARK
+            images += found
+        elif isinstance(part.get("text"), str):
+            text += part["text"]
+        else:
+            raise ValueError(f"a part of a turn of the type {kind[:40]}")
+    return text
 
 
-def instruction_turns(row):
-    """The two turns of a row with columns like instruction and response, or image and caption."""
-    question = first_of(row, "instruction", "prompt") or ""
-    if not isinstance(question, str):
-        raise ValueError("a question that is not text")
-    question += f"\n{row['input']}" if row.get("input") else ""
-    answer = first_of(row, "response", "output", "caption")
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+def placed(messages, images):
+    """The images in the order of their marks, which all become IMAGE_MARK in the messages."""
+    if len(images) > MAX_IMAGES:
+        raise ValueError(f"more than {MAX_IMAGES} images")
+    numbers = []  # of the marks; None for those without
+    for message in messages:
+        text = message["content"]
+        if images and message["role"] == "user":
+            numbers += [a or b for a, b in MARK.findall(text)]
+            message["content"] = MARK.sub(IMAGE_MARK, text)
+        elif ("<" in text or "[" in text) and OWN_LINE.search(text):
+            raise ValueError("an image mark outside of a user's turn" if images
+                             else "an image mark, but no image")
+    if len(numbers) not in (0, len(images)):
+        raise ValueError("another number of images than of marks in the text")
+    if not any(numbers):
+        return images
+    first = "1" if "0" not in numbers else "0"
+    if sorted(numbers) != [str(int(first) + i) for i in range(len(images))]:
+        raise ValueError("image marks that are not numbered in sequence")
+    return [images[int(number) - int(first)] for number in numbers]
+
+
+def images_in(columns):
+    """The images in a row or a part of a turn, each its name or bytes."""
+    value = from_json(columns.take("image"))
+    if value in (None, "", []):  # several columns: image_1, image_2, ...
+        names = sorted(name for name in columns if re.fullmatch(r"(image|img)_?\d", name))
+        columns.used |= set(names)
+        value = [columns[name] for name in names]
+    if not value:
+        names = [name for name in COLUMNS["file"] if IMAGE_NAME.search(str(columns.get(name)))]
+        value = [columns[name] for name in names[:1]]
+    images = [image_of(item) for item in (value if isinstance(value, list) else [value])
+              if item not in (None, "")]
+    names = {re.split(r"[/\\]", image)[-1] for image in images if isinstance(image, str)}
+    columns.used |= {name for name in COLUMNS["image"] if isinstance(columns.get(name), str) and (
+        len(names) < len(images) or re.split(r"[/\\]", columns[name])[-1] in names)}
+    return images
+
+
+def image_of(item):
+    """The name or bytes of one image, which may be in a dict as in parquet files or OpenAI's form,
+    or in base64."""
+    if isinstance(item, dict):
+        names = ("bytes", "url", "path", "image_url", "image", "file_name")
+        item = image_of(item.get(first_of(item, names)))
+    if not isinstance(item, str | bytes) or item == "":
+        raise ValueError("an image that is neither a name nor bytes")
+    data = item.split(";base64,", 1)[-1] if str(item).startswith("data:") else item
+    if isinstance(data, str) and (data is not item or len(data) > 500) and BASE64.fullmatch(data):
+        return base64.b64decode(data + "==")
+    return item
+
+
+def from_json(value):
+    """A value, parsed if it is a string with a list or object in JSON."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value[:1] in ("[", "{") else value
+    except (ValueError, RecursionError):
+        return value
 
 
 def check_quality(row, cfg):
@@ -70,28 +337,3 @@ def check_quality(row, cfg):
         raise ValueError(f"a language other than {cfg.language}")
     if cfg.safe_only and row.get("llama_guard_2") not in (None, "safe"):
         raise ValueError("not marked as safe")
-
-
-def images_of(row, messages):
-    """The images of a row, each its name or bytes, from the field image, images or image_path.
-
-    Where the messages have <image> marks, there must be one for each image.
-    """
-    fields = map(row.get, ("image", "images", "image_path"))
-    found = next((value for value in fields if value not in (None, "", [])), [])
-    found = [image_of(item) for item in (found if isinstance(found, list) else [found])]
-    if len(found) > MAX_IMAGES:
-        raise ValueError(f"more than {MAX_IMAGES} images")
-    marks = sum(m["content"].count(IMAGE_MARK) for m in messages if m["role"] == "user")
-    if marks not in (0, len(found)):
-        raise ValueError(f"images and {IMAGE_MARK} marks do not match")
-    return found
-
-
-def image_of(item):
-    """The name or bytes of one image; parquet files and the hub have {bytes, path}."""
-    if isinstance(item, dict):
-        item = item.get("path") if item.get("bytes") is None else item["bytes"]
-    if not isinstance(item, str | bytes) or item == "":
-        raise ValueError("an image that is neither a name nor bytes")
-    return item

@@ -16,16 +16,23 @@ LONGEST_TEXT = 1 << 32  # bytes of a .txt file, which is read as one row
 # GPT-2's pre-tokenizer never puts the start of white space inside a token: a long text that is cut
 # there has the same ids as the complete text.
 CUT = re.compile(r"(?<=\S)(?=\s)")
+MOST_REASONS = 100  # that name the columns of a row
 SEPARATORS = re.compile(r"[\s,]*")
 
 
 class Refused(dict):
-    """The rows left out: {reason: {"rows": count, "first": names of the first five}}."""
+    """Rows left out, or with an unused column: {reason: {"rows": count, "first": five names}}."""
 
     def add(self, reason, names, n=1):
+        if len(self) >= MOST_REASONS:
+            reason = reason.split("; ")[0]  # without the columns
         entry = self.setdefault(reason, {"rows": 0, "first": []})
         entry["rows"] += n
         entry["first"] = (entry["first"] + names)[:5]
+
+    def merge(self, other):
+        for reason, entry in other.items():
+            self.add(reason, entry["first"], entry["rows"])
 
     def table(self):
         """The same as a plain dict, the most frequent reason first."""

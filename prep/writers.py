@@ -96,7 +96,7 @@ def write_shards(folder, split, documents, shard_tokens=100_000_000):
 
 
 def write_split(folder, chats, shard_bytes=1_000_000_000):
-    """Write chats, each (ids, supervised, encoded images), into the files that data.Chats reads;
+    """Write chats, each beginning with (ids, supervised, images), into the files of data.Chats;
     returns counts for the manifest.
 
     A file of images has at most shard_bytes, but for an image that is larger: none is split.
@@ -105,7 +105,7 @@ def write_split(folder, chats, shard_bytes=1_000_000_000):
     all_ids, mask = Array(folder / "ids.npy", np.uint16), Array(folder / "supervised.npy", np.bool_)
     offsets, first_image, image_offsets = (array("q", [0]) for _ in range(3))
     shard, n_shards = None, 0
-    for ids, supervised, images in chats:
+    for ids, supervised, images, *_ in chats:
         all_ids.append(ids)
         mask.append(supervised)
         offsets.append(all_ids.size)

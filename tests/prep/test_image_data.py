@@ -367,10 +367,10 @@ BROKEN = {
     "a missing image": asked("gone.png"), "an unreadable image": asked("text.jpg"),
     "a truncated image": asked("cut.jpg"), "an image that is too large": asked("bomb.png"),
     "more than 4 images": about(["red.png"] * 5),
-    "images and <image> marks do not match": asked("red.png", "<image> or <image>?"),
-    "an image that is neither a name nor bytes": asked({"url": "x"}),
+    "another number of images than of marks in the text": asked("red.png", "<image> or <image>?"),
+    "an image that is neither a name nor bytes": asked({"size": 7}),
     "turns out of order": {"image": "red.png", "conversations": [{"from": "gpt", "value": "Hi"}]},
-    "row is not a JSON object": ["red.png"],
+    "row is not a JSON object": "red.png", "turns of another form": ["red.png"],
 }
 
 
