@@ -90,9 +90,9 @@ def question(model, tokenizer, stage, row, folder):
     if names and not has_vision(model):
         raise ValueError(TEXT_ONLY)
     # Fitted at once: a batch of photos in full size would fill the memory.
-    names = [name if isinstance(name, bytes) or os.path.exists(name) else folder / name
-             for name in names]
-    images = [fit(read_image(name), *model.image_spec[1:]) for name in names]
+    images = [fit(read_image(name, "an image") if isinstance(name, bytes) else
+                  read_image(name if os.path.exists(name) else folder / name),
+                  *model.image_spec[1:]) for name in names]
     if stage == "pretrain":
         ids = [tokenizer.end_of_text, *tokenizer.encode(messages[-1]["content"])]
     else:

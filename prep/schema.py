@@ -159,6 +159,8 @@ def question_and_answers(columns, has_image, default, row):
     parts = [part for part in (question, about) if part]
     if not all(isinstance(part, str) for part in parts):
         raise ValueError("a question that is not text")
+    if not (parts or has_image):
+        raise ValueError(f"an empty question{columns_of(row)}")
     answers = answer if isinstance(answer, list) else [answer]
     return [{"role": "user", "content": "\n".join(parts)}], [
         [{"role": "assistant", "content": text}] for text in answers]

@@ -128,8 +128,8 @@ def test_ids_are_kept(prepared):
 
 BROKEN = {
     "not a line of JSON": '{"prompt": "caf\udce9?"}',
-    "row is not a JSON object": '["What?"]',
-    "a row without a question": {"text": QUESTION},
+    "row is not a JSON object": "7", "turns of another form": '["What?"]',
+    "an empty question; its columns are id, title": {"title": QUESTION, "id": "a"},
     "out of order": {"messages": [{"role": "assistant", "content": "No."}]},
     "turns out of order": {"messages": [{"role": "user", "content": text} for text in "ab"]},
     "no.png": {"prompt": QUESTION, "image": "no.png"},
@@ -137,7 +137,7 @@ BROKEN = {
     "File name too long": {"prompt": QUESTION, "image": "no" * 300},
     "an image that is neither a name nor bytes": {"prompt": QUESTION, "image": 5},
     "more than 4 images": {"prompt": QUESTION, "images": [f"p{i}.png" for i in range(5)]},
-    "images and <image> marks do not match": {"prompt": "<image>?"},
+    "an image mark, but no image": {"prompt": "<image>?"},
     "context is 256": {"prompt": "word," * 300},
 }
 
