@@ -17,7 +17,7 @@ from PIL import Image
 
 from clip import CLIP, CLIPConfig, feature_pulls, normalise
 from common.config import TrainSettings, UserError, parse, run_main
-from data import Chats, check_tokenizer
+from data import Chats, check_kind, check_tokenizer
 from evals.zero_shot import Labelled, caption_choice, contrastive_loss, features_of, zero_shot
 from train.optim import make_optimizer
 from train.packing import Captions
@@ -71,6 +71,7 @@ class Config(TrainSettings):
 
 def main():
     cfg = parse(Config)
+    check_kind(cfg.data, "images")
     run = Run(cfg, "clip_pretrain")
 
     # Data: images with the first answer about each as its caption

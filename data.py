@@ -34,15 +34,18 @@ B rows of T positions, M images of P patches and S x S pixels, N supervised posi
 """
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 
 import tokenizer as tokenizers
 from common import hub
+from common.checkpoint import steps_in
 from common.checksums import check_together
 from common.config import UserError, one_line, read_sealed
 from common.images import ImageError, read_image
@@ -158,6 +161,51 @@ def read_array(path, dtype):
     if array.ndim != 1 or array.dtype != dtype:
         raise UserError(f"{path} holds {found}, expected 1-D {np.dtype(dtype)}")
     return array
+
+
+# Kinds of data folders: what is in them, which settings take them, what makes them
+KINDS = {
+    "text": ("token shards of text", "pretrain.py and --replay", "prepare.py text"),
+    "chats": ("text-only chats", "sft.py and --text_data", "prepare.py chat"),
+    "images": ("chats about images", "clip_pretrain.py and the vision stages", "prepare.py images"),
+    "several": ("several data sets, named text, chats, captions and scenes", "eval.py",
+                "prepare.py demo"),
+}
+
+
+def kind_of(path):
+    """The kind of the data in a folder, one of KINDS or "" for anything else."""
+    folder = Path(path)
+    if any(folder.glob("*/ids.npy")):
+        return "images" if any(folder.glob("*/first_image.npy")) else "chats"
+    if hub.listed(folder) or (any(folder.glob("*.npy")) and not (folder / "ids.npy").exists()):
+        return "text"
+    return "several" if any(folder.glob("*/*.npy")) or any(folder.glob("*/*/ids.npy")) else ""
+
+
+def check_kind(path, *kinds, setting="--data="):
+    """UserError that says what is at `path`, and what takes it, if that is of none of the kinds."""
+    found, folder, (needed, _, maker) = kind_of(path), Path(path), KINDS[kinds[0]]
+    if found in kinds:
+        return
+    suffixes = Counter(file.suffix for file in folder.glob("[!.]*.*") if file.is_file())
+    if found == "several":
+        fitting = [str(sub) for sub in sorted(folder.iterdir()) if kind_of(sub) in kinds]
+        what = "holds several data sets: " + (f"use {fitting[0]}" if fitting else "none fits")
+    elif found:
+        what = f"holds {KINDS[found][0]}, for {KINDS[found][1]}"
+    elif not folder.exists():
+        what = "does not exist"
+    elif (folder / "config.json").is_file() or steps_in(folder):
+        what = "is a checkpoint or a run"
+    elif "several" in kinds or not (suffixes or folder.is_file()):
+        what = "holds no data set"
+    else:
+        suffix = max(suffixes, key=suffixes.get, default="")
+        files = (f"--image_root={path}" if suffix.lower() in Image.EXTENSION else
+                 f"--files='{path}/*{suffix}'" if suffix else f"--files={path}")
+        what = f"is not prepared yet: {maker} {files}"
+    raise UserError(f"{setting}{path} {what}; needed are {needed}, as {maker} makes them")
 
 
 def check_tokenizer(folder, tokenizer=None):

@@ -25,6 +25,7 @@ from common.config import UserError, parse, parse_checkpoint, read_json, run_mai
 from common.device import peak_memory_gb, pick_device, setup
 from common.images import read_image
 from common.report import ReportImage, lineage_table, sample_blocks, table, write_report
+from data import check_kind
 from evals import compare
 from evals.contamination import overlaps, sentence
 from evals.metrics import Score
@@ -74,6 +75,8 @@ def main():
     machine = setup(cfg.device)
     if cfg.tasks:
         return benchmarks(name, cfg, machine)
+    if not cfg.zero_shot:  # which may be all that there is for a CLIP
+        check_kind(cfg.data, "several")
     if not cfg.report:
         return score_split([name], cfg, machine, cfg.split)
     info = checkpoint.read(name)[0]

@@ -14,7 +14,7 @@ from typing import Literal
 from common import hub
 from common.checkpoint import lineage
 from common.config import TrainSettings, UserError, parse, run_main
-from data import Text, check_tokenizer
+from data import Text, check_kind, check_tokenizer
 from inference.conversation import sample_texts
 from model import GPT, GPTConfig
 from train.loader import validation_loss
@@ -61,6 +61,7 @@ def main():
 
     # Data: windows over all shards in a seeded order
     folder = hub.stream(cfg.data, run)
+    check_kind(folder, "text")
     tokenizer = check_tokenizer(folder)
     train, val = (Text(folder, split, cfg.context, tokenizer.n_vocab) for split in ("train", "val"))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from common.checkpoint import lineage
 from common.config import TrainSettings, parse, run_main
-from data import Chats, check_tokenizer
+from data import Chats, check_kind, check_tokenizer
 from inference.conversation import sample_answers
 from train.loader import validation_loss
 from train.optim import make_optimizer
@@ -40,6 +40,7 @@ class Config(TrainSettings):
 
 def main():
     cfg = parse(Config)
+    check_kind(cfg.data, "chats")
     run = Run(cfg, "sft")
 
     # Model: all weights of the pretrained decoder are trained

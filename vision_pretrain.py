@@ -13,7 +13,7 @@ from typing import Literal
 
 from common.checkpoint import lineage
 from common.config import TrainSettings, parse, run_main
-from data import Chats, check_tokenizer
+from data import Chats, check_kind, check_tokenizer
 from evals.image_ablation import ImageAblation, ignored_images_warning
 from inference.conversation import sample_answers
 from train.optim import make_optimizer
@@ -48,6 +48,7 @@ class Config(TrainSettings):
 
 def main():
     cfg = parse(Config)
+    check_kind(cfg.data, "images")
     run = Run(cfg, "vision_pretrain")
 
     # Model: the projector is new and trained; CLIP and the decoder are frozen

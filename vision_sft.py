@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from common.checkpoint import lineage
 from common.config import TrainSettings, parse, run_main
-from data import Chats, Documents, Share, check_tokenizer
+from data import Chats, Documents, Share, check_kind, check_tokenizer
 from evals.image_ablation import ImageAblation, ignored_images_warning
 from inference.conversation import sample_answers
 from train.loader import validation_loss
@@ -49,6 +49,11 @@ class Config(TrainSettings):
 
 def main():
     cfg = parse(Config)
+    check_kind(cfg.data, "images")
+    if cfg.text_data:
+        check_kind(cfg.text_data, "chats", setting="--text_data=")
+    if cfg.replay:
+        check_kind(cfg.replay, "text", setting="--replay=")
     run = Run(cfg, "vision_sft")
 
     # Model: all weights but CLIP's are trained

@@ -23,7 +23,7 @@ from clip import CLIP, feature_pulls, normalise
 from common.config import UserError, parse
 from common.device import peak_memory_gb, precision_name
 from common.images import read_image
-from data import Text, check_tokenizer
+from data import Text, check_kind, check_tokenizer
 from model import GPT
 from tokenizer import SPECIALS, Tokenizer, gpt2
 from train.log import duration
@@ -138,8 +138,10 @@ def settings_of(folder, stage):
 
 def tokenizer_of(cfg):
     """The tokenizer of the config's data if they are prepared, else GPT-2's."""
-    prepared = (Path(cfg.data) / "manifest.json").is_file()
-    return check_tokenizer(cfg.data) if prepared else gpt2()
+    if not Path(cfg.data).exists():
+        return gpt2()
+    check_kind(cfg.data, "text", "chats", "images")
+    return check_tokenizer(cfg.data)
 
 
 def build_model(cfg, stage, folder, tokenizer):

@@ -16,7 +16,7 @@ import numpy as np
 
 import tokenizer as tokenizers
 from common.config import UserError
-from data import Chats, ImageSpec, check_tokenizer
+from data import Chats, ImageSpec, check_kind, check_tokenizer
 from prep.convert import read_chats, splits_of
 from prep.sources import Refused, show, sources_of
 from prep.writers import write_split
@@ -66,9 +66,10 @@ def opened(path):
     folder, name = Path(path), path.rstrip("/")
     names = sorted({path.parent.name for path in folder.glob("*/ids.npy")},
                    key=lambda name: (name != "train", name))
+    check_kind(name, "images", "chats", setting="")
     if names[:1] != ["train"] or not (folder / "manifest.json").is_file():
-        raise UserError(f"{name} is not a folder with chats that prepare.py made; name files, like "
-                        f"'{name}/*.json'")
+        raise UserError(f"{name} has no manifest.json or no train folder: prepare.py did not make "
+                        "it, or it is not complete")
     tokenizer = check_tokenizer(folder)
     splits = [Chats(folder, split) for split in names]
     chats = [(f"{split}:{i + 1}", s, i) for s, split in enumerate(names)

@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-from conftest import STAGES, STEPS, log_rows, logged, newest, run, run_stage
+from conftest import ROOT, STAGES, STEPS, log_rows, logged, newest, run, run_stage
 from faults.harness import start_together
 from safetensors.torch import load_file
 
@@ -196,3 +196,49 @@ def test_two_processes_take_the_same_steps_as_one(pipeline, stage, tmp_path):
     assert "on 2 x " in jobs[0].said and jobs[0].said.count("done: ") == 1, jobs[0].said
     assert not jobs[1].said, jobs[1].said
     assert_close(tmp_path / "one", tmp_path / "two")
+
+
+# --------------------------------------------------------------------- data of another kind
+
+TAKEN = {"pretrain.py": "text", "sft.py": "chats", "clip_pretrain.py": "images",
+         "vision_pretrain.py": "images", "vision_sft.py": "images", "eval.py": "several",
+         "prepare.py check": "chats images", "bench.py": "text chats images",
+         "vision_sft.py --text_data": "chats", "vision_sft.py --replay": "text"}
+OTHERS = {  # place: (its kind, or words of the refusal)
+    "demo/text": ("text", "holds token shards of text, for pretrain.py and --replay; needed are"),
+    "demo/chats": ("chats", "holds text-only chats, for sft.py and --text_data; needed are"),
+    "demo/scenes": ("images", "holds chats about images, for clip_pretrain.py and the vision"),
+    "demo": ("several", "holds several data sets: use data/demo/"),
+    "demo/chats/train": ("", "holds no data set|is not prepared yet"),
+    "run": ("", "is a checkpoint or a run"), "run/step_00000006": ("", "is a checkpoint or a run"),
+    "rows": ("", r"not prepared yet: prepare.py \w+ --files='data/rows/\*.jsonl'|holds no data"),
+    "rows/a.jsonl": ("", r"prepare.py \w+ --files=data/rows/a.jsonl|holds no data set"),
+    "photos": ("", r"prepare.py \w+ --image_root=data/photos|holds no data set"),
+    "empty": ("", "holds no data set"), "none": ("", "does not exist; needed are"),
+}
+
+
+@pytest.mark.parametrize("place", OTHERS)
+@pytest.mark.parametrize("command", TAKEN)
+def test_data_of_another_kind_is_named_before_anything_is_loaded(
+        command, place, pipeline, tmp_path, monkeypatch):
+    kind, words = OTHERS[place]
+    if (kind and kind in TAKEN[command]) or (command, place) in (
+            ("bench.py", "none"), ("prepare.py check", "rows/a.jsonl"),
+            ("prepare.py check", "none")):
+        return  # is taken, or has a sentence of its own
+    monkeypatch.chdir(tmp_path)
+    for name in "rows", "photos", "empty":
+        (tmp_path / "data" / name).mkdir(parents=True)
+    for name in "rows/a.jsonl", "rows/b.jsonl", "rows/README.md", "photos/a.JPG":
+        (tmp_path / "data" / name).touch()
+    (tmp_path / "data/demo").symlink_to(pipeline.data)
+    (tmp_path / "data/run").symlink_to(pipeline.folder / "sft")
+    script, *rest = command.split()
+    data = f"data/{place}" if rest == ["check"] else f"--data=data/{place}"
+    argv = {"prepare.py": [*rest, data], "eval.py": ["no", data], "bench.py": [
+        str(ROOT / "configs/demo/sft.py"), "--device=cpu", data]}.get(script, [data])
+    if rest and rest != ["check"]:
+        argv = [f"--data={pipeline.data}/scenes", f"{rest[0]}=data/{place}"]
+    assert re.search(words, run(script, *argv).refusal)
+    assert not (tmp_path / "out").exists()
