@@ -185,7 +185,7 @@ def kind_of(path):
 
 def check_kind(path, *kinds, setting="--data="):
     """UserError that says what is at `path`, and what takes it, if that is of none of the kinds."""
-    found, folder, (needed, _, maker) = kind_of(path), Path(path), KINDS[kinds[0]]
+    found, folder, maker = kind_of(path), Path(path), KINDS[kinds[0]][2]
     if found in kinds:
         return
     suffixes = Counter(file.suffix for file in folder.glob("[!.]*.*") if file.is_file())
@@ -205,6 +205,7 @@ def check_kind(path, *kinds, setting="--data="):
         files = (f"--image_root={path}" if suffix.lower() in Image.EXTENSION else
                  f"--files='{path}/*{suffix}'" if suffix else f"--files={path}")
         what = f"is not prepared yet: {maker} {files}"
+    needed = " or ".join(KINDS[kind][0] for kind in kinds)
     raise UserError(f"{setting}{path} {what}; needed are {needed}, as {maker} makes them")
 
 
