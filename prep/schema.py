@@ -19,6 +19,7 @@ COLUMNS = {kind: names.split() for kind, names in {
     "input": "input context",  # what the question is about
     "answer": "response output completion solution multiple_choice_answer answer answers caption "
               "captions assistant",
+    "label": "label",
     "text": "text txt comment",  # the question of an answer, or what is said about an image
     "image": "image images image_path image_paths image_file image_files image_name image_url "
              "image_urls image_bytes img img_path imgs picture photo jpg jpeg png webp",
@@ -37,7 +38,8 @@ ROLES = {name: role for role, names in {
     "call": "function_call tool_call",
 }.items() for name in names.split()}
 ROLE_KEYS, TEXT_KEYS = ("from", "role", "speaker"), ("value", "content", "text")
-BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+BASE64 = re.compile(  # of a JPEG, PNG, GIF, WebP or TIFF, or of anything in a data: URL
+    r"(?:data:[^,]*;base64,|(?=/9j/|iVBOR|R0lGOD|UklGR|SUkq|TU0A))([A-Za-z0-9+/\s]+)={0,2}\s*")
 TOOLS = {"result": "user", "call": "assistant"}  # who says it in the chat template
 IMAGE_NAME = re.compile(r"\.(jpe?g|png|gif|webp|avif|bmp|tiff?|heic|heif)$|^data:image/", re.I)
 # The place of an image: <image>, <IMAGE>, <img>, <image1>, <|image_1|>, <image_placeholder>, [IMG]
@@ -131,7 +133,7 @@ def chats_of(row, min_rating=(), answer=None):
         turns, answers = question_and_answers(columns, bool(images), answer, row)
     history = from_json(columns.take("history")) or []
     turns = [turn for item in history for turn in turns_in(item)] + turns
-    if system := columns.take("system"):
+    if turns[0]["role"] != "system" and (system := columns.take("system")):
         turns.insert(0, {"role": "system", "content": system})
     chats = [checked(turns + answer, images) for answer in answers]
     texts = {message["content"] for chat in chats for message in chat.messages}
@@ -149,7 +151,8 @@ def chat_of(row, answer=None):
 def question_and_answers(columns, has_image, default, row):
     """([the user's turn], [[the assistant's turn], ...]) of columns like instruction, response."""
     question, about, answer = map(columns.take, ("question", "input", "answer"))
-    answer = default if answer is None else answer
+    if answer is None:
+        answer = columns.take("label") if isinstance(columns.get("label"), str) else default
     if question is None and about is None and answer is not None:
         question = columns.take("text")
     elif answer is None and has_image:
@@ -192,7 +195,8 @@ def turn_of(item, role):
     weight = item.get("weight")
     if weight not in (None, 0, 1):
         raise ValueError("a turn whose weight is neither 0 nor 1")
-    return {"role": ROLES[role.strip().lower()], "content": content, "supervised": weight != 0}
+    turn = {"role": ROLES[role.strip().lower()], "content": content}
+    return {**turn, "supervised": False} if weight == 0 else turn
 
 
 def rated(turns, columns, min_rating):
@@ -236,8 +240,9 @@ def checked(turns, images):
     if not any(m.get("supervised", True) for m in answers):
         raise ValueError("no answer with a weight of 1")
     images = placed(messages, shown or images)
-    empty = [not m["content"].strip() for m in body if m["role"] == "user"]
-    if any(empty[1:]) or (empty[0] and not images):
+    questions = [m["content"].strip() for m in body[::2]]
+    first_has_image = images and not any(IMAGE_MARK in question for question in questions)
+    if not all(questions[1:]) or not (questions[0] or first_has_image):
         raise ValueError("an empty question")
     return Chat(messages, images)
 
@@ -286,34 +291,41 @@ def placed(messages, images):
 
 def images_in(columns):
     """The images in a row or a part of a turn, each its name or bytes."""
-    value = from_json(columns.take("image"))
-    if value in (None, "", []):  # several columns: image_1, image_2, ...
+    found = images_of(columns.take("image"))
+    if not found:  # several columns: image_1, image_2, ...
         names = sorted(name for name in columns if re.fullmatch(r"(image|img)_?\d", name))
         columns.used |= set(names)
-        value = [columns[name] for name in names]
-    if not value:
+        found = [image for name in names for image in images_of(columns[name])]
+    if not found:
         names = [name for name in COLUMNS["file"] if IMAGE_NAME.search(str(columns.get(name)))]
-        value = [columns[name] for name in names[:1]]
-    images = [image_of(item) for item in (value if isinstance(value, list) else [value])
-              if item not in (None, "")]
-    names = {re.split(r"[/\\]", image)[-1] for image in images if isinstance(image, str)}
-    columns.used |= {name for name in COLUMNS["image"] if isinstance(columns.get(name), str) and (
-        len(names) < len(images) or re.split(r"[/\\]", columns[name])[-1] in names)}
-    return images
+        found = images_of([columns[name] for name in names[:1]])
+    names = {base_name(image) for image in found if isinstance(image, str)}
+    columns.used |= {  # other names of the same images
+        name for name in COLUMNS["image"] if isinstance(columns.get(name), str)
+        and (len(names) < len(found) or base_name(columns[name]) in names)}
+    return found
 
 
-def image_of(item):
-    """The name or bytes of one image, which may be in a dict as in parquet files or OpenAI's form,
-    or in base64."""
-    if isinstance(item, dict):
+def base_name(path):
+    return path.replace("\\", "/").split("/")[-1]
+
+
+def images_of(value):
+    """The images in a value: a name, bytes, base64, a dict as in parquet files or OpenAI's form, or
+    a list of them."""
+    value = from_json(value)
+    if isinstance(value, list):
+        return [image for item in value for image in images_of(item)]
+    if value in (None, ""):
+        return []
+    if isinstance(value, dict):
         names = ("bytes", "url", "path", "image_url", "image", "file_name")
-        item = image_of(item.get(first_of(item, names)))
-    if not isinstance(item, str | bytes) or item == "":
+        return images_of(value.get(first_of(value, names)) or 0)
+    if not isinstance(value, str | bytes):
         raise ValueError("an image that is neither a name nor bytes")
-    data = item.split(";base64,", 1)[-1] if str(item).startswith("data:") else item
-    if isinstance(data, str) and (data is not item or len(data) > 500) and BASE64.fullmatch(data):
-        return base64.b64decode(data + "==")
-    return item
+    if isinstance(value, str) and (data := BASE64.fullmatch(value)):
+        value = base64.b64decode(data[1] + "==")
+    return [value]
 
 
 def from_json(value):
