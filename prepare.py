@@ -54,9 +54,10 @@ class Rows:
 
     # --- source
     files: str = ""  # comma-separated paths or patterns; hf://OWNER/NAME/FILE for files of the hub
-    dataset: str = ""  # instead of files: a data set of the Hugging Face Hub, or a local folder
+    dataset: str = ""  # instead of files: NAME or NAME@REVISION on the hub, or a local folder
     subset: str = ""  # configuration of the data set, where it has several
     split: str = "train"  # split of the data set
+    encoding: str = ""  # of files that are not UTF-8 and have no byte-order mark, such as cp1252
     ignore_columns: str = ""  # comma-separated columns with text that is not needed
 
     # --- validation
@@ -70,7 +71,7 @@ class Rows:
 
 @dataclass
 class Text(Rows):
-    """Token shards from .txt, .jsonl, .json or .parquet files, or from a data set of the hub."""
+    """Token shards from .txt, JSON, .csv or .parquet files, or from a data set of the hub."""
 
     # --- source
     field: str = "text"  # column that holds the text

@@ -72,7 +72,8 @@ def failure(what, error):
     if isinstance(error, FileNotFoundError):  # that there is no local copy either
         error = error.__cause__ or error
     status = getattr(getattr(error, "response", None), "status_code", 500)
-    final = isinstance(error, ValueError) or (status < 500 and status not in (408, 429))
+    final = status < 500 and status not in (408, 429)
+    final = final or isinstance(error, ValueError | FileNotFoundError)
     resumes = "" if final else "; the same command resumes"
     return UserError(f"{what}: {one_line(error, 1000)}{resumes}")
 

@@ -8,7 +8,9 @@ import json
 import re
 from typing import NamedTuple
 
-from tokenizer import IMAGE_MARK
+from tokenizer import END_OF_TEXT, IMAGE_MARK
+
+ENDS = re.compile(r"\A(\s*<\|endoftext\|>)+|(<\|endoftext\|>\s*)+\Z")
 
 # What is in a column, by its name in any case; of several columns of a kind the first is read.
 COLUMNS = {kind: names.split() for kind, names in {
@@ -105,6 +107,8 @@ def columns_of(row):
 def text_of(row, field):
     """The text of a row, which is in a field of it, or is the row itself (of a .txt file)."""
     text = row.get(field) if isinstance(row, dict) else row
+    if isinstance(text, str) and END_OF_TEXT in text:  # around a document it is no text
+        text = ENDS.sub("", text).strip("\n")
     if not (isinstance(text, str) and text.strip()):
         raise ValueError(f"no text in the field {field}{columns_of(row)}")
     return text

@@ -1,7 +1,8 @@
-"""Where rows come from: local files (READERS by suffix), data sets of the Hugging Face Hub.
+"""Where rows come from: local files (readers.py), and data sets of the Hugging Face Hub.
 
-A source has `rows()`, which yields (name for the user, row, size in bytes). A line of JSON stays
-bytes until `parsed`, in the threads that tokenize.
+A source has `rows()`, which yields (name for the user, row, size in bytes). A row is a dict, a
+text, a list of turns, a line of JSON as bytes, or the ValueError that refuses it; `parsed`, in the
+threads that tokenize, makes the first three of the others or raises.
 """
 
 import json
@@ -10,14 +11,13 @@ from pathlib import Path
 
 from common.archives import identity_of, local_paths
 from common.config import UserError, one_line
+from common.hub import failure
+from prep.readers import BLOCK, rows_of, size_of
 
-BLOCK = 1 << 20  # how much of a long file is read, or tokenized, at once
-LONGEST_TEXT = 1 << 32  # bytes of a .txt file, which is read as one row
 # GPT-2's pre-tokenizer never puts the start of white space inside a token: a long text that is cut
 # there has the same ids as the complete text.
 CUT = re.compile(r"(?<=\S)(?=\s)")
 MOST_REASONS = 100  # that name the columns of a row
-SEPARATORS = re.compile(r"[\s,]*")
 
 
 class Refused(dict):
@@ -47,93 +47,31 @@ def show(table, prefix=""):
 
 
 def parsed(row):
-    """A row, parsed if it is a line of JSON; ValueError if that is malformed."""
-    if not isinstance(row, bytes):
-        return row
+    """A row, parsed if it is a line of JSON; ValueError if that is malformed or the row is one."""
+    if isinstance(row, ValueError):
+        raise row
     try:
-        return json.loads(row)
+        return json.loads(row) if isinstance(row, bytes) else row
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8; prepare.py reads other encodings with --encoding") from None
     except (ValueError, RecursionError):
         raise ValueError("not a line of JSON") from None
 
 
 class Files:
-    """The rows of .jsonl, .json and .parquet files; a .txt file is one row, its text."""
+    """The rows of files in any of the forms that `rows_of` reads."""
 
-    def __init__(self, patterns):
-        self.name, self.paths = patterns, local_paths(patterns)
+    def __init__(self, patterns, encoding=""):
+        self.name, self.paths, self.encoding = patterns, local_paths(patterns), encoding
         self.identity = identity_of(self.paths)
         self.total = sum(size for _, size, _ in self.identity)
 
     def rows(self):
         for path in self.paths:
-            try:
-                rows = READERS.get(path.suffix, read_lines)(path)
-                for number, (row, size) in enumerate(rows, 1):
-                    if row != b"":  # a blank line
-                        yield f"{one_line(path.name)}:{number}", row, size
-            except (OSError, ValueError, RecursionError) as error:
-                raise UserError(f"cannot read {one_line(path)}: {one_line(error)}") from None
-
-
-def read_lines(path):
-    """Yield (line, bytes) of a file, the lines stripped of white space."""
-    with open(path, "rb") as file:
-        for line in file:
-            yield line.strip(), len(line)
-
-
-def read_text(path):
-    """Yield (text, bytes) of a file, once."""
-    size = path.stat().st_size
-    if size > LONGEST_TEXT:
-        raise ValueError(f"more than {LONGEST_TEXT >> 30} GiB; split it into several files")
-    yield path.read_text(encoding="utf-8-sig", errors="replace"), size
-
-
-def read_parquet(path):
-    """Yield (row, bytes) of a .parquet file."""
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            size = path.stat().st_size / max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(max(1, min(256, int(16 * BLOCK / size)))):
-                for row in batch.to_pylist():
-                    yield row, size
-    except pyarrow.ArrowException as error:
-        raise ValueError(error) from None
-
-
-def read_list(path):
-    """Yield (row, bytes) of a JSON file that is one list, holding one row at a time.
-
-    Not by ijson, which changes numbers and lone surrogates, and whose memory explodes on deeply
-    nested lists.
-    """
-    decoder, at = json.JSONDecoder(), 1
-    with open(path, encoding="utf-8-sig") as file:
-        buffer = file.read(BLOCK).lstrip()
-        if not buffer.startswith("["):
-            raise ValueError("it is not a JSON list of rows")
-        while True:
-            at = SEPARATORS.match(buffer, at).end()
-            if buffer.startswith("]", at):
-                return
-            problem = ValueError("its end is missing")
-            try:
-                row, end = decoder.raw_decode(buffer, at)
-            except ValueError as error:
-                end, problem = len(buffer), error
-            if end < len(buffer):
-                yield row, end - at
-                at = end
-            elif block := file.read(max(BLOCK, len(buffer) - at)):  # the row may continue in it
-                buffer, at = buffer[at:] + block, 0
-            else:
-                raise problem
-
-
-READERS = {".json": read_list, ".txt": read_text, ".parquet": read_parquet}  # else read_lines
+            name = one_line(path.name)
+            for number, (row, size) in enumerate(rows_of(path, self.encoding), 1):
+                if row != b"":  # a blank line
+                    yield f"{name}:{number}", row, size
 
 
 def pieces(text):
@@ -146,7 +84,10 @@ def pieces(text):
 
 
 class Dataset:
-    """The rows of a data set of the Hugging Face Hub, streamed, or of a local folder of one."""
+    """The rows of a data set of the Hugging Face Hub, streamed, or of a local folder of one.
+
+    name: of the hub may be NAME@REVISION.
+    """
 
     total = 0  # bytes: unknown
 
@@ -160,29 +101,30 @@ class Dataset:
 
         datasets.disable_progress_bars()
         try:
-            data = datasets.load_dataset(self.name, self.subset or None, split=self.split,
-                                         streaming=True)
+            name, revision = self.name, None
+            if not Path(name).exists():
+                name, _, revision = name.partition("@")
+            data = datasets.load_dataset(name, self.subset or None, split=self.split,
+                                         revision=revision or None, streaming=True)
             if data.features and "Image(" in repr(data.features):
                 data = data.decode(False)  # images as bytes
             for number, row in enumerate(data, 1):
                 yield f"{self.name}:{number}", row, size_of(row)
         except Exception as error:  # the exception types depend on the file format and HTTP client
-            raise UserError(f"cannot read the data set {self.name} (subset {self.subset or 'none'}"
-                            f", split {self.split}): {one_line(error) or repr(error)}; if it was "
-                            "the network, the same command resumes") from None
-
-
-def size_of(value):
-    """Approximate number of bytes of text and images in a row."""
-    if isinstance(value, str | bytes):
-        return len(value)
-    values = list(value.values()) if isinstance(value, dict) else value
-    return sum(map(size_of, values)) if isinstance(values, list) else 0
+            raise failure(f"cannot read the data set {self.name} (subset {self.subset or 'none'}, "
+                          f"split {self.split})", error) from None
 
 
 def sources_of(cfg):
     """{name of its records: source} of the rows that the settings name, and of --val_files."""
     if bool(cfg.files) == bool(cfg.dataset):
         raise UserError("say which rows to read: either --files='books/*.jsonl' or --dataset=NAME")
-    rows = Dataset(cfg.dataset, cfg.subset, cfg.split) if cfg.dataset else Files(cfg.files)
-    return {"rows": rows, **({"val_rows": Files(cfg.val_files)} if cfg.val_files else {})}
+    try:
+        "a".encode(cfg.encoding or "utf-8")
+    except (LookupError, ValueError):
+        raise UserError(f"--encoding={cfg.encoding} is not the name of an encoding; use one like "
+                        "utf-16-le, cp1252, gbk or shift_jis") from None
+    dataset = Dataset(cfg.dataset, cfg.subset, cfg.split) if cfg.dataset else None
+    files = {"rows": cfg.files, "val_rows": cfg.val_files}
+    files = {name: Files(paths, cfg.encoding) for name, paths in files.items() if paths}
+    return {"rows": dataset, **files} if dataset else files

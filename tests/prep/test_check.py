@@ -186,8 +186,8 @@ def test_a_chat_is_shown_token_by_token(corpus, check, tmp_path):
 
 @pytest.mark.parametrize("name, content, word", [
     ("no.json", None, "no file matches"), ("empty.jsonl", "", "no row"),
-    ("empty.json", "", "not a JSON list"), ("words.json", "words", "not a JSON list"),
-    ("words.jsonl", "some words\n", "no row"), ("folder", {}, "holds no data set"),
+    ("empty.json", "", "no row"), ("words.json", "words", "malformed JSON in line 1"),
+    ("words.jsonl", "some words\n", ".txt"), ("folder", {}, "holds no data set"),
     ("text", {"manifest.json": seal({})}, "not prepared yet"),
 ])
 def test_data_that_cannot_be_checked_is_refused(name, content, word, check, tmp_path):
