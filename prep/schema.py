@@ -26,12 +26,12 @@ COLUMNS = {kind: names.split() for kind, names in {
     "image": "image images image_path image_paths image_file image_files image_name image_url "
              "image_urls image_bytes img img_path imgs picture photo jpg jpeg png webp",
     "file": "file_name filename file path url",  # an image where it is called like one
-    "metadata":  # text that belongs neither into a question nor into an answer
-        "id ids idx index uid uuid key hash __key__ __url__ source sources dataset origin subset "
-        "split url urls license category type task task_name task_category domain tags model lang "
-        "language date dump created timestamp path file_path file file_name filename generator "
-        "input_quality llama_guard_2 min_similar_uuid",
 }.items()}
+METADATA = frozenset(" ".join((  # columns with text that belongs into no turn
+    "id ids idx index uid uuid key hash __key__ __url__ source sources dataset origin subset split",
+    "url urls license category type task task_name task_category domain tags model lang language",
+    "date dump created timestamp path file_path file file_name filename generator",
+    "input_quality llama_guard_2 min_similar_uuid")).split())
 ROLES = {name: role for role, names in {
     "system": "system developer",
     "user": "user human prompter",
@@ -43,6 +43,7 @@ ROLE_KEYS, TEXT_KEYS = ("from", "role", "speaker"), ("value", "content", "text")
 BASE64 = re.compile(  # of a JPEG, PNG, GIF, WebP or TIFF, or of anything in a data: URL
     r"(?:data:[^,]*;base64,|(?=/9j/|iVBOR|R0lGOD|UklGR|SUkq|TU0A))([A-Za-z0-9+/\s]+)={0,2}\s*")
 TOOLS = {"result": "user", "call": "assistant"}  # who says it in the chat template
+NUMBERED = re.compile(r"(image|img)_?\d")  # columns
 IMAGE_NAME = re.compile(r"\.(jpe?g|png|gif|webp|avif|bmp|tiff?|heic|heif)$|^data:image/", re.I)
 # The place of an image: <image>, <IMAGE>, <img>, <image1>, <|image_1|>, <image_placeholder>, [IMG]
 MARK = re.compile(
@@ -67,27 +68,39 @@ class Columns(dict):
         row = {"messages": row} if isinstance(row, list) else row
         if not isinstance(row, dict):
             raise ValueError("row is not a JSON object")
-        super().__init__((str(name).lower(), value) for name, value in row.items())
+        super().__init__({str(name).lower(): value for name, value in row.items()})
         self.used = set()
 
     def take(self, kind):
         """The first column of a kind that has content, else the first that is there, else None."""
+        if self.keys().isdisjoint(COLUMNS[kind]):
+            return None
         name = first_of(self, COLUMNS[kind])
         self.used.add(name)
         return self.get(name)
 
-    def unread(self, texts=()):
-        """The columns with text or an image that were not read and do not repeat one of `texts`."""
-        return [name for name, value in self.items()
-                if name not in self.used and name not in COLUMNS["metadata"] and has_content(value)
-                and not (isinstance(value, str) and texts
-                         and (value.strip() in texts or all(map(value.count, texts))))]
+    def unread(self, chats=()):
+        """The columns with text or an image that were not read and do not repeat a turn of some
+        Chats, or all of them."""
+        found = [name for name in self.keys() - self.used - METADATA if has_content(self[name])]
+        if found and chats:
+            texts = {message["content"].replace(IMAGE_MARK, "").strip()
+                     for chat in chats for message in chat.messages}
+            found = [name for name in found if not isinstance(self[name], str) or not (
+                self[name].strip() in texts or all(map(self[name].count, texts)))]
+        return sorted(found)
 
 
 def first_of(row, names):
     """The first of some names that has content in a row, else the first in it, else None."""
-    found = [name for name in names if row.get(name) is not None]
-    return max(found, key=lambda name: row[name] not in ("", []), default=None)
+    empty = None
+    for name in names:
+        value = row.get(name)
+        if value or value is False or value == 0:
+            return name
+        if value is not None:
+            empty = empty or name
+    return empty
 
 
 def has_content(value):
@@ -140,8 +153,7 @@ def chats_of(row, min_rating=(), answer=None):
     if turns[0]["role"] != "system" and (system := columns.take("system")):
         turns.insert(0, {"role": "system", "content": system})
     chats = [checked(turns + answer, images) for answer in answers]
-    texts = {message["content"] for chat in chats for message in chat.messages}
-    return chats, columns.unread({text.replace(IMAGE_MARK, "").strip() for text in texts})
+    return chats, columns.unread(chats)
 
 
 def chat_of(row, answer=None):
@@ -297,16 +309,18 @@ def images_in(columns):
     """The images in a row or a part of a turn, each its name or bytes."""
     found = images_of(columns.take("image"))
     if not found:  # several columns: image_1, image_2, ...
-        names = sorted(name for name in columns if re.fullmatch(r"(image|img)_?\d", name))
+        names = sorted(filter(NUMBERED.fullmatch, columns))
         columns.used |= set(names)
         found = [image for name in names for image in images_of(columns[name])]
     if not found:
-        names = [name for name in COLUMNS["file"] if IMAGE_NAME.search(str(columns.get(name)))]
+        names = [name for name in COLUMNS["file"]
+                 if name in columns and IMAGE_NAME.search(str(columns[name]))]
         found = images_of([columns[name] for name in names[:1]])
-    names = {base_name(image) for image in found if isinstance(image, str)}
-    columns.used |= {  # other names of the same images
-        name for name in COLUMNS["image"] if isinstance(columns.get(name), str)
-        and (len(names) < len(found) or base_name(columns[name]) in names)}
+    if found:
+        names = {base_name(image) for image in found if isinstance(image, str)}
+        columns.used |= {  # other names of the same images
+            name for name in COLUMNS["image"] if isinstance(columns.get(name), str)
+            and (len(names) < len(found) or base_name(columns[name]) in names)}
     return found
 
 
