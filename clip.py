@@ -231,9 +231,9 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows):
-        everyone = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, rows.contiguous())
-        return torch.cat(everyone)
+        everyone = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(everyone, rows.contiguous())
+        return everyone
 
     @staticmethod
     def backward(ctx, gradient):

@@ -112,7 +112,8 @@ class GPT(nn.Module):
         restricted to the segments of packed rows. embeddings (B, T, C): used instead of batch.ids.
         """
         x = self.token_embedding(batch.ids) if embeddings is None else embeddings
-        mask = packed_mask(batch.segments, batch.bounds, batch.longest, compute_dtype(x))
+        mask = packed_mask(batch.segments, batch.bounds, batch.longest, compute_dtype(x),
+                           self.rotary_cos.size(-1))
         x = self.hidden(x, batch.positions, mask).flatten(0, 1)
         x = x if batch.where is None else x.index_select(0, batch.where)
         return head_loss(x, self.head.weight, batch.targets.flatten())
@@ -120,7 +121,7 @@ class GPT(nn.Module):
     def logits(self, ids, positions=None, segments=None):
         """Logits (B, T, V) of ids (B, T); positions and segments as in data.Batch."""
         x = self.token_embedding(ids)
-        mask = packed_mask(segments, None, 0, compute_dtype(x))
+        mask = packed_mask(segments)
         return self.head(self.hidden(x, positions, mask))
 
     def hidden(self, x, positions=None, mask=None, cache=None, where=None):
@@ -181,7 +182,7 @@ class HeadLoss(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         n_chunks = max(1, -(-len(x) * len(weight) // LOGITS_AT_ONCE[x.device.type]))
         rows = max(1, -(-len(x) // n_chunks))
-        buffer, ones = x.new_empty(rows, len(weight)), x.new_ones(len(weight), 1)
+        buffer = x.new_empty(rows, len(weight))
         low_precision = want_weight and dtype != torch.float32
         product = torch.empty_like(weight_) if low_precision else None  # of one chunk
         indices = torch.arange(rows, device=x.device)
@@ -189,20 +190,22 @@ class HeadLoss(torch.autograd.Function):
             part = x[start : start + rows]
             target = indices[: len(part)], targets[start : start + rows]
             p = torch.mm(part, weight_.T, out=buffer[: len(part)])
-            p = p.float() if dtype == torch.float16 else p  # fp16 underflows at 6e-8 = e^-17
             far = p.amax(-1).float() - p[target].float()
-            p = torch.softmax(p, -1, out=p)
-            p_target, far = p[target].float(), far - p.amax(-1).float().log()  # if p underflows
+            if dtype == torch.float16:  # probabilities underflow at 6e-8 = e^-17: scaled before
+                p_ = torch.softmax(p, -1, dtype=torch.float32)
+                p_target, p = p_[target], torch.mul(p_, scale, out=p)
+            else:
+                p = torch.softmax(p, -1, out=p)
+                p_target = p[target].float()
+            far = far - (p.amax(-1).float() / scale).log()  # the nats if p_target underflows
             # The gradient at the target is p - 1, which bf16 rounds to 0 for p near 1; minus the
             # sum of the other probabilities is the same number, without cancellation.
             p[target] = 0.0
-            others = torch.mm(p, ones.to(p.dtype), out=p.new_empty(len(p), 1))[:, 0]  # no autocast
-            p[target] = -others
-            others = others.float()
+            others = p.sum(-1)  # in fp32 on a GPU, by autocast
+            p[target] = -others.to(dtype)
+            others = others.float() / scale
             nats = torch.where(p_target > 1e-30, -p_target.log(), far)
             total += torch.where(others < 0.5, -torch.log1p(-others), nats).sum()
-            if dtype == torch.float16:
-                p = p.mul_(scale).to(dtype)
             if training:
                 torch.mm(p, weight_, out=dx[start : start + rows])
             if low_precision:  # accumulated in fp32
@@ -284,16 +287,17 @@ def attend(q, k, v, mask=None, causal=False):
     return scores.softmax(-1) @ v
 
 
-def packed_mask(segments, bounds=None, longest=0, dtype=torch.float32):
+def packed_mask(segments, bounds=None, longest=0, dtype=torch.float32, D=0):
     """The mask of packed rows for attend(): causal inside each document. None for None.
 
     segments (B, T): each position's document number. bounds (N + 1,) int32: where each document
-    starts in the flat B * T positions, and the end; longest: positions of the longest document.
+    starts in the flat B * T positions, and the end; longest: positions of the longest document;
+    dtype and D: of the products, and of a head.
     """
     if segments is None:
         return None
     (B, T), device = segments.shape, segments.device
-    if bounds is not None and takes_bounds(device, dtype):
+    if bounds is not None and takes_bounds(device, dtype, D):
         return bounds
     if longest and 2 * (len(bounds) - 1) * longest**2 < B * T**2:
         starts, positions = bounds[:-1].long(), torch.arange(B * T, device=device)
@@ -352,12 +356,13 @@ class FromDocuments(torch.autograd.Function):
 
 
 @functools.cache
-def takes_bounds(device, dtype):
-    """Whether PyTorch's kernel for document boundaries works here. It is new, and needs half
-    precision and an Ampere GPU or newer, so it is compared once with the mask on an example."""
-    if device.type != "cuda" or dtype == torch.float32:
+def takes_bounds(device, dtype, D):
+    """Whether PyTorch's kernel for document boundaries works here with heads of size D. It is new,
+    and needs half precision, an Ampere GPU or newer and a D that is a multiple of 8 (PyTorch pads
+    others only for its other kernels), so it is compared once with the mask on an example."""
+    if device.type != "cuda" or dtype == torch.float32 or D % 8:
         return False
-    qkv = torch.randn(3, 1, 2, 8, 64, device=device, dtype=dtype, requires_grad=True)
+    qkv = torch.randn(3, 1, 2, 8, D, device=device, dtype=dtype, requires_grad=True)
     segments = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 0]], device=device)
     bounds = torch.tensor([0, 3, 7, 8], device=device, dtype=torch.int32)
     try:

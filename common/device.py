@@ -13,6 +13,7 @@ import re
 import resource
 import shutil
 import sys
+import sysconfig
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -115,6 +116,9 @@ class Machine:
 def setup(device="auto", precision="auto"):
     """The Machine of this process; joins the process group if torchrun started it."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Packed rows need memory in ever new sizes; read when CUDA starts.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     device = pick_device(device)
     if ranks > 1 and device.type == "mps":  # gloo does not reduce its tensors
         raise UserError("MPS works with one process only: start it without torchrun")
@@ -141,7 +145,15 @@ def pick_device(name):
         raise UserError(f"--device={name}: there is no cuda:{number} for process {local} of this "
                         f"machine: PyTorch sees {count} CUDA devices; check --nproc_per_node")
     torch.cuda.set_device(int(number))
-    return torch.device(f"cuda:{number}")
+    cudnn_attention(device := torch.device(f"cuda:{number}"), False)
+    return device
+
+
+def cudnn_attention(device, allowed):
+    """Whether attention may use cuDNN, PyTorch's first choice from Hopper on since 2.11. It plans
+    each new shape for hundreds of milliseconds, so it is allowed only where shapes repeat."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
 
 
 def pick_dtype(device, precision="auto"):
@@ -182,6 +194,12 @@ def compile_blocks(model):
     parameter names do not change."""
     if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
         raise UserError("--compile=True needs a C++ compiler such as g++; install one or omit it")
+    if not Path(headers := sysconfig.get_path("include"), "Python.h").is_file():
+        package = "python{}.{}-dev".format(*sys.version_info)
+        raise UserError(f"--compile=True needs Python.h, which is not in {headers}: apt install "
+                        f"{package} (dnf: {package}el), or use --compile=False")
+    # DDP would cut each block into several graphs, at its buckets' ends; blocks are small enough.
+    torch._dynamo.config.optimize_ddp = False
     for module in model.modules():
         if getattr(module, "repeated", False):
             module.compile()

@@ -1,10 +1,13 @@
 """model.py: the same function as GPT-NeoX; packing, caching and batching do not change it."""
 
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import model as gpt
@@ -219,6 +222,28 @@ def test_fp16_gradients_are_scaled_before_they_are_rounded():
     assert (grads[1] - grads[0]).norm() < 0.01 * grads[0].norm()
 
 
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operations on whole tensors, but for products, read and write."""
+
+    n_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if not re.search("mm|index|empty", str(func)) and not func.is_view:
+            self.n_bytes += sum(x.nbytes for x in tree_leaves((args, found))  # not out= again
+                                if isinstance(x, torch.Tensor))
+        return found
+
+
+@pytest.mark.parametrize(("dtype", "n_bytes"), [(torch.float16, 26), (torch.bfloat16, 10)], ids=str)
+def test_bytes_that_the_loss_moves_for_a_logit(dtype, n_bytes):
+    """A GPU's softmax converts fp16 itself: 18 bytes there."""
+    x, weight = torch.randn(512, 8, requires_grad=True), torch.randn(4096, 8)
+    with torch.autocast("cpu", dtype), Traffic() as traffic:
+        the_head_loss(x, weight, torch.arange(512))
+    assert traffic.n_bytes / (512 * 4096) == pytest.approx(n_bytes, rel=0.05)
+
+
 def test_no_supervised_positions_give_zero_loss_and_gradient():
     model = new_model()
     ids, none = some_ids(2, 5), torch.zeros(0, dtype=torch.long)
@@ -258,7 +283,7 @@ def documents_apart(q, k, v, bounds, bounds_k, longest, longest_k, **causal):
 def test_attention_in_documents_equals_the_mask(T, kind, monkeypatch):
     """By a GPU's kernel for document boundaries, here its reference, and as rows of a batch."""
     monkeypatch.setattr(gpt, "varlen_attn", documents_apart)
-    monkeypatch.setattr(gpt, "takes_bounds", lambda device, dtype: kind == "bounds")
+    monkeypatch.setattr(gpt, "takes_bounds", lambda device, dtype, D: kind == "bounds")
     torch.manual_seed(0)
     lengths = [[T // 6, T // 8, T // 6, T // 12], [T // 7] * 3]
     segments, bounds = torch.zeros(2, T, dtype=torch.int32), []
@@ -276,6 +301,24 @@ def test_attention_in_documents_equals_the_mask(T, kind, monkeypatch):
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
     gradients = [torch.autograd.grad(y.square().sum(), qkv)[0] for y in found]
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("D", "takes"), [(64, True), (128, True), (40, True), (20, False)])
+def test_the_kernel_for_boundaries_is_tried_with_the_models_own_head_size(D, takes, monkeypatch):
+    sizes, cuda = [], torch.device("cuda")
+    monkeypatch.setattr(gpt, "varlen_attn", lambda q, *more, **causal: (
+        sizes.append(q.size(-1)), documents_apart(q, *more, **causal))[1])
+    for name in "randn", "tensor":
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, device=None, make=make, **k: make(*a, **k))
+    assert gpt.takes_bounds.__wrapped__(cuda, torch.bfloat16, D) == takes
+    assert sizes == [D] * takes
+    seen = []
+    monkeypatch.setattr(gpt, "takes_bounds", lambda device, dtype, D: seen.append(D))
+    ids, segments = some_ids(1, 8), torch.ones(1, 8, dtype=torch.int32)
+    bounds = torch.tensor([0, 8], dtype=torch.int32)
+    new_model()(Batch(ids, ids, segments=segments, bounds=bounds, longest=8))
+    assert seen == [SMALL.n_embd // SMALL.n_head]
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -10,10 +10,11 @@ import torch
 
 
 class Saver:
-    """One thread, one write at a time."""
+    """One thread, one write at a time. device: of the state; a thread starts on GPU 0, where even
+    waiting would allocate."""
 
-    def __init__(self):
-        self.thread, self.job = ThreadPoolExecutor(1), None
+    def __init__(self, device):
+        self.device, self.thread, self.job = device, ThreadPoolExecutor(1), None
         self.buffers = {}  # path in the state -> the host tensor that it is copied into
 
     def start(self, write, *args, **kwargs):
@@ -44,6 +45,6 @@ class Saver:
             return buffer.copy_(value.detach(), non_blocking=value.is_cuda)
 
         found = copied(state, ())
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return found

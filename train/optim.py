@@ -83,7 +83,7 @@ def orthogonalise_distributed(matrices, dtype):
     part = matrices[first : first + share]
     mine[: len(part)] = orthogonalise(part, dtype)
     everyone = mine.new_empty(ranks * share, *matrices.shape[1:])
-    dist.all_gather(list(everyone.chunk(ranks)), mine)
+    dist.all_gather_into_tensor(everyone, mine)
     return everyone[: len(matrices)]
 
 

@@ -19,6 +19,7 @@ from common.device import (
     averaging,
     compile_blocks,
     cores,
+    cudnn_attention,
     peak_flops,
     peak_memory_gb,
     precision_name,
@@ -64,9 +65,10 @@ class Run:
         self.first_step, self.saved, self.evaluated, self.reason = 0, None, None, ""
         self.began = time.time()  # of the complete run: earlier on resuming, for the cost
         self.dollars_per_second = cfg.dollars_per_hour * self.ranks / 3600
-        self.stop_signal, self.saver = StopSignal(cfg.time_limit), Saver()
+        self.stop_signal, self.saver = StopSignal(cfg.time_limit), Saver(self.device)
         self.watch = Watch(self.folder, self.machine, cfg.step_timeout, LONG_TIMEOUT)
         self.train_loader = None
+        cudnn_attention(self.device, stage == "pretrain")  # whose shapes never change
         torch.manual_seed(cfg.seed)
 
     def rows(self, max_positions):
@@ -262,7 +264,8 @@ class Run:
     def load_state_dict(self, state):
         """Resume from the "training" part of a state_dict; start has loaded the weights."""
         self.first_step = state["step"]
-        self.fp16.load_state_dict(state["fp16"])
+        if state["fp16"]:  # empty in other precisions
+            self.fp16.load_state_dict(state["fp16"])
         self.guard.load_state_dict(state["guard"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
@@ -369,6 +372,7 @@ class Run:
         self.machine.barrier()
         self.watch.ended.set()
         self.optimizer.members.clear()  # makes room
+        cudnn_attention(self.device, False)  # samples differ in length
         if self.machine.is_main:
             model, _, _ = open_model(self.folder, self.device)
             report_run(self, samples(model), data)
