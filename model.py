@@ -48,8 +48,9 @@ class Attention(nn.Module):
     def forward(self, x, rotary, mask, slots):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        (q, k), v = rotate(qkv[:2], *rotary), qkv[2]  # k is fp32 if the tables are
+        qk, v = qkv.split((2, 1), dim=2)
+        q, k = rotate(qk, *rotary).unbind(2)  # fp32 if the tables are
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v.squeeze(2)))  # (B, H, T, D)
         if slots is not None:
             k, v = slots.store(k, v)  # (B, H, S, D): new and all earlier positions
         y = attend(q.type_as(k), k, v.type_as(k), mask, causal=mask is None and T > 1)
@@ -140,9 +141,8 @@ class GPT(nn.Module):
         if positions is None:
             positions = slice(T)
         dtype = compute_dtype(x)
-        rotary = self.rotary_cos[positions].to(dtype), self.rotary_sin[positions].to(dtype)
-        if rotary[0].dim() == 3:
-            rotary = tuple(table.unsqueeze(1) for table in rotary)  # (B, 1, T, D), over heads
+        rotary = [table[positions].to(dtype)[..., None, None, :]  # (T, 1, 1, D), (B, T, 1, 1, D)
+                  for table in (self.rotary_cos, self.rotary_sin)]
         x = x.to(dtype)
         for block, slots in zip(self.blocks, layers, strict=True):
             x = block(x, rotary, mask, slots, where if block is self.blocks[-1] else None)
@@ -182,7 +182,7 @@ class HeadLoss(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         n_chunks = max(1, -(-len(x) * len(weight) // LOGITS_AT_ONCE[x.device.type]))
         rows = max(1, -(-len(x) // n_chunks))
-        buffer = x.new_empty(rows, len(weight))
+        buffer, ones = x.new_empty(rows, len(weight)), x.new_ones(len(weight), 1)
         low_precision = want_weight and dtype != torch.float32
         product = torch.empty_like(weight_) if low_precision else None  # of one chunk
         indices = torch.arange(rows, device=x.device)
@@ -201,7 +201,9 @@ class HeadLoss(torch.autograd.Function):
             # The gradient at the target is p - 1, which bf16 rounds to 0 for p near 1; minus the
             # sum of the other probabilities is the same number, without cancellation.
             p[target] = 0.0
-            others = p.sum(-1)  # in fp32 on a GPU, by autocast
+            # On a GPU autocast sums in fp32; a CPU multiplies (out= keeps autocast away).
+            others = (p.sum(-1) if p.is_cuda else
+                      torch.mm(p, ones, out=ones.new_empty(len(p), 1))[:, 0])
             p[target] = -others.to(dtype)
             others = others.float() / scale
             nats = torch.where(p_target > 1e-30, -p_target.log(), far)
@@ -240,7 +242,7 @@ def rotary_tables(D, n_positions, theta):
 
 
 def rotate(x, cos, sin):
-    """Rotate x (..., T, D) by its positions; cos and sin (T, D) from rotary_tables."""
+    """Rotate x (..., D) by its positions; cos and sin, broadcast over x, from rotary_tables."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 

@@ -13,3 +13,4 @@ lr = 5e-4
 cooldown = 0.8
 eval_every = 250
 save_every = 1000
+compile = True
