@@ -167,7 +167,8 @@ def read_chats(cfg, work, sources, tokenizer):
     def make(row):
         chats, unused = chats_of(row, ratings)
         if find is None:
-            check_quality(row, cfg)
+            if isinstance(row, dict):
+                check_quality(row, cfg)
             if any(images for _, images in chats):
                 raise ValueError("an image in a row; use prepare.py images")
         records, encoded = [], None

@@ -198,14 +198,14 @@ def test_longer_chats_keep_every_turn(vocabulary, tmp_path):
     turns = [("system", "be kind"), ("user", "1"), ("assistant", "one"), ("user", "2 <|end|>"),
              ("assistant", "two"), ("user", "still there?")]
     rows = [{"messages": [{"role": role, "content": text} for role, text in turns]},
-            {"instruction": "add", "input": "1 and 2", "output": "3"}]
+            {"instruction": "add", "input": "1 and 2", "output": "3"}, FORMS[1]["messages"]]
     path = write_rows(tmp_path / "a.jsonl", rows)
     prepared("chat", f"--files={path}", f"--val_files={path}", f"--tokenizer={vocabulary}",
              f"--out={tmp_path}/out")
     assert chats(tmp_path / "out") == [
         ("<|endoftext|><|system|>be kind<|end|><|user|>1<|end|><|assistant|>one<|end|>"
          "<|user|>2 <|end|><|end|><|assistant|>two<|end|>", "one<|end|>two<|end|>"),
-        ("<|endoftext|><|user|>add\n1 and 2<|end|><|assistant|>3<|end|>", "3<|end|>")]
+        ("<|endoftext|><|user|>add\n1 and 2<|end|><|assistant|>3<|end|>", "3<|end|>"), HELLO]
     ids, tokenizer = Chats(tmp_path / "out", "train").chat(0)[0], load(vocabulary)
     assert np.count_nonzero(ids == tokenizer.end) == 5  # the typed <|end|> is ordinary text
 
