@@ -25,7 +25,6 @@ import zlib
 from itertools import accumulate
 from pathlib import Path
 from urllib.parse import unquote
-from urllib.request import DataHandler, Request
 
 from common import hub
 from common.config import UserError, one_line
@@ -39,7 +38,6 @@ DECOMPRESSORS = {  # of the members of a zip
     zipfile.ZIP_DEFLATED: lambda: zlib.decompressobj(-15), zipfile.ZIP_BZIP2: bz2.BZ2Decompressor,
     zipfile.ZIP_LZMA: lambda: lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=MAX_BYTES)}
 MAX_LINKS = 40  # from one to the next
-BASE64 = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[^.]{200}")  # of a JPEG, PNG, GIF or WebP
 
 
 def open_images(root, unpack=None):
@@ -100,14 +98,8 @@ class ImageFiles:
         self.by_base = None if search else {}  # {lower-case base: [(source, name)]}, when needed
 
     def __call__(self, name):
-        """The bytes of an image, whose name may be a data: URL; ImageError if it does not exist or
-        cannot be read, or if several files fit the name and are not copies."""
-        if name.startswith("data:") or BASE64.match(name):
-            url = name if name.startswith("data:") else f"data:;base64,{name}"
-            try:
-                return DataHandler().data_open(Request(url)).read()
-            except ValueError as error:
-                raise ImageError("a malformed data: URL", f"{name[:60]} ...: {error}") from None
+        """The bytes of an image; ImageError if it does not exist or cannot be read, or if several
+        files fit the name and are not copies."""
         first, *others = self._find(name)
         content = read_from(*first)
         for other in others:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from common.config import UserError, one_line
 
@@ -64,7 +64,7 @@ def read_image(source, name=None, size=0, how="pad", max_pixels=MAX_PIXELS):
     """
     name, content = name or source, b""
     try:
-        content = source if isinstance(source, bytes) else Path(source).expanduser().read_bytes()
+        content = source if isinstance(source, bytes) else read_file(Path(source).expanduser())
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
@@ -91,6 +91,13 @@ def read_image(source, name=None, size=0, how="pad", max_pixels=MAX_PIXELS):
         raise ImageError(f"{kind} image", f"{name} is not a readable image: {why}") from None
 
 
+def read_file(path):
+    """The bytes of a file; OSError for a pipe or device, which may never end."""
+    if path.exists() and not path.is_file():
+        raise OSError("not a regular file")
+    return path.read_bytes()
+
+
 def other(start):
     """What a file with this beginning is instead of an image, and what to do; "" if unknown."""
     text = start.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n").lower()
@@ -106,9 +113,6 @@ def to_rgb(image):
     if image.mode[0] in "IF":
         deep = np.asarray(image)
         image = Image.fromarray(np.where(deep == key, np.uint8(255), to_8_bits(deep)))
-    if image.mode == "LAB":
-        lab, rgb = map(ImageCms.createProfile, ("LAB", "sRGB"))
-        image = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
     if image.has_transparency_data:  # of a channel, a palette or one colour
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))

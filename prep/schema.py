@@ -342,7 +342,9 @@ def images_of(value):
     if not isinstance(value, str | bytes):
         raise ValueError("an image that is neither a name nor bytes")
     if isinstance(value, str) and (data := BASE64.fullmatch(value)):
-        value = base64.b64decode(data[1] + "==")
+        return [base64.b64decode(data[1] + "==")]
+    if isinstance(value, str) and value.startswith("data:"):
+        raise ValueError("a malformed data: URL")
     return [value]
 
 

@@ -79,6 +79,9 @@ def test_images_in_base64_are_decoded():
     for value in text, f"data:image/png;base64,{text}", {"url": f"data:image/png;base64,{text}"}:
         assert images_in(Columns({"image": value})) == [content]
     assert images_in(Columns({"image": "no" * 300})) == ["no" * 300]
+    for value in "data:image/png;base64", "data:image/png;base64,a.b", "data:,x":
+        with pytest.raises(ValueError, match="a malformed data: URL"):
+            images_in(Columns({"image": value}))
 
 
 MARKS = ["<image>", "<IMAGE>", "<img>", "<image1>", "<image_1>", "<Image-1>", "<image 1>", "<img/>",
