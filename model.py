@@ -49,9 +49,9 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         qk, v = qkv.split((2, 1), dim=2)
-        q, k = rotate(qk, *rotary).unbind(2)  # fp32 if the tables are
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v.squeeze(2)))  # (B, H, T, D)
-        if slots is not None:
+        qk = rotate(qk, *rotary)  # fp32 if the tables are
+        q, k, v = (x.transpose(1, 2) for x in (qk[:, :, 0], qk[:, :, 1], v[:, :, 0]))
+        if slots is not None:  # q, k, v: (B, H, T, D)
             k, v = slots.store(k, v)  # (B, H, S, D): new and all earlier positions
         y = attend(q.type_as(k), k, v.type_as(k), mask, causal=mask is None and T > 1)
         return self.out(y.transpose(1, 2).reshape(B, T, C).type_as(x))

@@ -1,4 +1,4 @@
-"""CLIP ViT-B/32 from scratch, for training every weight; an estimated four hours on a T4."""
+"""CLIP ViT-B/32 from scratch, for training every weight; about eight hours on a T4, computed."""
 
 out = "out/t4/clip_pretrain"
 data = "data/llava_captions"

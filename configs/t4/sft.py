@@ -1,4 +1,4 @@
-"""Chats for the 89 M decoder on a T4: 65 M positions, some 25 minutes."""
+"""Chats for the 89 M decoder on a T4: 65 M positions, half an hour, computed."""
 
 out = "out/t4/sft"
 init_from = "out/t4/pretrain"
