@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields, replace
 with contextlib.suppress(ImportError):  # some builds of Python have none
     import readline  # noqa: F401 (line editing and history in input())
 
+from common.atomic import check_output
 from common.config import UserError, parse, parse_checkpoint, run_main
 from common.device import pick_device
 from common.images import read_image
@@ -54,6 +55,8 @@ def main():
     for stream in sys.stdin, sys.stdout:  # bytes that are not UTF-8, or not encodable, end nothing
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if cfg.output:
+        check_output(cfg.output, "--output=")
     device = pick_device(cfg.device)
     images = [read_image(name) for name in cfg.image]
     cfg.precision = fastest_precision(device, cfg.precision)

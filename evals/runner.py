@@ -29,7 +29,7 @@ class TaskRunner:
         self.name, self.task, self.model, self.tokenizer = name, TASKS[name], model, tokenizer
         self.find = open_images(image_root)
         self.left_out, self.questions = [], []
-        for number, row in enumerate(rows_of(path)[: None if self.task.windows else items]):
+        for number, (_, row, _) in enumerate(rows_of(path)[: None if self.task.windows else items]):
             try:
                 self.questions.append(question_of(self.task, row, number))
             except ValueError as error:

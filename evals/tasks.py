@@ -4,21 +4,17 @@ Choices are made by likelihood as in lm-evaluation-harness: the likeliest contin
 question (acc), or the likeliest per character (acc_norm). Other tasks generate a greedy answer.
 """
 
-import json
 import re
 from dataclasses import dataclass, field
 from itertools import takewhile
-from pathlib import Path
 
 import numpy as np
 
-from common import hub
-from common.archives import fetched
 from common.config import UserError
 from evals import metrics
 from evals.metrics import score
-from prep.schema import Columns, chat_of, images_in, text_of
-from prep.sources import parsed
+from prep.schema import Columns, chat_of, columns_of, images_in, text_of
+from prep.sources import Files, parsed
 
 SHORT = "Answer the question using a single word or phrase."  # these three as in LLaVA 1.5
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -137,7 +133,7 @@ def question_of(task, row, number=0):
     """The Question of a row, which may be a line of JSON; ValueError with the reason if it has
     another form."""
     row = parsed(row)
-    if not isinstance(row, dict):
+    if not isinstance(row, dict) and not task.windows:  # a text of a .txt file
         raise ValueError("not a JSON object")
     try:
         question = task.read(row)
@@ -145,7 +141,7 @@ def question_of(task, row, number=0):
             question.images = images_in(Columns(row))
         question.row = number
     except KeyError as error:
-        raise ValueError(f"no field {error}") from None
+        raise ValueError(f"no field {error}{columns_of(row)}") from None
     except (AttributeError, TypeError) as error:
         raise ValueError(f"a field of the wrong type ({error})") from None
     if task.image == "required" and not question.images:
@@ -275,14 +271,8 @@ TASKS = {
 
 
 def rows_of(path):
-    """The rows of a JSON file, or the lines of a JSONL file; hf://OWNER/NAME/FILE is downloaded."""
-    try:
-        path = fetched(path)[0] if path.startswith(hub.PREFIX) else path
-        text = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
-        rows = json.loads(text) if text.lstrip().startswith(b"[") else [
-            line for line in text.split(b"\n") if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the task file {path}: {error}") from None
+    """[(name, row, bytes)] of a file in any form of prepare.py, hf://OWNER/NAME/FILE too."""
+    rows = list(Files(path).rows())
     if not rows:
         raise UserError(f"the task file {path} holds no rows")
     return rows

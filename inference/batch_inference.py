@@ -13,30 +13,28 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.atomic import append_rows, resume_rows
+from common.atomic import append_rows, resume_rows, writing
+from common.checkpoint import file_sum
 from common.config import UserError
 from common.images import fit, read_image
 from inference.conversation import TEXT_ONLY, answer_all, check_length, expand_images, has_vision
 from inference.generate import Sampler, Sampling
 from prep.schema import chat_of
-from prep.sources import parsed
+from prep.sources import Files, Refused, parsed, show
 from tokenizer import render
 
 
 def answer_file(model, tokenizer, info, cfg):
     """Answer the rows of cfg.input into cfg.output (a sample.Config)."""
-    try:
-        content = Path(cfg.input).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read --input={cfg.input}: {error.strerror}") from None
-    rows = [line for line in content.split(b"\n") if line.strip()]
+    source = Files(cfg.input)
+    rows = list(source.rows())
     if not rows:
         raise UserError(f"--input={cfg.input} has no rows")
     settings = {field.name: getattr(cfg, field.name) for field in fields(Sampling)}
-    header = {"checkpoint": info["sha256"], "questions": hashlib.sha256(content).hexdigest(),
+    header = {"checkpoint": info["sha256"], "questions": " ".join(map(file_sum, source.paths)),
               "precision": cfg.precision, "batch": cfg.batch, **settings}
-    n_errors = 0
-    try:
+    refused = Refused()
+    with writing(cfg.output, "--output="):
         done = resume_rows(cfg.output, header, len(rows), cfg.batch)
         n_done = len(done)
         if n_done:
@@ -46,27 +44,28 @@ def answer_file(model, tokenizer, info, cfg):
                 numbers = range(start, min(start + cfg.batch, len(rows)))
                 lines = answer_rows(model, tokenizer, info["stage"], rows, numbers, cfg)
                 append_rows(cfg.output, lines)
-                n_errors += sum("error" in line for line in lines)
+                for line in lines:
+                    if "error" in line:
+                        refused.add(line["error"], [rows[line["row"]][0]])
                 bar.update(len(lines))
-    except OSError as error:
-        raise UserError(f"cannot write --output={cfg.output}: {error.strerror}; choose another "
-                        "name") from None
     if n_done < len(rows):
+        n_errors = sum(entry["rows"] for entry in refused.values())
         print(f"{cfg.output}: {len(rows) - n_done:,} rows done, {n_errors:,} of them with an error")
+        show(refused.table(), "no answer to ")
 
 
 def answer_rows(model, tokenizer, stage, rows, numbers, cfg):
-    """The output lines of the rows (lines of JSON) of these numbers."""
+    """The output lines of the rows of these numbers."""
     lines, asked, device = [], [], next(model.parameters()).device
     for number in numbers:
         line = {"row": number}
         lines.append(line)
         try:
-            row = parsed(rows[number])
+            row = parsed(rows[number][1])
             if isinstance(row, dict) and row.get("id") is not None:
                 line["id"] = row["id"]
             ids, images = question(model, tokenizer, stage, row, Path(cfg.input).parent)
-        except (ValueError, UserError) as error:
+        except (ValueError, TypeError, UserError) as error:
             line["error"] = str(error)
             continue
         # Hashed, so that two seeds share no row's seed.
@@ -91,7 +90,7 @@ def question(model, tokenizer, stage, row, folder):
         raise ValueError(TEXT_ONLY)
     # Fitted at once: a batch of photos in full size would fill the memory.
     images = [fit(read_image(name, "an image") if isinstance(name, bytes) else
-                  read_image(name if os.path.exists(name) else folder / name),
+                  read_image(place_of(name, folder)),
                   *model.image_spec[1:]) for name in names]
     if stage == "pretrain":
         ids = [tokenizer.end_of_text, *tokenizer.encode(messages[-1]["content"])]
@@ -99,3 +98,10 @@ def question(model, tokenizer, stage, row, folder):
         ids = [*render(tokenizer, messages, len(images)).ids, tokenizer.assistant]
     check_length(model, len(expand_images(model, tokenizer, ids)))
     return ids, images
+
+
+def place_of(name, folder):
+    """The path of an image, from the working directory or `folder`; \\ may stand for /."""
+    names = [name, name.replace("\\", "/")]
+    places = [os.path.join(base, name) for name in names for base in ("", folder)]
+    return next(filter(os.path.exists, places), places[1])
