@@ -45,6 +45,25 @@ def test_flags_override_the_file_and_the_file_the_defaults(written):
     assert parse(Config, ["--image=a", "--image=b"]).image == ("a", "b")
 
 
+def test_a_config_file_may_have_a_mark_and_windows_lines_and_paths_begin_with_home(
+        written, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/mia")
+    path = written(b"\xef\xbb\xbf# few\r\nmax_steps = 7\r\ndata = '~/a'\r\n")
+    assert parse(Config, [path, "--image=~/b", "--out=a/~/c"]) == Config(
+        max_steps=7, data="/home/mia/a", image=("/home/mia/b",), out="a/~/c")
+    assert parse_checkpoint(Config, ["~/run"])[0] == "/home/mia/run"
+
+
+def test_windows_is_refused_by_the_first_import(monkeypatch):
+    """Modules that only Unix has are imported in common/ alone, whose __init__ comes first."""
+    for path in (path for path in ROOT.rglob("*.py") if "tests" not in path.parts):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert path.parent.name == "common" or not {"import fcntl", "import resource"} & {*lines}
+    monkeypatch.setattr("sys.platform", "win32")
+    with pytest.raises(SystemExit, match="Linux and macOS"):
+        importlib.reload(importlib.import_module("common"))
+
+
 @pytest.mark.parametrize(("text", "value"), [
     ("weight_decay = -0.5", -0.5), ("seed = 1_000", 1000), ("compile = True", True),
     ("resume = False", False), ("size = 'large'", "large"),

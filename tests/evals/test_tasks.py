@@ -1,5 +1,6 @@
 """evals/tasks.py and evals/runner.py: what benchmarks ask, how answers are scored, and resuming."""
 
+import gzip
 import json
 import random
 from pathlib import Path
@@ -150,6 +151,7 @@ def test_a_row_in_its_public_format_asks_what_the_reference_asks(name, row, expe
     ("mmstar", MMSTAR | {"answer": "D"}, "not in list"),
     ("scienceqa", SCIENCE | {"answer": 2}, "the answer 2 of 2 choices"),
     ("exact", {"conversations": [{"from": "gpt", "value": "A"}]}, "turns out of order"),
+    ("pope", {"image": "red.png", "query": "?"}, "no field 'label'; its columns are image, query"),
     ("text", {"text": " "}, "no text in the field text"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_broken_row_is_left_out_with_the_reason(name, row, why, tmp_path):
@@ -183,10 +185,10 @@ def test_own_files_in_any_format_of_the_data(row, prompt, answer, tmp_path):
 
 
 @pytest.mark.parametrize("name, text, model, why", [
-    ("pope", b"", new_model, "holds no rows"),
+    ("pope", b"", new_model, "row 0: an empty file"),
     ("pope", b"[]", new_model, "holds no rows"),
     ("pope", b"[1, 2", new_model, "cannot read"),
-    ("pope", None, new_model, "cannot read the task file"),
+    ("pope", None, new_model, "no file matches"),
     ("pope", b'{"questions": []}', new_model, "format of pope .row 0: no field 'label'"),
     ("winogrande", b"{}", new_model, "no task winogrande: hellaswag, arc, "),
     ("pope", json.dumps(POPE).encode(), text_model, "text-only"),
@@ -201,10 +203,14 @@ def test_what_cannot_be_asked_is_one_sentence(name, text, model, why, tmp_path):
 
 
 def test_json_lists_and_files_of_the_hub_are_read_like_lines(tmp_path, monkeypatch):
-    """Also with a byte-order mark."""
-    (tmp_path / "rows.json").write_text(json.dumps([PIQA, PIQA], indent=1), encoding="utf-8-sig")
-    monkeypatch.setattr(tasks, "fetched", lambda pattern: [tmp_path / pattern.split("/")[-1]])
-    for path in str(tmp_path / "rows.json"), "hf://owner/name/rows.json":
+    """Whatever the name says, with a byte-order mark, and compressed."""
+    a_list, lines = json.dumps([PIQA, PIQA], indent=1), f"{json.dumps(PIQA)}\r\n" * 2
+    for name, text in {"rows.json": a_list, "list.jsonl": a_list, "lines.json": lines}.items():
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    monkeypatch.setattr("common.archives.fetched",
+                        lambda pattern: [f"{tmp_path}/rows.json"])
+    for path in *map(str, tmp_path.iterdir()), "hf://owner/name/rows.json":
         assert len(TaskRunner("piqa", path, text_model(), TOKENIZER).questions) == 2
 
 

@@ -90,7 +90,8 @@ def test_images_are_relative_to_the_input_file(prepared):
     checkpoint, folder = prepared
     one, two = f"--image={folder}/p0.png", f"--image={folder}/p1.png"
     lines = answer_all(checkpoint, [
-        {"prompt": QUESTION, "image": "p0.png"}, {"prompt": QUESTION, "image": f"{folder}/p0.png"},
+        {"prompt": QUESTION, "image": "p0.png"},
+        {"prompt": QUESTION, "image": f"..\\{folder.name}\\p0.png"},
         {"prompt": f"<image>\n{QUESTION}", "images": ["p0.png"]},
         {"prompt": QUESTION, "images": ["p0.png", "p1.png"]}, {"prompt": QUESTION}],
         folder / "out.jsonl")
@@ -127,7 +128,7 @@ def test_ids_are_kept(prepared):
 # ----------------------------------------------------------------------------------- broken rows
 
 BROKEN = {
-    "not a line of JSON": '{"prompt": "caf\udce9?"}',
+    "not UTF-8": '{"prompt": "caf\udce9?"}',
     "row is not a JSON object": "7", "turns of another form": '["What?"]',
     "an empty question; its columns are id, title": {"title": QUESTION, "id": "a"},
     "out of order": {"messages": [{"role": "assistant", "content": "No."}]},
@@ -152,6 +153,9 @@ def test_a_broken_row_gets_an_error_and_the_others_their_answers(prepared):
     assert lines[::2] == [lines[0]] * (len(BROKEN) + 1) and lines[0]["answer"]
     for words, line in zip(BROKEN, lines[1::2], strict=True):
         assert words in line["error"] and "answer" not in line
+    file, out = folder / "out.rows", folder / "said.jsonl"
+    said = run("sample.py", checkpoint, f"--input={file}", f"--output={out}", *SHORT).out
+    assert "no answer to 1 rows: more than 4 images (out.rows:" in said
     alone = answer_all(checkpoint, BROKEN.values(), folder / "alone.jsonl", "--batch=2")
     assert alone == lines[1::2]
 
@@ -228,9 +232,9 @@ def test_an_output_of_another_checkpoint_settings_or_questions_is_refused(pipeli
 @pytest.mark.parametrize(("flags", "words"), [
     ("--input={rows}", "--output"), ("--output={tmp}/out.jsonl", "--input"),
     ("--input={rows} --output={tmp}/out.jsonl --prompt=hi", "--prompt"),
-    ("--input={tmp}/no.jsonl --output={tmp}/out.jsonl", "{tmp}/no.jsonl: No such file"),
+    ("--input={tmp}/no.jsonl --output={tmp}/out.jsonl", "no file matches {tmp}/no.jsonl"),
     ("--input={tmp}/empty.jsonl --output={tmp}/out.jsonl", "no rows"),
-    ("--input={rows} --output={tmp}", "--output={tmp}: Is a directory"),
+    ("--input={rows} --output={tmp}", "--output={tmp}: it is a folder"),
     ("--input={rows} --output={rows}/out.jsonl", "--output={rows}/out.jsonl"),
     ("--input={rows} --output={tmp}/out.jsonl --batch=0", "batch must be 1 or more"),
 ])
