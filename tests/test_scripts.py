@@ -5,7 +5,6 @@ import importlib.util
 import inspect
 import json
 import re
-import shutil
 import subprocess
 import sys
 
@@ -102,8 +101,8 @@ MISTAKES = {  # start of the command: more flags | what the message has
     "clip_pretrain.py": """
         --data={data}/captions --patch_size=7 | --patch_size=7
         --data={data}/captions --zero_shot={tmp}/no | --zero_shot={tmp}/no
-        --micro_pairs=-1 | --micro_pairs=-1""",
-    "sft.py": """
+        --data={data}/captions --micro_pairs=-1 | --micro_pairs=-1""",
+    "sft.py --data={data}/chats": """
         --max_stepz=5 | max_stepz; max_steps
         --init_from={tmp}/no | {tmp}/no
         --init_from={runs}/clip_pretrain | clip_pretrain.py; decoder""",
@@ -112,7 +111,7 @@ MISTAKES = {  # start of the command: more flags | what the message has
         --data={bad}/chats | {bad}/chats; tokenizer
         --data={data}/chats --context=512 --batch_tokens=512 | --context=512; 256
         --data={data}/chats --context=4 --batch_tokens=4 | {data}/chats; --context=4""",
-    "vision_pretrain.py": """
+    "vision_pretrain.py --data={data}/captions": """
         --init_from={runs}/sft --clip={runs}/sft | sft.py; clip
         --init_from={runs}/vision_sft --clip={runs}/clip_pretrain | vision_sft.py; decoder""",
     "vision_sft.py --data={data}/scenes": """
@@ -131,8 +130,18 @@ MISTAKES = {  # start of the command: more flags | what the message has
     "eval.py": """
         | checkpoint
         {runs}/sft --items=0 | --items=0
-        {runs}/sft --data={tmp}/no | {tmp}/no/chats
+        {runs}/sft --data={tmp}/no | {tmp}/no does not exist
+        {runs}/sft --report={bad}/red.png | --report={bad}/red.png
+        {runs}/sft --out={bad}/red.png/new | --out={bad}/red.png/new
+        compare {runs}/sft {runs}/pretrain --out={bad}/red.png | --out={bad}/red.png
         {runs}/sft --data={bad} | tokenizer""",
+    "bench.py": """
+        configs/demo/sft.py --steps=0 | --steps
+        decode configs/demo/sft.py --steps=-1 | --steps
+        plan configs/demo --vocabulary=2 | --vocabulary""",
+    "upload.py": """
+        {runs}/sft --gguf={bad} | --gguf={bad}; folder
+        {runs}/sft --gguf={bad}/red.png/x | --gguf={bad}/red.png/x""",
     "prepare.py": """
         txt --files=x | txt; demo, text, chat, images
         text --out={tmp}/x | --files""",
@@ -176,16 +185,6 @@ def test_a_tracker_that_is_not_installed(pipeline, tmp_path):
 def test_a_missing_gpu_is_named(pipeline):
     refusal = run("sample.py", pipeline.folder / "sft", "--prompt=hi", "--device=cuda").refusal
     assert "--device=cuda" in refusal
-
-
-def test_prepare_replaces_only_data_sets(bad, tmp_path):
-    argv = ("prepare.py", "text", f"--files={bad}/story.txt", "--vocabulary=300")
-    shutil.copytree(bad / "chats", tmp_path / "data")
-    assert run(*argv, f"--out={tmp_path}/data").status == 0
-    assert not (tmp_path / "data/train").exists()
-    (tmp_path / "letters.txt").write_text("Dear all,")
-    assert str(tmp_path) in run(*argv, f"--out={tmp_path}").refusal
-    assert (tmp_path / "letters.txt").read_text() == "Dear all,"
 
 
 # ----------------------------------------------------------------------------------------- answers
