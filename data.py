@@ -184,9 +184,10 @@ def kind_of(path):
 
 
 def check_kind(path, *kinds, setting="--data="):
-    """UserError that says what is at `path`, and what takes it, if that is of none of the kinds."""
+    """UserError that says what is at `path`, and what takes it, if that is of none of the kinds.
+    A setting that is empty is only refused if it is --data."""
     found, folder, maker = kind_of(path), Path(path), KINDS[kinds[0]][2]
-    if found in kinds:
+    if found in kinds or (not path and setting != "--data="):
         return
     suffixes = Counter(file.suffix for file in folder.glob("[!.]*.*") if file.is_file())
     if found == "several":

@@ -50,10 +50,8 @@ class Config(TrainSettings):
 def main():
     cfg = parse(Config)
     check_kind(cfg.data, "images")
-    if cfg.text_data:
-        check_kind(cfg.text_data, "chats", setting="--text_data=")
-    if cfg.replay:
-        check_kind(cfg.replay, "text", setting="--replay=")
+    check_kind(cfg.text_data, "chats", setting="--text_data=")
+    check_kind(cfg.replay, "text", setting="--replay=")
     run = Run(cfg, "vision_sft")
 
     # Model: all weights but CLIP's are trained

@@ -35,8 +35,8 @@ def check_output(path, setting="", folder=False):
     path = Path(path)
     with writing(path, setting):
         (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
-        if not folder and path.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
+        if not folder and path.exists() and not path.is_file():
+            raise OSError(0, "it is a folder or a device")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise PermissionError(0, "there is no permission")
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from common.atomic import NewFolder, append_rows, resume_rows
+from common.atomic import NewFolder, append_rows, check_output, resume_rows, writing
 from common.config import UserError
 
 
@@ -26,6 +26,18 @@ def test_a_folder_appears_complete_and_is_kept_by_a_later_error(tmp_path):
             (folder / "b").write_text("newer")
             raise error
         assert os.listdir(out.parent) == ["out"] and os.listdir(out) == ["a"]
+
+
+def test_an_output_is_checked_before_the_work_and_a_full_disk_is_a_sentence(tmp_path):
+    check_output(tmp_path / "new/folder/a.gguf")
+    check_output(tmp_path / "new/other", folder=True)
+    assert sorted(os.listdir(tmp_path / "new")) == ["folder", "other"]
+    for path in tmp_path, "/dev/full":
+        with pytest.raises(UserError, match="--gguf=.* a folder or a device"):
+            check_output(path, "--gguf=")
+    full = pytest.raises(UserError, match="cannot write --out=/dev/full: No space left on device")
+    with full, writing("/dev/full", "--out="):
+        append_rows("/dev/full", [{}])
 
 
 @pytest.mark.parametrize("keep", [False, True])

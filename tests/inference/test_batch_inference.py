@@ -234,7 +234,7 @@ def test_an_output_of_another_checkpoint_settings_or_questions_is_refused(pipeli
     ("--input={rows} --output={tmp}/out.jsonl --prompt=hi", "--prompt"),
     ("--input={tmp}/no.jsonl --output={tmp}/out.jsonl", "no file matches {tmp}/no.jsonl"),
     ("--input={tmp}/empty.jsonl --output={tmp}/out.jsonl", "no rows"),
-    ("--input={rows} --output={tmp}", "--output={tmp}: it is a folder"),
+    ("--input={rows} --output={tmp}", "--output={tmp}: it is a folder or a device"),
     ("--input={rows} --output={rows}/out.jsonl", "--output={rows}/out.jsonl"),
     ("--input={rows} --output={tmp}/out.jsonl --batch=0", "batch must be 1 or more"),
 ])
