@@ -48,7 +48,7 @@ def test_help_shows_usage_examples_groups_and_complete_comments(command, monkeyp
 
 
 def test_a_script_starts_in_its_own_process_from_any_folder(tmp_path):
-    command = [sys.executable, ROOT / "eval.py", tmp_path / "no"]
+    command = [sys.executable, ROOT / "eval.py", tmp_path / "no", "--zero_shot=images"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT.parent)
     result = Result(done.returncode, done.stdout, done.stderr)
     assert f"there is no checkpoint {tmp_path}/no" in result.refusal

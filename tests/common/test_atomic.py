@@ -33,7 +33,7 @@ def test_an_output_is_checked_before_the_work_and_a_full_disk_is_a_sentence(tmp_
     check_output(tmp_path / "new/other", folder=True)
     assert sorted(os.listdir(tmp_path / "new")) == ["folder", "other"]
     for path in tmp_path, "/dev/full":
-        with pytest.raises(UserError, match="--gguf=.* a folder or a device"):
+        with pytest.raises(UserError, match=r"--gguf=.* a folder or a device"):
             check_output(path, "--gguf=")
     full = pytest.raises(UserError, match="cannot write --out=/dev/full: No space left on device")
     with full, writing("/dev/full", "--out="):
