@@ -5,7 +5,8 @@
 
 A name that does not exist matches the file with the same base name in any case. Of several, one is
 taken whose complete path is the end of the name, or the other way round. Different images that fit
-a name equally well are refused. Names are only looked up, never written: ../ is harmless.
+a name equally well are refused, and dogs/1.png is never cats/1.png where there is a folder dogs.
+Names are only looked up, never written: ../ is harmless.
 """
 
 import bisect
@@ -95,7 +96,7 @@ class ImageFiles:
 
     def __init__(self, sources, identity, search):
         self.sources, self.identity, self.lock = sources, identity, threading.Lock()
-        self.by_base = None if search else {}  # {lower-case base: [(source, name)]}, when needed
+        self.indexes = None if search else []  # (source, index_of(source)) pairs, when needed
 
     def __call__(self, name):
         """The bytes of an image; ImageError if it does not exist or cannot be read, or if several
@@ -114,17 +115,22 @@ class ImageFiles:
             if exact := [(source, wanted) for source in self.sources if wanted in source]:
                 return exact
         with self.lock:
-            if self.by_base is None:
-                self.by_base = {}
-                for source in self.sources:
-                    for known in source:
-                        base = os.path.basename(normalized(known)).casefold()
-                        self.by_base.setdefault(base, []).append((source, known))
+            if self.indexes is None:
+                self.indexes = [(source, index_of(source)) for source in self.sources]
         for wanted in spellings(name):
-            if similar := self.by_base.get(os.path.basename(wanted).casefold()):
-                agreed = [agreement(normalized(known), wanted) for _, known in similar]
-                best = max(agreed)
-                return [item for item, n in zip(similar, agreed, strict=True) if n == best]
+            folder, base = os.path.split(wanted)
+            similar = []  # (agreement, file)
+            for source, index in self.indexes:
+                places = index.get(f"{os.path.basename(folder)}/".casefold(), ())
+                has_folder = folder and any(overlap(place, folder) for place in places)
+                for known in index.get(base.casefold(), ()):
+                    path = normalized(known)
+                    n_parts, same = overlap(path, wanted), os.path.basename(path) == base
+                    if n_parts > 1 or not has_folder:
+                        similar.append(((max(1, n_parts), same), (source, known)))
+            if similar:
+                best, _ = max(similar, key=lambda item: item[0])
+                return [file for agreement, file in similar if agreement == best]
         if re.match(r"\w{2,}://", name):
             raise ImageError("an image that is a URL, which is not downloaded: download it and use "
                              "--image_root", f"{name[:200]} is not downloaded; use --image_root")
@@ -151,12 +157,22 @@ def read_from(source, found):
     return content
 
 
-def agreement(path, other):
-    """How many parts two paths have in common, and whether their base names are the same in upper
-    and lower case too: all parts of the shorter if the longer ends with it, else the base name."""
-    short, long = sorted((path.casefold().split("/"), other.casefold().split("/")), key=len)
-    same = os.path.basename(path) == os.path.basename(other)
-    return (len(short) if long[-len(short) :] == short else 1), same
+def index_of(source):
+    """{lower-case base name: [name]} of the files of a source; with a slash those of folders."""
+    index, folders = {}, set()
+    for name in source:
+        folder, base = os.path.split(normalized(name))
+        index.setdefault(base.casefold(), []).append(name)
+        folders.add(folder)
+    for folder in folders:
+        index.setdefault(f"{os.path.basename(folder)}/".casefold(), []).append(folder)
+    return index
+
+
+def overlap(path, other):
+    """The number of parts of the shorter path if the longer ends with it, in any case, else 0."""
+    short, long = sorted((path.casefold(), other.casefold()), key=len)
+    return short.count("/") + 1 if f"/{long}".endswith(f"/{short}") else 0
 
 
 def normalized(name):

@@ -84,17 +84,17 @@ def converted(cfg, work):
                   val_share=0 if cfg.val_files else cfg.val_share)
     sources, tokenizer = sources_of(cfg), tokenizers.load(cfg.tokenizer)
     (work / "records").mkdir()
-    records, notes = read_chats(cfg, work / "records", sources, tokenizer)
-    rows, name = records["rows"], sources["rows"].name
-    if len(rows) == 0:
-        hint = "; is --image_root right?" if "a missing image" in notes["left_out"] else ""
-        raise UserError(f"{name} holds no row that can be used{hint}")
-    names, splits, places = list(rows.column("name")), [], {}
-    for split, (_, numbers) in splits_of(cfg, records, cfg.max_chats).items():
-        if len(numbers):  # nothing may be held out
-            write_split(work / "data" / split, (rows[i] for i in np.sort(numbers)))
-            places |= {i: (len(splits), k) for k, i in enumerate(np.sort(numbers))}
-            splits.append(Chats(work / "data", split))
+    name, splits, places = sources["rows"].name, [], {}
+    with read_chats(cfg, work / "records", sources, tokenizer) as (records, notes):
+        if len(rows := records["rows"]) == 0:
+            hint = "; is --image_root right?" if "a missing image" in notes["left_out"] else ""
+            raise UserError(f"{name} holds no row that can be used{hint}")
+        names = list(rows.column("name"))
+        for split, (_, numbers) in splits_of(cfg, records, cfg.max_chats).items():
+            if len(numbers):  # nothing may be held out
+                write_split(work / "data" / split, (rows[i] for i in np.sort(numbers)))
+                places |= {i: (len(splits), k) for k, i in enumerate(np.sort(numbers))}
+                splits.append(Chats(work / "data", split))
     chats = [(names[i], *places[i]) for i in sorted(places)]
     return DataSet(name, tokenizer, splits, chats, **notes)
 

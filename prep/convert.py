@@ -47,15 +47,15 @@ def convert_text(cfg):
                 raise ValueError(f"a document of more than {MOST_IDS} tokens")
             return [Record(ids, unused=unread_beside(row, cfg.field))]
 
-        records, notes = read_all(folder.work, cfg, sources, tokenizer, make, cfg.max_documents)
-        if len(records["rows"]) == 0:
-            raise UserError(f"{sources['rows'].name} holds no text")
-        counts = {}
-        for split, n, documents in documents_of(cfg, records, tokenizer):
-            n_tokens = write_shards(out, split, documents, cfg.shard_tokens)
-            counts[f"{split}_tokens"] = n_tokens
-            print(f"{cfg.out}/{split}: {n} documents, {n_tokens:,} tokens")
-        write_manifest(out, "text", tokenizer, **counts, **notes)
+        reading = read_all(folder.work, cfg, sources, tokenizer, make, cfg.max_documents)
+        with reading as (records, counts):
+            if len(records["rows"]) == 0:
+                raise UserError(f"{sources['rows'].name} holds no text")
+            for split, n, documents in documents_of(cfg, records, tokenizer):
+                n_tokens = write_shards(out, split, documents, cfg.shard_tokens)
+                counts[f"{split}_tokens"] = n_tokens
+                print(f"{cfg.out}/{split}: {n} documents, {n_tokens:,} tokens")
+            write_manifest(out, "text", tokenizer, **counts)
 
 
 def texts_of(source, field):
@@ -81,15 +81,18 @@ def documents_of(cfg, records, tokenizer):
         yield "train", 1, [train]
         yield "val", int(n_held > 0), [[tokenizer.end_of_text], val] if n_held else []
         return
-    for split, (source, numbers) in splits_of(cfg, records, cfg.max_documents).items():
+    for split, (source, numbers) in splits_of(
+            cfg, records, cfg.max_documents,
+            "document" if cfg.val_share or cfg.val_files else "").items():
         yield split, len(numbers), (source[i].ids for i in numbers)
 
 
-def splits_of(cfg, records, limit):
+def splits_of(cfg, records, limit, kind=""):
     """{split: (Records, numbers of its records)}; training numbers come in a seeded order.
 
     Equal rows and rows that show the same image stay together, as what is held out could else be in
     both: LLaVA-Instruct-150K has about two rows per image. How many rows that are is printed.
+    UserError if none is left for validation, with the kind of rows unless that is empty.
     """
     from scipy.sparse import coo_array, csgraph
 
@@ -102,25 +105,37 @@ def splits_of(cfg, records, limit):
         if n_known := len(set(val_row[np.isin(val_keys, keys)])):
             print(f"{n_known:,} of {len(val):,} validation rows equal a training row or show its "
                   "image")
-        return {"train": (rows, order), "val": (val, np.arange(len(val)))}
-    # Nodes are the rows and their keys, so a group is a connected component.
-    names, key = np.unique(keys, return_inverse=True)
-    edges = coo_array((np.ones(len(row), np.int8), (row, n + key)), [n + len(names)] * 2)
-    group = csgraph.connected_components(edges, directed=False)[1][:n]
-    sizes = np.bincount(group)
-    if n_grouped := sizes[sizes > 1].sum():
-        print(f"{n_grouped:,} of {n:,} rows equal another or show its image: they stay together")
+        train, held_out = order, np.arange(len(val))
+    else:
+        # Nodes are the rows and their keys, so a group is a connected component.
+        val, (names, key) = rows, np.unique(keys, return_inverse=True)
+        edges = coo_array((np.ones(len(row), np.int8), (row, n + key)), [n + len(names)] * 2)
+        group = csgraph.connected_components(edges, directed=False)[1][:n]
+        sizes = np.bincount(group)
+        if n_grouped := sizes[sizes > 1].sum():
+            print(f"{n_grouped:,} of {n:,} rows equal another or show its image: they stay "
+                  "together")
+        is_val = np.isin(group, chosen_groups(cfg, n, sizes))
+        train, held_out = order[~is_val[order]], np.flatnonzero(is_val)
+    if kind and len(held_out) == 0:
+        raise UserError(f"no {kind} is left for validation (equal ones and those about the same "
+                        "image stay together); give --val_files or a larger --val_share")
+    return {"train": (rows, train), "val": (val, held_out)}
+
+
+def chosen_groups(cfg, n, sizes):
+    """The random groups of rows that are held out: the first that make val_share of all n rows,
+    without those that are too large; the smallest if all are."""
     groups = np.random.default_rng(cfg.seed).permutation(len(sizes))
     wanted = left = min(round(n * cfg.val_share) or int(cfg.val_share > 0), max(0, n - 1))
-    held_out = []  # the first groups that make `wanted` records, without those that are too large
+    held_out = []
     for number in groups.tolist():
         if sizes[number] <= left:
             held_out.append(number)
             left -= sizes[number]
-    if wanted and not held_out and len(groups) > 1:  # all are too large
+    if wanted and not held_out and len(groups) > 1:
         held_out = [groups[np.argmin(sizes[groups])]]
-    is_val = np.isin(group, held_out)
-    return {"train": (rows, order[~is_val[order]]), "val": (rows, np.flatnonzero(is_val))}
+    return held_out
 
 
 def keys_of(records, n):
@@ -141,21 +156,17 @@ def convert_chats(cfg):
     command = "images" if hasattr(cfg, "image_root") else "chat"
     sources, folder = sources_of(cfg), new_data_set(cfg.out, command)
     with folder as out:
-        records, notes = read_chats(cfg, folder.work, sources, tokenizer)
-        if len(records["rows"]) == 0:
-            raise UserError(f"{sources['rows'].name} holds no usable chat")
-        splits = splits_of(cfg, records, cfg.max_chats)
-        if len(splits["val"][1]) == 0:
-            raise UserError("no chat is left for validation (equal ones and those about the same "
-                            "image stay together); give --val_files or a larger --val_share")
-        for split, (source, numbers) in splits.items():
-            # sorted, as sequential reading is faster; the loader shuffles
-            chats = (source[i] for i in np.sort(numbers))
-            found = write_split(out / split, chats, getattr(cfg, "shard_bytes", 0))
-            print(f"{cfg.out}/{split}: {found['chats']} chats, {found['tokens']:,} tokens, "
-                  f"{found['images']} images")
-            counts[split] = found
-        write_manifest(out, command, tokenizer, **counts, **notes)
+        with read_chats(cfg, folder.work, sources, tokenizer) as (records, notes):
+            if len(records["rows"]) == 0:
+                raise UserError(f"{sources['rows'].name} holds no usable chat")
+            for split, (source, numbers) in splits_of(cfg, records, cfg.max_chats, "chat").items():
+                # sorted, as sequential reading is faster; the loader shuffles
+                chats = (source[i] for i in np.sort(numbers))
+                found = write_split(out / split, chats, getattr(cfg, "shard_bytes", 0))
+                print(f"{cfg.out}/{split}: {found['chats']} chats, {found['tokens']:,} tokens, "
+                      f"{found['images']} images")
+                counts[split] = found
+            write_manifest(out, command, tokenizer, **counts, **notes)
 
 
 def read_chats(cfg, work, sources, tokenizer):

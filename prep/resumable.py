@@ -6,6 +6,7 @@ Started again with the same settings, reading continues after those rows; with o
 starts over. Neither the number of cores nor a restart changes a byte of the data set.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -205,9 +206,10 @@ def open_records(folder, name, settings):
     return records
 
 
+@contextlib.contextmanager
 def read_all(work, cfg, sources, tokenizer, make, limit, workers=None, archives=()):
-    """({name: filled Records} of all sources, the tables "left_out" of rows and "unused" of columns
-    for the manifest, which are printed).
+    """A context with ({name: filled Records} of all sources, the tables "left_out" of rows and
+    "unused" of columns for the manifest, which are printed).
 
     work: a folder for them, where an earlier start may have left some; cfg: its settings.
     archives: the identities of the files that images come from, as records depend on them too.
@@ -219,20 +221,22 @@ def read_all(work, cfg, sources, tokenizer, make, limit, workers=None, archives=
              "ignore_columns")
     kept = {name: value for name, value in vars(cfg).items() if name not in later}
     found, left_out, unused = {}, Refused(), Refused()
-    try:
-        for name, source in sources.items():
-            settings = {**kept, "tokenizer": tokenizer.fingerprint, "source": source.identity,
-                        "archives": archives}
-            found[name] = open_records(work, name, settings)
-            fill(found[name], source, make, limit if name == "rows" else 0, workers)
-    finally:
-        for records in found.values():
-            left_out.merge(records.refused)
-            unused.merge(records.unused)
-        for column in cfg.ignore_columns.lower().split(","):
-            unused.pop(f"column {column.strip()} is not used", None)
-        show(left_out.table(), "left out ")
-        show(unused.table())
-    if len(found["rows"]) == 0:
-        shutil.rmtree(work)  # nothing in it is worth keeping
-    return found, {"left_out": left_out.table(), "unused": unused.table()}
+    with contextlib.ExitStack() as opened:
+        try:
+            for name, source in sources.items():
+                settings = {**kept, "tokenizer": tokenizer.fingerprint, "source": source.identity,
+                            "archives": archives}
+                found[name] = open_records(work, name, settings)
+                opened.callback(found[name].db.close)
+                fill(found[name], source, make, limit if name == "rows" else 0, workers)
+        finally:
+            for records in found.values():
+                left_out.merge(records.refused)
+                unused.merge(records.unused)
+            for column in cfg.ignore_columns.lower().split(","):
+                unused.pop(f"column {column.strip()} is not used", None)
+            show(left_out.table(), "left out ")
+            show(unused.table())
+        if len(found["rows"]) == 0:
+            shutil.rmtree(work)  # nothing in it is worth keeping
+        yield found, {"left_out": left_out.table(), "unused": unused.table()}

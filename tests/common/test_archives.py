@@ -66,6 +66,23 @@ def test_backslashes_and_case_in_stored_names(tmp_path):
         find("1.Jpg")
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_name_in_a_folder_that_is_there_is_not_that_of_another_folder(kind, tmp_path):
+    names = "in/cats/1.png", "in/dogs/2.png", "birds/images/3.png", "4.png"
+    if kind == "tar":
+        find = tar(tmp_path / "a", [(name, name.encode()) for name in names])
+    else:
+        for name in names:
+            (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "a" / name).write_text(name)
+        find = open_images(str(tmp_path / "a"))
+    for name in "dogs/1.png", "x/in/Dogs/1.png", "in/dogs/1.png", "dogs/4.png":
+        with pytest.raises(ImageError, match=f"there is no image {name}"):
+            find(name)
+    for name in "1.png", "x/1.png", "x/images/1.png", "in/1.png", "birds/4.png":
+        assert find(name).endswith(name[-5:].encode()), name
+
+
 def tar(path, files):
     """A tar of pairs of a name and its bytes, or for a link (its type, its target)."""
     with tarfile.open(path, "w") as archive:

@@ -20,7 +20,7 @@ from common.config import UserError
 from common.images import read_image, to_pixels
 from data import read_array
 from faults.harness import scale
-from prep.schema import images_of, messages_of
+from prep.schema import chats_of
 from prep.sources import Files, parsed
 
 SECONDS = 30  # for one mutant
@@ -123,8 +123,7 @@ def read_rows(path):
     for where, row, _ in Files(str(path)).rows():
         assert where.startswith(f"{path.name}:")
         try:
-            row = parsed(row)
-            images_of(row, messages_of(row))
+            chats_of(parsed(row))
         except (ValueError, TypeError) as error:  # as prepare.py counts them
             raise UserError(f"{where}: {error}") from None
 

@@ -138,6 +138,10 @@ def test_even_few_documents_leave_some_for_validation(vocabulary, tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"text": text} for text in ("One.", "Two.", "3.")])
     prepared("text", f"--files={path}", f"--tokenizer={vocabulary}", f"--out={tmp_path}/out")
     assert [len(documents(tmp_path / "out", split)) for split in ("train", "val")] == [2, 1]
+    path = write_rows(tmp_path / "b.jsonl", [{"text": "Always the same."}] * 3)
+    refused = run("prepare.py", "text", f"--files={path}", f"--tokenizer={vocabulary}",
+                  f"--out={tmp_path}/out")
+    assert "no document is left for validation" in refused.refusal
 
 
 def test_only_the_first_rows_are_used(vocabulary, tmp_path):
