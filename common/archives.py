@@ -29,10 +29,10 @@ from urllib.parse import unquote
 
 from common import hub
 from common.config import UserError, one_line
-from common.images import ImageError
+from common.images import ImageError, read_file
 
 MAX_BYTES = 1 << 28  # a larger file is refused before it is read
-BLOCK = 1 << 20  # bytes read at once
+BLOCK = 1 << 20  # bytes read, or characters tokenized, at once
 MAGIC = {b"\x28\xb5\x2f\xfd": "zstd", b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz",
          b"PK\3\4": "zip", b"PK\5\6": "zip"}
 DECOMPRESSORS = {  # of the members of a zip
@@ -198,11 +198,8 @@ class Folder:
 
     def read(self, name):
         """The bytes of a file, None if there are too many."""
-        if not (self.name / name).is_file():  # reading a pipe or device may never end
-            raise ValueError("not a regular file")
-        with open(self.name / name, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        return content if len(content) <= MAX_BYTES else None
+        path = self.name / name
+        return read_file(path) if path.stat().st_size <= MAX_BYTES else None
 
 
 class Archive(dict):
@@ -244,6 +241,13 @@ class Archive(dict):
             raise ValueError("it is encrypted; pack it without a password" if method == "encrypted"
                              else f"it is damaged, or compressed by an unknown method ({method})")
         return content
+
+
+def decompressed(file, codec):
+    """A stream of the content of an open file; codec: a value of MAGIC but zip."""
+    import pyarrow  # supports zstd on every version of Python
+
+    return lzma.LZMAFile(file) if codec == "xz" else pyarrow.input_stream(file, compression=codec)
 
 
 class Joined(io.RawIOBase):

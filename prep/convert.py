@@ -12,11 +12,11 @@ import numpy as np
 from tqdm import tqdm
 
 import tokenizer as tokenizers
-from common.archives import BLOCK, Joined, identity_of, open_images
+from common.archives import BLOCK, Joined, decompressed, identity_of, open_images
 from common.config import UserError
 from common.images import fit, read_image
 from prep.resumable import Record, in_order, read_all
-from prep.schema import chats_of, check_quality, text_of, unread_beside
+from prep.schema import Columns, chats_of, check_quality, text_of
 from prep.sources import parsed, pieces, sources_of
 from prep.writers import new_data_set, write_manifest, write_shards, write_split
 
@@ -45,7 +45,8 @@ def convert_text(cfg):
             ids = np.concatenate([np.array([tokenizer.end_of_text], np.uint16), *parts])
             if len(ids) > MOST_IDS:
                 raise ValueError(f"a document of more than {MOST_IDS} tokens")
-            return [Record(ids, unused=unread_beside(row, cfg.field))]
+            others = {**row, cfg.field: None} if isinstance(row, dict) else {}
+            return [Record(ids, unused=Columns(others).unread())]
 
         reading = read_all(folder.work, cfg, sources, tokenizer, make, cfg.max_documents)
         with reading as (records, counts):
@@ -155,18 +156,17 @@ def convert_chats(cfg):
         counts["stored_images"] = {"size": cfg.image_size, "fit": cfg.fit}
     command = "images" if hasattr(cfg, "image_root") else "chat"
     sources, folder = sources_of(cfg), new_data_set(cfg.out, command)
-    with folder as out:
-        with read_chats(cfg, folder.work, sources, tokenizer) as (records, notes):
-            if len(records["rows"]) == 0:
-                raise UserError(f"{sources['rows'].name} holds no usable chat")
-            for split, (source, numbers) in splits_of(cfg, records, cfg.max_chats, "chat").items():
-                # sorted, as sequential reading is faster; the loader shuffles
-                chats = (source[i] for i in np.sort(numbers))
-                found = write_split(out / split, chats, getattr(cfg, "shard_bytes", 0))
-                print(f"{cfg.out}/{split}: {found['chats']} chats, {found['tokens']:,} tokens, "
-                      f"{found['images']} images")
-                counts[split] = found
-            write_manifest(out, command, tokenizer, **counts, **notes)
+    with folder as out, read_chats(cfg, folder.work, sources, tokenizer) as (records, notes):
+        if len(records["rows"]) == 0:
+            raise UserError(f"{sources['rows'].name} holds no usable chat")
+        for split, (source, numbers) in splits_of(cfg, records, cfg.max_chats, "chat").items():
+            # sorted, as sequential reading is faster; the loader shuffles
+            chats = (source[i] for i in np.sort(numbers))
+            found = write_split(out / split, chats, getattr(cfg, "shard_bytes", 0))
+            print(f"{cfg.out}/{split}: {found['chats']} chats, {found['tokens']:,} tokens, "
+                  f"{found['images']} images")
+            counts[split] = found
+        write_manifest(out, command, tokenizer, **counts, **notes)
 
 
 def read_chats(cfg, work, sources, tokenizer):
@@ -225,7 +225,7 @@ def unpacked(paths, codec, folder):
                disable=None)
     try:
         with open(new, "wb") as file, bar:
-            for block in decompressed(source, codec, paths[0]):
+            for block in blocks_of(source, codec, paths[0]):
                 file.write(block)
                 bar.update(source.at - bar.n)
                 if file.tell() > RATIO * source.size + ROOM:
@@ -240,15 +240,10 @@ def unpacked(paths, codec, folder):
     return done
 
 
-def decompressed(source, codec, name):
+def blocks_of(source, codec, name):
     """Yield blocks of the decompressed content of the file `source`."""
-    import pyarrow  # supports zstd on every version of Python
-
-    file = io.BufferedReader(source, BLOCK)
-    stream = (lzma.LZMAFile(file) if codec == "xz"  # noqa: SIM115
-              else pyarrow.input_stream(file, compression=codec))
     try:
-        while block := stream.read(BLOCK):
-            yield block
+        stream = decompressed(io.BufferedReader(source, BLOCK), codec)
+        yield from iter(partial(stream.read, BLOCK), b"")
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise UserError(f"{name} is incomplete or damaged ({error}); download it again") from None

@@ -13,11 +13,10 @@ import re
 import tarfile
 from itertools import chain, groupby, islice
 
-from common.archives import MAGIC
+from common.archives import BLOCK, MAGIC, decompressed
 from common.config import UserError, one_line
 from tokenizer import END_OF_TEXT
 
-BLOCK = 1 << 20  # how much of a long file is read, or tokenized, at once
 LONGEST_TEXT = 1 << 32  # characters of a document in a .txt file
 SEPARATORS = re.compile(r"[\s,]*")
 # What the first bytes of a file say.
@@ -40,24 +39,14 @@ def rows_of(path, encoding=""):
     """
     try:
         with open(path, "rb", BLOCK) as file:
-            yield from reader(path, decompressed(file), encoding)
+            codec = next((MAGIC[magic] for magic in MAGIC if file.peek(8).startswith(magic)), "zip")
+            if codec != "zip":  # which is refused later, by name
+                file = io.BufferedReader(decompressed(file, codec), BLOCK)
+            yield from reader(path, file, encoding)
     except (OSError, ValueError, RecursionError, csv.Error, *DAMAGED) as error:
         damaged = isinstance(error, DAMAGED) or getattr(error, "errno", 0) is None
         hint = "; it is damaged, so make or download it again" if damaged else ""
         raise UserError(f"cannot read {one_line(path)}: {one_line(error)}{hint}") from None
-
-
-def decompressed(file):
-    """A file, or a stream of its content if it is compressed."""
-    start = file.peek(8)
-    codec = next((codec for magic, codec in MAGIC.items() if start.startswith(magic)), "zip")
-    if codec == "zip":  # refused later, by name
-        return file
-    if codec == "xz":
-        return io.BufferedReader(lzma.LZMAFile(file), BLOCK)
-    import pyarrow  # supports zstd on every version of Python
-
-    return io.BufferedReader(pyarrow.input_stream(file, compression=codec), BLOCK)
 
 
 def reader(path, file, encoding):

@@ -76,21 +76,19 @@ class Records:
                 continue
             for column in result[0].unused:
                 self.unused.add(f"column {column} is not used", [name])
-            for record in result:
-                self._add(name, record)
+            for ids, supervised, images, _ in result:
+                n, ids = len(self), ids.tobytes()
+                keys = b"".join(hashlib.blake2b(part, digest_size=8).digest()
+                                for part in images or [ids])
+                self.db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?)",
+                                (n, name, keys, ids, bytes(supervised)))
+                self.db.executemany("INSERT INTO images VALUES (?, ?)",
+                                    enumerate(images, MAX_IMAGES * n))
+                self.state["records"] += 1
         self.state["rows"] += len(results)
         self.state["bytes"] += n_bytes
         if time.monotonic() - self.committed >= COMMIT_SECONDS:
             self.commit()
-
-    def _add(self, name, record):
-        n, images = len(self), record.images
-        keys = b"".join(hashlib.blake2b(part, digest_size=8).digest()
-                        for part in images or [record.ids.tobytes()])
-        self.db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?)", (
-            n, name, keys, record.ids.tobytes(), bytes(record.supervised)))
-        self.db.executemany("INSERT INTO images VALUES (?, ?)", enumerate(images, MAX_IMAGES * n))
-        self.state["records"] += 1
 
     def commit(self, complete=False):
         """Force everything added so far to the disk. complete: the source has no more rows."""

@@ -6,6 +6,7 @@ A ValueError says why a row cannot be used.
 import base64
 import json
 import re
+from pathlib import PureWindowsPath
 from typing import NamedTuple
 
 from tokenizer import END_OF_TEXT, IMAGE_MARK
@@ -93,14 +94,9 @@ class Columns(dict):
 
 def first_of(row, names):
     """The first of some names that has content in a row, else the first in it, else None."""
-    empty = None
-    for name in names:
-        value = row.get(name)
-        if value or value is False or value == 0:
-            return name
-        if value is not None:
-            empty = empty or name
-    return empty
+    present = [name for name in names if row.get(name) is not None]
+    filled = (name for name in present if row[name] not in ("", b"", [], {}))
+    return next(filled, present[0] if present else None)
 
 
 def has_content(value):
@@ -125,11 +121,6 @@ def text_of(row, field):
     if not (isinstance(text, str) and text.strip()):
         raise ValueError(f"no text in the field {field}{columns_of(row)}")
     return text
-
-
-def unread_beside(row, field):
-    """The columns of a row with text but for one field."""
-    return Columns({**row, field: None}).unread() if isinstance(row, dict) else ()
 
 
 def chats_of(row, min_rating=(), answer=None):
@@ -317,15 +308,11 @@ def images_in(columns):
                  if name in columns and IMAGE_NAME.search(str(columns[name]))]
         found = images_of([columns[name] for name in names[:1]])
     if found:
-        names = {base_name(image) for image in found if isinstance(image, str)}
+        names = {PureWindowsPath(image).name for image in found if isinstance(image, str)}
         columns.used |= {  # other names of the same images
             name for name in COLUMNS["image"] if isinstance(columns.get(name), str)
-            and (len(names) < len(found) or base_name(columns[name]) in names)}
+            and (len(names) < len(found) or PureWindowsPath(columns[name]).name in names)}
     return found
-
-
-def base_name(path):
-    return path.replace("\\", "/").split("/")[-1]
 
 
 def images_of(value):

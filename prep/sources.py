@@ -9,10 +9,10 @@ import json
 import re
 from pathlib import Path
 
-from common.archives import identity_of, local_paths
+from common.archives import BLOCK, identity_of, local_paths
 from common.config import UserError, one_line
 from common.hub import failure
-from prep.readers import BLOCK, rows_of, size_of
+from prep.readers import rows_of, size_of
 
 # GPT-2's pre-tokenizer never puts the start of white space inside a token: a long text that is cut
 # there has the same ids as the complete text.
