@@ -270,7 +270,7 @@ def test_a_pipeline_with_a_parent_that_was_trained_again_is_refused(pipeline, tm
     result = run("eval.py", tmp_path / "sft", f"--data={pipeline.data}", "--items=4",
                  f"--report={tmp_path}/report")
     assert f"{newest(tmp_path / 'pretrain')} was trained again" in result.refusal
-    assert not (tmp_path / "report").exists()
+    assert not (tmp_path / "report/report.md").exists()
 
 
 def test_the_report_has_scores_of_both_splits_curves_and_conversations(evaluated, pipeline):
