@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import tokenizer as tokenizers
+from common.atomic import check_output, writing
 from common.config import UserError
 from data import Chats, ImageSpec, check_kind, check_tokenizer
 from prep.convert import read_chats, splits_of
@@ -39,6 +40,8 @@ class DataSet:
 
 def check(cfg):
     """Print what is in the data set, or with --show one chat of it."""
+    if cfg.sheet and not cfg.show:
+        check_output(cfg.sheet, "--sheet=")
     # beside the data that prepare.py will make, as /tmp may be small
     with tempfile.TemporaryDirectory(prefix=".check-", dir=".") as work, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that the sheet's font lacks
@@ -53,10 +56,8 @@ def check(cfg):
             return print_tokens(data, *data.chats[cfg.show - 1], cfg.patches)
         verdict = print_figures(cfg, data)
         if cfg.sheet:
-            try:
+            with writing(cfg.sheet, "--sheet="):
                 draw_sheet(cfg.sheet, data, cfg.seed)
-            except OSError as error:
-                raise UserError(f"cannot write the contact sheet: {error}") from None
             print(f"contact sheet of random chats: {cfg.sheet}")
         print(verdict)
 
@@ -126,11 +127,12 @@ def print_figures(cfg, data):
     good, positions, left_out, notes = inspected(cfg, data, packed)
     print(f"{data.name}: {len(data.chats):,} chats, {good['rows']:,} of them good, with "
           f"{good['answers']:,} answers and {good['images']:,} images")
-    for title, table in {"left out when prepared": data.left_out, "left out by training":
-                         left_out.table(), "kept, and worth knowing": {**notes.table(),
-                                                                       **data.unused}}.items():
-        print(f"\n{title}" * bool(table))
-        show(table)
+    for title, table in {"left out when prepared": data.left_out,
+                         "left out by training": left_out.table(),
+                         "kept, and worth knowing": notes.table() | data.unused}.items():
+        if table:
+            print(f"\n{title}")
+            show(table)
     percentiles = np.percentile(positions, PERCENTILES, method="nearest")
     print(f"\n{'percentile':<20}" + "".join(f"{q:>8}" for q in PERCENTILES))
     print(f"{'positions per chat':<20}" + "".join(f"{n:>8,}" for n in percentiles))

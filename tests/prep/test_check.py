@@ -204,8 +204,9 @@ def test_data_that_cannot_be_checked_is_refused(name, content, word, check, tmp_
 @pytest.mark.parametrize("flag, word", [
     ("--show=999", "--show=999"), ("--context=0", "--context=0"),
     ("--context=9", "none fits --context=9"), ("--max_chats=-1", "--max_chats=-1"),
-    ("--sheet=no/such/sheet.png", "no/such/sheet.png"), ("--image_root=nowhere", "nowhere"),
-    ("--tokenizer=nowhere", "nowhere"), ("--contxt=5", "context"), ("--dataset=x", "--dataset"),
+    ("--sheet=/dev/null", "--sheet=/dev/null: it is a folder or a device"),
+    ("--image_root=nowhere", "nowhere"), ("--tokenizer=nowhere", "nowhere"),
+    ("--contxt=5", "context"), ("--dataset=x", "--dataset"),
 ])
 def test_a_setting_that_cannot_be_used_is_refused(flag, word, corpus, check):
     assert word in check(corpus / "rows.jsonl", flag).refusal
