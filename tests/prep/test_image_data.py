@@ -1,11 +1,6 @@
 """The claims of prepare.py images: images from any container, used or counted by reason."""
 
-import bz2
-import io
-import lzma
 import struct
-import tarfile
-import zipfile
 import zlib
 
 import numpy as np
@@ -14,12 +9,11 @@ import pyarrow.parquet
 import pytest
 from conftest import run
 from PIL import Image, PngImagePlugin
+from test_archives import FORMS, store
 from test_prepare import asked, chats, encoded, left_out, manifest, prepared, write_rows
 
 import tokenizer as tokenizers
-from common.archives import open_images
 from common.checkpoint import sums
-from common.images import ImageError
 from data import Chats, ImageSpec
 from train.packing import Captions
 
@@ -35,19 +29,6 @@ def bomb():
     chunk = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     return (b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk
             + struct.pack(">I", zlib.crc32(chunk)) + encoded(red(), "PNG")[33:])
-
-
-def keyed_images():
-    """{name: (image of which the left half has a color that the file calls transparent, that color,
-    the other color as RGB)}."""
-    found = {}
-    for name, mode, key, other, color in (
-            ("rgb.png", "RGB", (0, 0, 0), RED, RED), ("l.png", "L", 0, 200, (200,) * 3),
-            ("bit.png", "1", 0, 1, WHITE), ("deepl.png", "I;16", 257, 51400, (200,) * 3)):
-        halves = Image.new(mode, (40, 20), other)
-        halves.paste(key, (0, 0, 20, 20))
-        found[name] = halves, key, color
-    return found
 
 
 def wild_images():
@@ -77,8 +58,6 @@ def wild_images():
                      [(y, 16, (8 * y,) * 3) for y in (2, 16, 30)]),
         "palette.png": (encoded(palette, "PNG", transparency=0), "",
                         [(16, 6, WHITE), (16, 26, RED)]),
-        **{name: (encoded(halves, "PNG", transparency=key), "", [(16, 6, WHITE), (16, 26, color)])
-           for name, (halves, key, color) in keyed_images().items()},
         "moving.gif": (gif, "", wide), "gif.jpg": (gif, "", wide),
         "rotated.jpg": (encoded(rotated, "JPEG", exif=exif, quality=95), "",
                         [(6, 16, RED), (26, 16, BLUE), (16, 2, GREY)]),
@@ -96,58 +75,6 @@ def wild_images():
 WILD = wild_images()
 GOOD = [name for name, (_, reason, _) in WILD.items() if not reason]
 ONE = [("red.png", WILD["red.png"][0])]
-FORMS = ("folder", "a.zip", "a.tar", "a.tar.gz", "a.tar.zst", "a.tar.bz2", "a.tar.xz",
-         "many_*.tar", "cut.tar.part-*", "cut.tar.zst.part-*", "cut.zip.part-*", "one.zip,two")
-
-
-def store(folder, form, files):
-    """Store files, pairs of name and bytes, in a folder in one of the FORMS; returns the root."""
-    if form == "folder":
-        for name, content in files:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
-        return folder
-    root = folder / form
-    if "," in form:
-        first, second = form.split(",")
-        store(folder, first, files[::2])
-        store(folder / second, "folder", files[1::2])
-        return f"{folder}/{first}, {folder}/{second}"
-    if form.endswith("part-*"):
-        complete = store(folder, form.removesuffix(".part-*"), files)
-        content, n = complete.read_bytes(), complete.stat().st_size // 10 + 1
-        for i in range(10):
-            (folder / form.replace("*", str(i + 1))).write_bytes(content[i * n : i * n + n])
-        complete.unlink()
-    elif "*" in form:
-        for i in range(3):
-            store(folder, form.replace("*", str(i)), files[i::3])
-    elif form.endswith(".zip"):
-        with zipfile.ZipFile(root, "w", zipfile.ZIP_DEFLATED) as archive:
-            for i, (name, content) in enumerate(files):
-                archive.writestr(name, content, zipfile.ZIP_STORED if i % 2 else None)
-    else:
-        root.write_bytes(packed_tar(files, form.rpartition(".")[2]))
-    return root
-
-
-def packed_tar(files, ending="tar"):
-    tar = io.BytesIO()
-    with tarfile.open(fileobj=tar, mode="w") as archive:
-        for name, content in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    if ending == "tar":
-        return tar.getvalue()
-    if ending in ("bz2", "xz"):
-        return {"bz2": bz2, "xz": lzma}[ending].compress(tar.getvalue())
-    packed = pyarrow.BufferOutputStream()
-    with pyarrow.CompressedOutputStream(packed, {"zst": "zstd", "gz": "gzip"}[ending]) as stream:
-        stream.write(tar.getvalue())
-    return packed.getvalue().to_pybytes()
-
-
 def convert(folder, vocabulary, rows, root, *flags, out="out"):
     """prepare.py images on some rows, all of them for training; returns what it printed."""
     path = write_rows(folder / "rows.json", list(rows))
@@ -228,18 +155,6 @@ def test_images_inside_parquet(kind, wild, vocabulary, tmp_path):
 # -------------------------------------------------------------------------------- names and roots
 
 
-@pytest.mark.parametrize("form", ["folder", "a.zip", "a.tar"])
-def test_the_path_decides_among_files_with_the_same_base_name(form, tmp_path):
-    names = ["vg/1.jpg", "train/1.jpg", "val/1.jpg", "1.jpg", "val/2.jpg"]
-    find = open_images(str(store(tmp_path, form, [(n, n.encode()) for n in names])))
-    for wanted, found in {"coco/train/1.jpg": "train/1.jpg", "/x/val/1.jpg": "val/1.jpg",
-                          "1.jpg": "1.jpg", "x/2.jpg": "val/2.jpg", "x\\2.jpg": "val/2.jpg",
-                          "/content/val/./2.jpg": "val/2.jpg"}.items():
-        assert find(wanted) == found.encode()
-    with pytest.raises(ImageError, match="x/3"):
-        find("x/3.jpg")
-
-
 @pytest.mark.parametrize("form", ["folder", "a.zip", "a.tar", "one.zip,two"])
 def test_a_name_that_fits_several_images_is_refused_and_counted(form, vocabulary, tmp_path):
     shades = [encoded(Image.new("RGB", (9, 9), (80 * i, 0, 0)), "PNG") for i in range(3)]
@@ -252,13 +167,6 @@ def test_a_name_that_fits_several_images_is_refused_and_counted(form, vocabulary
     assert manifest(tmp_path / "out")["left_out"] == {"a name that fits several images": {
         "rows": 3, "first": ["rows.json:1", "rows.json:2", "rows.json:3"]}}
     assert [round(image[16, 16, 0] / 80) for image, in images_in(tmp_path / "out")] == [1, 0, 2, 2]
-
-
-def test_two_archives_that_both_have_a_name_are_named(tmp_path):
-    for name in "one.zip", "two.zip":
-        store(tmp_path, name, [("1.png", name.encode())])
-    with pytest.raises(ImageError, match=r"1.png fits 1.png in .*one.zip and 1.png in .*two.zip"):
-        open_images(f"{tmp_path}/one.zip,{tmp_path}/two.zip")("1.png")
 
 
 def numbered(n=12):
@@ -310,30 +218,6 @@ def test_a_flipped_byte_in_an_archive_loses_one_image(form, after, reason, vocab
     convert(tmp_path, vocabulary, [asked(name) for name, _ in numbered()], root)
     assert left_out(tmp_path / "out") == {reason: 1}
     assert len(Chats(tmp_path / "out", "train")) == 11
-
-
-def test_files_of_the_hub(vocabulary, tmp_path, monkeypatch):
-    hub = tmp_path / "hub"
-    hub.mkdir()
-    store(hub, "many_*.tar", ONE * 3)
-    write_rows(hub / "chat.json", [*[asked("red.png")] * 8, {"prompt": "What?", "output": "It."}])
-
-    def download(repo_id, filename, repo_type, revision):
-        assert (repo_id, repo_type, revision) == ("owner/set", "dataset", None)
-        if not (hub / filename).exists():
-            raise OSError(f"404: {filename}\nsecond line")
-        return str(hub / filename)
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, **where:
-                        sorted(path.name for path in hub.iterdir()))
-    argv = ("images", f"--tokenizer={vocabulary}", f"--out={tmp_path}/out")
-    said = prepared(*argv, "--files=hf://owner/set/chat.json",
-                    "--image_root=hf://owner/set/many_*.tar")
-    assert "train: 8 chats" in said and "left out" not in said
-    for name, message in {"/no.json": "404: no.json", "": "names no file",
-                          "/*.csv": "no file matches"}.items():
-        assert message in run("prepare.py", *argv, f"--files=hf://owner/set{name}").refusal
 
 
 # --------------------------------------------------------------------------- rows and their images

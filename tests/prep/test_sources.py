@@ -1,19 +1,15 @@
 """The claims of prep/readers.py and sources.py: a file is read whole, or refused by name."""
 
-import bz2
-import gzip
-import io
 import itertools
 import json
-import lzma
 import os
-import tarfile
 
 import fake_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import run
+from test_archives import compressed, packed_tar
 
 from common.config import UserError
 from prep.readers import rows_of
@@ -128,14 +124,6 @@ def test_a_malformed_row_does_not_read_the_rest_of_the_file(tmp_path, monkeypatc
 # ------------------------------------------------------------------------------ compression, forms
 
 
-def packed(kind, content):
-    if kind == "zst":
-        with pyarrow.output_stream(sink := pyarrow.BufferOutputStream(), compression="zstd") as out:
-            out.write(content)
-        return sink.getvalue().to_pybytes()
-    return {"gz": gzip, "bz2": bz2, "xz": lzma}[kind].compress(content)
-
-
 CSV = "image , text\n a.jpg,\"Two,\nlines\"\nb.jpg,x\n"
 TABLE_ROWS = [{"image": " a.jpg", "text": "Two,\nlines"}, {"image": "b.jpg", "text": "x"}]
 FORMS = {"a.jsonl": (lines(ROWS), ROWS), "a.json": (LIST, ROWS), "a.TXT": (DOCUMENT, [DOCUMENT]),
@@ -146,10 +134,10 @@ FORMS = {"a.jsonl": (lines(ROWS), ROWS), "a.json": (LIST, ROWS), "a.TXT": (DOCUM
 @pytest.mark.parametrize("kind", ["gz", "zst", "bz2", "xz"])
 def test_compressed_files_are_known_by_their_content(kind, name, tmp_path):
     content, expected = FORMS[name]
-    whole = packed(kind, content.encode())
+    whole = compressed(content.encode(), kind)
     for ending in f".{kind}", "":
         assert rows(tmp_path / (name + ending), whole) == expected
-    assert rows(tmp_path / "again.jsonl", packed(kind, lines(ROWS).encode()) * 2) == ROWS * 2
+    assert rows(tmp_path / "again.jsonl", compressed(lines(ROWS).encode(), kind) * 2) == ROWS * 2
     middle = len(whole) // 2
     flipped = whole[:middle] + bytes([whole[middle] ^ 99]) + whole[middle + 1 :]
     for damaged in [whole[:-5], flipped][: 1 + (kind != "zst")]:  # this zstd has no checksum
@@ -263,16 +251,6 @@ def test_a_table_that_would_lose_data_is_refused(content, message, tmp_path):
 # --------------------------------------------------------------------------------------- WebDataset
 
 
-def tar_of(members, mode="w"):
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode=mode) as archive:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return file.getvalue()
-
-
 MEMBERS = {"a/0.jpg": b"\xff0", "a/0.txt": "Füchse.\n".encode(), "a/._0.jpg": b"\0",
            "a/1.json": json.dumps({"conversations": TURNS, "image": "1.png"}).encode(),
            "a/1.PNG": b"\xff1", "b/1.txt": b"No image.", "b/2.json": b"[1]", "b/3.cls": b"7"}
@@ -281,14 +259,14 @@ SAMPLES = [{"image": [b"\xff0"], "caption": "Füchse."},
            "a sample whose .json is not a JSON object", {"cls": "7"}]
 
 
-@pytest.mark.parametrize("mode, name", [("w", "a.tar"), ("w:gz", "a.tar.gz"), ("w:xz", "a.bin"),
-                                        ("w:bz2", "a.tbz"), ("w:gz", "a.tgz")])
-def test_members_of_a_tar_with_one_key_are_a_row(mode, name, tmp_path):
-    assert rows(tmp_path / name, tar_of(MEMBERS, mode)) == SAMPLES
+@pytest.mark.parametrize("ending, name", [("", "a.tar"), ("gz", "a.tar.gz"), ("xz", "a.bin"),
+                                          ("bz2", "a.tbz"), ("gz", "a.tgz")])
+def test_members_of_a_tar_with_one_key_are_a_row(ending, name, tmp_path):
+    assert rows(tmp_path / name, packed_tar(MEMBERS.items(), ending)) == SAMPLES
 
 
 def test_a_damaged_tar_is_refused(tmp_path):
-    whole = tar_of(MEMBERS)
+    whole = packed_tar(MEMBERS.items())
     broken = bytearray(whole)
     broken[1024 + 150] ^= 1  # the checksum of the second member
     for content in whole[:1024], whole[:1500], whole[:1536], bytes(broken), whole * 2, b"", b"x":
