@@ -74,7 +74,8 @@ def wild_images():
 
 WILD = wild_images()
 GOOD = [name for name, (_, reason, _) in WILD.items() if not reason]
-ONE = [("red.png", WILD["red.png"][0])]
+
+
 def convert(folder, vocabulary, rows, root, *flags, out="out"):
     """prepare.py images on some rows, all of them for training; returns what it printed."""
     path = write_rows(folder / "rows.json", list(rows))
@@ -88,9 +89,6 @@ def images_in(folder, split="train"):
     found = Chats(folder, split)
     return [[np.asarray(image).astype(int) for image in found.images(i)]
             for i in range(len(found))]
-
-
-# --------------------------------------------------------------------------------- every container
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +148,6 @@ def test_images_inside_parquet(kind, wild, vocabulary, tmp_path):
              f"--tokenizer={vocabulary}", f"--out={tmp_path}/out")
     assert sums(tmp_path / "out/train") == sums(wild / "out/train")
     assert sum(left_out(tmp_path / "out").values()) == len(WILD) - len(GOOD)
-
-
-# -------------------------------------------------------------------------------- names and roots
 
 
 @pytest.mark.parametrize("form", ["folder", "a.zip", "a.tar", "one.zip,two"])
@@ -220,9 +215,6 @@ def test_a_flipped_byte_in_an_archive_loses_one_image(form, after, reason, vocab
     assert len(Chats(tmp_path / "out", "train")) == 11
 
 
-# --------------------------------------------------------------------------- rows and their images
-
-
 def about(names, text="What?", key="image"):
     return {key: names, "prompt": text, "output": "It is red."}
 
@@ -267,9 +259,6 @@ def test_broken_rows_are_counted_and_change_nothing(wild, vocabulary, tmp_path):
     assert sums(tmp_path / "clean") == sums(tmp_path / "mixed")
 
 
-# ---------------------------------------------------------------------------- how images are stored
-
-
 def test_images_are_split_over_files_at_image_boundaries(wild, vocabulary, tmp_path):
     sizes = {}
     for n in 1, 2500, 10**9:
@@ -294,9 +283,6 @@ def test_the_short_side_is_stored_for_training_to_crop(vocabulary, tmp_path):
     assert [image.shape[:2] for (image,) in images_in(tmp_path / "out")] == [
         (32, 72), (80, 32), (32, 256), (32, 48)]
     assert manifest(tmp_path / "out")["stored_images"] == {"size": 32, "fit": "short"}
-
-
-# ---------------------------------------------------------------------------- resume, held-out rows
 
 
 def test_a_replaced_archive_restarts_the_conversion(vocabulary, tmp_path, interrupted):
