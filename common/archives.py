@@ -101,12 +101,12 @@ class ImageFiles:
     def __call__(self, name):
         """The bytes of an image; ImageError if it does not exist or cannot be read, or if several
         files fit the name and are not copies."""
-        first, *others = self._find(name)
-        content = read_from(*first)
-        for other in others:
-            if read_from(*other) != content:
-                both = " and ".join(f"{found} in {source.name}" for source, found in (first, other))
-                raise ImageError("a name that fits several images", f"{name[:200]} fits {both}")
+        (source, found), *others = self._find(name)
+        content = read_from(source, found)
+        for place, other in others:
+            if read_from(place, other) != content:
+                raise ImageError("a name that fits several images", f"{name[:200]} fits {found} in "
+                                 f"{source.name} and {other} in {place.name}")
         return content
 
     def _find(self, name):
@@ -129,7 +129,7 @@ class ImageFiles:
                     if n_parts > 1 or not has_folder:
                         similar.append(((max(1, n_parts), same), (source, known)))
             if similar:
-                best, _ = max(similar, key=lambda item: item[0])
+                best = max(agreement for agreement, _ in similar)
                 return [file for agreement, file in similar if agreement == best]
         if re.match(r"\w{2,}://", name):
             raise ImageError("an image that is a URL, which is not downloaded: download it and use "

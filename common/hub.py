@@ -157,12 +157,12 @@ def stream(data, run):
             if path.is_file() and (path.name in wrong or path.stat().st_size != size):
                 say(f"{path} is damaged; it is downloaded again")
                 path.unlink()
-        train = [remote for remote in remotes if remote.split == "train"]
-        for remote in [remote for remote in remotes if remote not in train] + train[:1]:
+        first, *train = [remote for remote in remotes if remote.split == "train"]
+        for remote in [remote for remote in remotes if remote.split != "train"] + [first]:
             if not (folder / remote.base).is_file():
                 say(f"{folder / remote.name} ({remote.size / 1e6:.0f} MB)")
                 fetch(repository, remote, folder)
-        threading.Thread(target=fetch_all, args=(repository, train[1:], folder, say),
+        threading.Thread(target=fetch_all, args=(repository, train, folder, say),
                          daemon=True).start()
     run.machine.barrier()
     return str(folder)

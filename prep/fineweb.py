@@ -20,8 +20,8 @@ def fetch_shards(cfg):
     Interrupted, it resumes with what is missing; an existing data set is extended.
     """
     remotes = hub.listing(cfg.repository)
-    train = [remote for remote in remotes if remote.split == "train"]
-    val = [remote for remote in remotes if remote.split == "val"]
+    train, val = ([remote for remote in remotes if remote.split == split]
+                  for split in ("train", "val"))
     if cfg.shards > len(train):
         raise UserError(f"{cfg.repository} has {len(train)} training shards; "
                         f"--shards={cfg.shards} needs more")

@@ -9,6 +9,7 @@ import pytest
 from conftest import run
 from PIL import Image
 from test_prepare import encoded
+from test_resumable import about as row
 from test_resumable import prepared
 
 import tokenizer as tokenizers
@@ -21,14 +22,6 @@ ASK = "<image>\nWhat is it?"
 LONG = "word " * 100
 CUT, TOO_LONG = ("truncated after an answer to 96 positions",
                  "its first answer ends beyond 96 positions")
-
-
-def row(name, *texts, **more):
-    """A row in LLaVA's form about the image `name`; texts are question, answer, question ..."""
-    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-    return {**({"image": name} if name else {}), "conversations": turns, **more}
-
-
 GOOD = [row("red.png", ASK, f"Red {i}.") for i in range(20)]
 REFUSED = {
     "a missing image": [row(f"gone{i}.png", ASK, "Red.", id=i) for i in range(7)],

@@ -25,14 +25,18 @@ def many_rows(path, n=400):
     return path
 
 
+def about(name, *texts, **more):
+    """A row in LLaVA's form about the image `name`; texts are question, answer, question ..."""
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    return {**({"image": name} if name else {}), "conversations": turns, **more}
+
+
 def many_images(folder, n=120):
     """A file of chats about the images in folder/images; one in 21 is missing."""
     (folder / "images").mkdir()
     for i in range(20):
         Image.new("RGB", (30, 20), (12 * i, 0, 0)).save(folder / f"images/{i}.png")
-    rows = [{"image": f"{i % 21}.png", "conversations": [
-        {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"It is {i}."}]}
-        for i in range(n)]
+    rows = [about(f"{i % 21}.png", "<image>\nWhat?", f"It is {i}.") for i in range(n)]
     (folder / "rows.json").write_text(json.dumps(rows))
     return folder / "rows.json"
 
