@@ -87,11 +87,8 @@ def converted(cfg, work):
     (work / "records").mkdir()
     name, splits, places = sources["rows"].name, [], {}
     with read_chats(cfg, work / "records", sources, tokenizer) as (records, notes):
-        if len(rows := records["rows"]) == 0:
-            hint = "; is --image_root right?" if "a missing image" in notes["left_out"] else ""
-            raise UserError(f"{name} holds no row that can be used{hint}")
-        names = list(rows.column("name"))
-        for split, (_, numbers) in splits_of(cfg, records, cfg.max_chats).items():
+        names = list(records["rows"].column("name"))
+        for split, (rows, numbers) in splits_of(cfg, records, cfg.max_chats).items():
             if len(numbers):  # nothing may be held out
                 write_split(work / "data" / split, (rows[i] for i in np.sort(numbers)))
                 places |= {i: (len(splits), k) for k, i in enumerate(np.sort(numbers))}

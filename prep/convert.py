@@ -50,9 +50,7 @@ def convert_text(cfg):
 
         reading = read_all(folder.work, cfg, sources, tokenizer, make, cfg.max_documents)
         with reading as (records, counts):
-            if len(records["rows"]) == 0:
-                raise UserError(f"{sources['rows'].name} holds no text")
-            for split, n, documents in documents_of(cfg, records, tokenizer):
+            for split, (n, documents) in documents_of(cfg, records, tokenizer).items():
                 n_tokens = write_shards(out, split, documents, cfg.shard_tokens)
                 counts[f"{split}_tokens"] = n_tokens
                 print(f"{cfg.out}/{split}: {n} documents, {n_tokens:,} tokens")
@@ -74,18 +72,17 @@ def texts_of(source, field):
 
 
 def documents_of(cfg, records, tokenizer):
-    """Yield (split, number of documents, iterable of their ids) of each split."""
+    """{split: (number of documents, iterable of their ids)}"""
     if len(records) == 1 and len(records["rows"]) == 1:  # one long text, whose end is held out
         ids = records["rows"][0].ids
         n_held = max(1, round(len(ids) * cfg.val_share)) if cfg.val_share else 0
         train, val = np.split(ids, [len(ids) - n_held])
-        yield "train", 1, [train]
-        yield "val", int(n_held > 0), [[tokenizer.end_of_text], val] if n_held else []
-        return
-    for split, (source, numbers) in splits_of(
-            cfg, records, cfg.max_documents,
-            "document" if cfg.val_share or cfg.val_files else "").items():
-        yield split, len(numbers), (source[i].ids for i in numbers)
+        held_out = (1, [[tokenizer.end_of_text], val]) if n_held else (0, [])
+        return {"train": (1, [train]), "val": held_out}
+    kind = "document" if cfg.val_share or cfg.val_files else ""
+    splits = splits_of(cfg, records, cfg.max_documents, kind)
+    return {split: (len(numbers), (record.ids for record in map(source.__getitem__, numbers)))
+            for split, (source, numbers) in splits.items()}
 
 
 def splits_of(cfg, records, limit, kind=""):
@@ -157,8 +154,6 @@ def convert_chats(cfg):
     command = "images" if hasattr(cfg, "image_root") else "chat"
     sources, folder = sources_of(cfg), new_data_set(cfg.out, command)
     with folder as out, read_chats(cfg, folder.work, sources, tokenizer) as (records, notes):
-        if len(records["rows"]) == 0:
-            raise UserError(f"{sources['rows'].name} holds no usable chat")
         for split, (source, numbers) in splits_of(cfg, records, cfg.max_chats, "chat").items():
             # sorted, as sequential reading is faster; the loader shuffles
             chats = (source[i] for i in np.sort(numbers))

@@ -207,7 +207,7 @@ def open_records(folder, name, settings):
 @contextlib.contextmanager
 def read_all(work, cfg, sources, tokenizer, make, limit, workers=None, archives=()):
     """A context with ({name: filled Records} of all sources, the tables "left_out" of rows and
-    "unused" of columns for the manifest, which are printed).
+    "unused" of columns for the manifest, which are printed). UserError if no row can be used.
 
     work: a folder for them, where an earlier start may have left some; cfg: its settings.
     archives: the identities of the files that images come from, as records depend on them too.
@@ -237,4 +237,6 @@ def read_all(work, cfg, sources, tokenizer, make, limit, workers=None, archives=
             show(unused.table())
         if len(found["rows"]) == 0:
             shutil.rmtree(work)  # nothing in it is worth keeping
+            hint = "; is --image_root right?" if "a missing image" in left_out else ""
+            raise UserError(f"{sources['rows'].name} holds no row that can be used{hint}")
         yield found, {"left_out": left_out.table(), "unused": unused.table()}

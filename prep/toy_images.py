@@ -165,12 +165,10 @@ def phrase(thing, size=True, place=True, colour=True):
 
 def relations(thing, other):
     """The relations of thing to other, like ["to the left of", "above"]."""
-    found = []
-    if thing.column != other.column:
-        found.append("to the left of" if thing.column < other.column else "to the right of")
-    if thing.row != other.row:
-        found.append("above" if thing.row < other.row else "below")
-    return found
+    holds = {"to the left of": thing.column < other.column,
+             "to the right of": thing.column > other.column,
+             "above": thing.row < other.row, "below": thing.row > other.row}
+    return [relation for relation in holds if holds[relation]]
 
 
 def caption(rng, scene) -> str:
