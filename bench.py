@@ -1,4 +1,4 @@
-"""The speed of training steps and generation, and that of other projects beside ours.
+"""The speed of training steps and generation.
 
     python bench.py configs/full/pretrain.py                     # a training step of any stage
     torchrun --standalone --nproc_per_node=8 bench.py configs/full/sft.py --micro_rows=16
@@ -16,8 +16,8 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from benchmarks.baselines import beside_nanogpt
 from benchmarks.decoding import decode_speeds
 from benchmarks.training import STAGES, Training, plan, profile, step_speed
 from common.config import UserError, parse, run_main
@@ -29,8 +29,7 @@ class Config:
     # --- measurement
     steps: int = 4  # steps of a measurement; there are five measurements, after two warm-up steps
     profile: bool = False  # print the most expensive operations of a step instead
-    # the path of nanoGPT's model.py: measure its step beside ours; transformers: its generation
-    peer: str = ""
+    peer: Literal["", "transformers"] = ""  # measure its generation beside ours (decode)
     vocabulary: int = 50304  # number of the tokenizer's ids, for plan
 
 
@@ -45,13 +44,11 @@ def main():
         raise UserError(f"--steps must be at least 1, --vocabulary above {len(SPECIALS)}")
     if command == "plan":
         plan(argv[0] if argv else "configs/demo", bench.vocabulary)
-    elif bench.peer not in ("", "transformers"):
-        show(beside_nanogpt(bench.peer))
     elif command == "decode":
         show(decode_speeds(*read_config(argv, STAGES[1:]), bench.peer))
     elif bench.peer:
-        raise UserError("--peer=transformers goes with decode; for a training step of a vision "
-                        "stage: python experiments/llava_speed.py CONFIG")
+        raise UserError("--peer=transformers goes with decode; for training steps: python "
+                        "experiments/llava_speed.py CONFIG and experiments/nanogpt_speed.py FILE")
     else:
         training = Training(*read_config(argv, STAGES))
         figures = (profile if bench.profile else step_speed)(training, bench.steps)

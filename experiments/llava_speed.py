@@ -15,10 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import read_config, show
 from benchmarks import REPEATS, WARM
-from benchmarks.baselines import compare, our_step
 from benchmarks.training import STAGES, Training, build_model
 from clip import normalise
 from common.config import run_main
+from experiments.nanogpt_speed import compare, our_step
 from export.to_transformers import their_model
 
 

@@ -6,12 +6,12 @@ from test_clip import MACHINE
 
 import tokenizer as tokenizers
 from benchmarks import REPEATS, WARM
-from benchmarks.baselines import beside_nanogpt, compare
 from benchmarks.training import RandomChats
 from clip import CLIPConfig, normalise
 from common.config import TrainSettings
 from common.device import Processor
 from experiments.llava_speed import llava_step, unpack
+from experiments.nanogpt_speed import beside_nanogpt, compare
 from export.to_transformers import their_model
 from model import GPTConfig
 from train.packing import Packed
@@ -70,7 +70,7 @@ def test_kinds_take_turns_and_are_compared():
 @pytest.mark.parametrize("bf16", [True, False])
 def test_nanogpt_runs_only_in_native_precisions(bf16, tmp_path, monkeypatch):
     monkeypatch.setattr("common.device.processor", lambda: Processor("some", bf16, False))
-    monkeypatch.setattr("benchmarks.baselines.compare", lambda kinds, *rest: kinds)
+    monkeypatch.setattr("experiments.nanogpt_speed.compare", lambda kinds, *rest: kinds)
     (tmp_path / "model.py").write_text("")
     found = beside_nanogpt(str(tmp_path / "model.py"))
     assert list(found) == ["ours", "eager", "compiled", *["compiled_bf16"] * bf16]

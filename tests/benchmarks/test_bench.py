@@ -22,9 +22,10 @@ def configs(tmp_path_factory):
 def brief(monkeypatch):
     """Fewer tokens and repetitions than for a measurement."""
     for name, value in {"decoding.PROMPT": 16, "decoding.TOKENS": 8, "decoding.BATCHES": (1, 3),
-                        "decoding.REPEATS": 1, "training.REPEATS": 2, "baselines.REPEATS": 1,
-                        "baselines.WARM": 1}.items():
+                        "decoding.REPEATS": 1, "training.REPEATS": 2}.items():
         monkeypatch.setattr(f"benchmarks.{name}", value)
+    for name in "REPEATS", "WARM":
+        monkeypatch.setattr(f"experiments.nanogpt_speed.{name}", 1)
 
 
 def figures_of(*argv):
@@ -82,7 +83,7 @@ def test_a_plan_lists_every_stage_and_warns_on_slow_machines(slow, configs, monk
     ((), "which config"),
     (("configs/full/nothing.py",), "vision_sft"),
     (("configs/full/sft.py", "--stepz=3"), "stepz"),
-    (("--peer=nowhere.py",), "nowhere.py"),
+    (("--peer=nowhere.py",), "--peer"),
     (("configs/full/sft.py", "--peer=transformers"), "experiments/llava_speed.py"),
     (("plan", "configs/nowhere"), "configs/nowhere"),
 ])

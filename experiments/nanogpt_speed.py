@@ -1,6 +1,8 @@
 """Training steps of nanoGPT beside ours: in one process, in turn, on models and batches of the same
 size. experiments/llava_speed.py compares with transformers' LLaVA in the same way.
 
+    python experiments/nanogpt_speed.py nanoGPT/model.py
+
 A "kind" is a function that builds a model and returns its training step, a function that waits for
 the device.
 """
@@ -9,15 +11,18 @@ import functools
 import gc
 import importlib.util
 import itertools
+import sys
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import pretrain
+from bench import show
 from benchmarks import REPEATS, WARM, in_turn
 from benchmarks.training import Training
 from common import device as system
-from common.config import UserError
+from common.config import UserError, run_main
 from tokenizer import gpt2
 
 
@@ -71,8 +76,7 @@ def beside_nanogpt(path):
     measured only where it is native. Peak memory is measured with one model alone.
     """
     if not Path(path).is_file() or Path(path).suffix != ".py":
-        raise UserError(f"--peer={path} is not a Python file; it should be nanoGPT's model.py, or "
-                        "the word transformers")
+        raise UserError(f"{path or 'nothing'} is not a Python file; name nanoGPT's model.py")
     machine = system.setup("cpu")
     cfg = pretrain.Config(n_layer=6, n_head=4, n_embd=256, max_positions=256, context=256,
                           batch_tokens=16 * 256, micro_rows=16, device="cpu")
@@ -104,3 +108,7 @@ def nanogpt_step(path, ids, compiled=False, bf16=False):
         optimizer.zero_grad()
 
     return step
+
+
+if __name__ == "__main__":
+    run_main(lambda: show(beside_nanogpt("".join(sys.argv[1:2]))))
