@@ -148,10 +148,9 @@ def keys_of(records, n):
 
 def convert_chats(cfg):
     """Tokenize chats into a data folder, with their images resized where cfg is Images."""
-    tokenizer, counts = tokenizers.load(cfg.tokenizer), {}
+    tokenizer, command, counts = tokenizers.load(cfg.tokenizer), "chat", {}
     if hasattr(cfg, "image_root"):
-        counts["stored_images"] = {"size": cfg.image_size, "fit": cfg.fit}
-    command = "images" if hasattr(cfg, "image_root") else "chat"
+        command, counts["stored_images"] = "images", {"size": cfg.image_size, "fit": cfg.fit}
     sources, folder = sources_of(cfg), new_data_set(cfg.out, command)
     with folder as out, read_chats(cfg, folder.work, sources, tokenizer) as (records, notes):
         for split, (source, numbers) in splits_of(cfg, records, cfg.max_chats, "chat").items():

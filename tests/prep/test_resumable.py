@@ -1,5 +1,6 @@
 """The claims of prep/resumable.py: an interrupted prepare.py resumes to the same bytes."""
 
+import glob
 import json
 import os
 import tarfile
@@ -68,6 +69,7 @@ def test_interrupted_and_resumed_it_makes_the_same_bytes(command, vocabulary, tm
     stopped = interrupted(*argv, f"--out={tmp_path}/out")
     assert stopped.status == 130 and "the same command resumes" in stopped.out
     assert not (tmp_path / "out").exists()
+    assert not any("sqlite" in os.path.realpath(file) for file in glob.glob("/proc/self/fd/*"))
     resumed = prepared(*argv, f"--out={tmp_path}/out")
     assert "resuming after 64 completed rows" in resumed
     assert sums(tmp_path / "out") == sums(tmp_path / "complete")
