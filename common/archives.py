@@ -119,14 +119,13 @@ class ImageFiles:
                 self.indexes = [(source, index_of(source)) for source in self.sources]
         for wanted in spellings(name):
             folder, base = os.path.split(wanted)
-            similar = []  # (agreement, file)
+            same_folder, similar = f"{os.path.basename(folder)}/".casefold(), []
             for source, index in self.indexes:
-                places = index.get(f"{os.path.basename(folder)}/".casefold(), ())
-                has_folder = folder and any(overlap(place, folder) for place in places)
                 for known in index.get(base.casefold(), ()):
                     path = normalized(known)
                     n_parts, same = overlap(path, wanted), os.path.basename(path) == base
-                    if n_parts > 1 or not has_folder:
+                    if n_parts > 1 or not any(overlap(other, folder)
+                                              for other in index.get(same_folder, ())):
                         similar.append(((max(1, n_parts), same), (source, known)))
             if similar:
                 best = max(agreement for agreement, _ in similar)
@@ -164,7 +163,7 @@ def index_of(source):
         folder, base = os.path.split(normalized(name))
         index.setdefault(base.casefold(), []).append(name)
         folders.add(folder)
-    for folder in folders:
+    for folder in folders - {""}:
         index.setdefault(f"{os.path.basename(folder)}/".casefold(), []).append(folder)
     return index
 

@@ -6,7 +6,6 @@ A ValueError says why a row cannot be used.
 import base64
 import json
 import re
-from pathlib import PureWindowsPath
 from typing import NamedTuple
 
 from tokenizer import END_OF_TEXT, IMAGE_MARK
@@ -94,9 +93,14 @@ class Columns(dict):
 
 def first_of(row, names):
     """The first of some names that has content in a row, else the first in it, else None."""
-    present = [name for name in names if row.get(name) is not None]
-    filled = (name for name in present if row[name] not in ("", b"", [], {}))
-    return next(filled, present[0] if present else None)
+    empty = None
+    for name in names:
+        value = row.get(name)
+        if value or value is False or value == 0:
+            return name
+        if value is not None:
+            empty = empty or name
+    return empty
 
 
 def has_content(value):
@@ -308,11 +312,15 @@ def images_in(columns):
                  if name in columns and IMAGE_NAME.search(str(columns[name]))]
         found = images_of([columns[name] for name in names[:1]])
     if found:
-        names = {PureWindowsPath(image).name for image in found if isinstance(image, str)}
+        names = {base_name(image) for image in found if isinstance(image, str)}
         columns.used |= {  # other names of the same images
             name for name in COLUMNS["image"] if isinstance(columns.get(name), str)
-            and (len(names) < len(found) or PureWindowsPath(columns[name]).name in names)}
+            and (len(names) < len(found) or base_name(columns[name]) in names)}
     return found
+
+
+def base_name(path):
+    return path.replace("\\", "/").split("/")[-1]
 
 
 def images_of(value):
