@@ -83,6 +83,13 @@ def run(script, *argv, stdin=""):
     return Result(status, out.getvalue(), err.getvalue())
 
 
+def encoded(image, kind="PNG", **options):
+    """The bytes of a file of a PIL image."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
 def run_stage(stage, *flags):
     """Run a stage to its end; returns what it printed."""
     result = run(f"{stage}.py", *flags)

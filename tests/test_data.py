@@ -1,6 +1,5 @@
 """Data, packing, loader: each row once an epoch, no chat lost, exactly the answers as targets."""
 
-import io
 import os
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, encoded
 from PIL import Image
 
 import tokenizer as tokenizers
@@ -47,16 +46,10 @@ def chat_of(number, n_turns=1, marks=()):
     return messages
 
 
-def png(grey):
-    """The bytes of a small image of one grey."""
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (grey, grey, grey)).save(file, "PNG")
-    return file.getvalue()
-
-
 def write_chats(folder, tokenizer, chats, n_images=()):
     """The split train of a data folder; image k of chat i has the grey 10 * i + k."""
-    items = [(messages, [png(10 * i + k) for k in range(n_images[i] if n_images else 0)])
+    items = [(messages, [encoded(Image.new("RGB", (8, 8), (10 * i + k,) * 3))
+                         for k in range(n_images[i] if n_images else 0)])
              for i, messages in enumerate(chats)]
     counts = writers.write_chats(folder / "train", tokenizer, items)
     write_manifest(folder, "images", tokenizer, **counts)

@@ -1,14 +1,15 @@
 """evals/contamination.py: texts and images of a benchmark that are in the training data."""
 
-import io
 import json
 import random
 import types
 
 import numpy as np
 import pytest
+from conftest import encoded
 from PIL import Image
 from test_conversation import TOKENIZER, new_model
+from test_tokenizer import say
 
 from common.checkpoint import write_json
 from common.config import seal
@@ -18,10 +19,8 @@ from prep.convert import resized
 from prep.writers import write_chats, write_manifest, write_shards
 
 
-def encoded(color, kind="PNG"):
-    file = io.BytesIO()
-    Image.new("RGB", (40, 30), color).save(file, kind)
-    return file.getvalue()
+def picture(color, kind="PNG"):
+    return encoded(Image.new("RGB", (40, 30), color), kind)
 
 
 def stored(content):
@@ -55,8 +54,7 @@ def trained(tmp_path):
     write_manifest(root / "text", "text", TOKENIZER)
     said = [letters(rng, 30) for _ in range(4)]
     write_chats(root / "chats/train", TOKENIZER, [
-        ([{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}],
-         [stored(encoded(color))])
+        (say("user", text, "assistant", "Yes."), [stored(picture(color))])
         for text, color in zip(said, ("red", "blue", "green", "white"), strict=True)])
     stored_images = {"size": 32, "fit": "pad"}
     write_manifest(root / "chats", "images", TOKENIZER, stored_images=stored_images)
@@ -119,8 +117,8 @@ def test_every_window_of_every_shard_is_found(trained, monkeypatch):
 
 def test_planted_images_are_found_and_no_others(trained, tmp_path):
     """As the files that were prepared, or as prepare.py stores them."""
-    files = {"a.png": encoded("blue"), "b.png": stored(encoded("green")),
-             "c.png": encoded("yellow"), "d.png": encoded("blue", "BMP"), "e.png": b"broken"}
+    files = {"a.png": picture("blue"), "b.png": stored(picture("green")),
+             "c.png": picture("yellow"), "d.png": picture("blue", "BMP"), "e.png": b"broken"}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     rows = [question(image=name) for name in [*files, "gone.png", "a.png"]]
@@ -140,7 +138,7 @@ def test_texts_of_another_tokenizer_are_skipped_but_not_their_images(trained, tm
     path = trained.root / "chats/manifest.json"
     text = path.read_text().replace(TOKENIZER.fingerprint, "another")
     path.write_text(json.dumps(seal(json.loads(text))))
-    (tmp_path / "a.png").write_bytes(encoded("blue"))
+    (tmp_path / "a.png").write_bytes(picture("blue"))
     runner = task_runner("pope", tmp_path, [question(trained.said[1], "a.png")])
     found, = overlaps([runner], trained.info)
     assert found["texts"] == 0 and found["images"] == 1

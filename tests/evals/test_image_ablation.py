@@ -1,7 +1,6 @@
 """evals/image_ablation.py, and training on chats with any number of images: on several processes
 and with workers that decode."""
 
-import io
 import multiprocessing
 import os
 import signal
@@ -11,11 +10,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, log_rows, logged
+from conftest import ROOT, encoded, log_rows, logged
 from faults.harness import start_together
 from PIL import Image
 from test_distributed import ADAMW
 from test_stages import assert_close
+from test_tokenizer import say
 
 from common.config import UserError
 from common.device import Machine
@@ -35,36 +35,36 @@ KINDS = ("mismatched", "text_only", "blank")
 
 
 def grey_image(shade):
-    file = io.BytesIO()
-    Image.new("RGB", (SIZE, SIZE), (shade, shade, shade)).save(file, "PNG")
-    return file.getvalue()
+    return encoded(Image.new("RGB", (SIZE, SIZE), (shade, shade, shade)))
 
 
 def write(folder, tokenizer, counts, split):
     """A split of chats; chat i has counts[i] images, all of different greys."""
     shades = iter(range(256))
     return write_chats(folder / split, tokenizer, [
-        ([{"role": "user", "content": f"what is it, number {i}?"},
-          {"role": "assistant", "content": "grey " * (1 + i % 3)}],
+        (say("user", f"what is it, number {i}?", "assistant", "grey " * (1 + i % 3)),
          [grey_image(next(shades)) for _ in range(n)]) for i, n in enumerate(counts)])
 
 
 @pytest.fixture
-def mixed(world_data, tmp_path):
-    """A data folder of chats with none, one, two and four images, and its tokenizer."""
-    tokenizer = load(world_data / "scenes")
+def tokenizer(world_data):
+    return load(world_data / "scenes")
+
+
+@pytest.fixture
+def mixed(tokenizer, tmp_path):
+    """A data folder of chats with none, one, two and four images."""
     counts = {split: write(tmp_path / "mixed", tokenizer, [0, 1, 0, 2, 0, 4] * n, split)
               for split, n in (("train", 8), ("val", 2))}
     write_manifest(tmp_path / "mixed", "images", tokenizer, **counts)
-    return tmp_path / "mixed", tokenizer
+    return tmp_path / "mixed"
 
 
 MACHINE = Machine(torch.device("cpu"), torch.float32)
 
 
-def test_each_kind_of_image_with_the_same_targets(mixed):
-    folder, tokenizer = mixed
-    ablation = ImageAblation(Chats(folder, "val"), 12, 128, tokenizer, SPEC, others=KINDS)
+def test_each_kind_of_image_with_the_same_targets(mixed, tokenizer):
+    ablation = ImageAblation(Chats(mixed, "val"), 12, 128, tokenizer, SPEC, others=KINDS)
     sources = {kind: packed.sources[0] for kind, packed in ablation.packed.items()}
     for i in range(12):
         shown = {kind: chats.images(i, SPEC) for kind, chats in sources.items()}
@@ -100,9 +100,9 @@ def test_a_model_that_ignores_images_causes_a_warning(pipeline, tmp_path):
 
 
 @pytest.fixture
-def vision_model(pipeline):
-    """(model, tokenizer) of the last stage, after six steps almost untrained."""
-    return open_model(pipeline.folder / "vision_sft")[:2]
+def model(pipeline):
+    """The model of the last stage, after six steps almost untrained."""
+    return open_model(pipeline.folder / "vision_sft")[0]
 
 
 def nats_of(ablation, model, micro_rows):
@@ -110,11 +110,8 @@ def nats_of(ablation, model, micro_rows):
             for kind, packed in ablation.packed.items()}
 
 
-def test_the_nats_of_the_chats_sum_up_to_the_loss(vision_model, mixed):
-    folder, tokenizer = mixed
-    model = vision_model[0]
-    ablation = ImageAblation(Chats(folder, "val"), 12, 128, tokenizer, model.image_spec,
-                             others=KINDS)
+def test_the_nats_of_the_chats_sum_up_to_the_loss(model, tokenizer, mixed):
+    ablation = ImageAblation(Chats(mixed, "val"), 12, 128, tokenizer, model.image_spec, KINDS)
     nats = nats_of(ablation, model, 3)
     for kind, packed in ablation.packed.items():
         assert len(nats[kind]) == len(packed.chats)
@@ -122,16 +119,15 @@ def test_the_nats_of_the_chats_sum_up_to_the_loss(vision_model, mixed):
         assert score([*nats[kind].values()], ratio).value == pytest.approx(loss, rel=1e-5)
     for number, (_, tokens) in nats["correct"].items():
         assert tokens == nats["text_only"][number][1] == nats["blank"][number][1]
-    alone = Packed([AblatedChats(Chats(folder, "val"), 12, tokenizer, lengths={3: None})], 128,
+    alone = Packed([AblatedChats(Chats(mixed, "val"), 12, tokenizer, lengths={3: None})], 128,
                    tokenizer, model.image_spec)
     assert nats_by_chat(MACHINE, model, alone, 1)[3] == pytest.approx(nats["correct"][3],
                                                                           rel=1e-4)
 
 
-def test_gains_by_hand(mixed, monkeypatch):
+def test_gains_by_hand(mixed, tokenizer, monkeypatch):
     """Mismatched images cost one nat per token more; chats without images do not count."""
-    folder, tokenizer = mixed
-    ablation = ImageAblation(Chats(folder, "val"), 12, 128, tokenizer, SPEC)
+    ablation = ImageAblation(Chats(mixed, "val"), 12, 128, tokenizer, SPEC)
     correct = {number: (2.0 * tokens, tokens) for number, tokens in enumerate(range(1, 13))}
     other = {number: (3.0 * tokens, tokens) for number, (_, tokens) in correct.items()}
     text = {number: pair for number, pair in other.items() if number % 2 == 0}
@@ -148,9 +144,9 @@ def test_gains_by_hand(mixed, monkeypatch):
     assert ablation.gains(dict.fromkeys(("correct", "mismatched", "blank"), few)) == {}
 
 
-def test_untrained_models_gain_nothing_and_choose_captions_by_chance(vision_model, world_data):
+def test_untrained_models_gain_nothing_and_choose_captions_by_chance(model, tokenizer, world_data):
     """What a blank image does to all captions depends on the random weights: zero in the mean."""
-    (model, tokenizer), chats = vision_model, Chats(world_data / "captions", "val")
+    chats = Chats(world_data / "captions", "val")
     ablation = ImageAblation(chats, 64, 256, tokenizer, model.image_spec, others=KINDS)
     blank = []
     for seed in range(8):
@@ -168,54 +164,51 @@ def test_untrained_models_gain_nothing_and_choose_captions_by_chance(vision_mode
 
 
 def test_turns_of_a_chat_and_chats_about_an_image_are_one_sample(
-        vision_model, tmp_path, monkeypatch):
+        model, tokenizer, tmp_path, monkeypatch):
     """20 chats with 4 turns each, all right or all wrong; pairs of chats share their image."""
-    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}]
     for name, images in ("scenes", [[grey_image(i // 2)] for i in range(20)]), ("chats", [[]] * 20):
-        write_chats(tmp_path / name / "val", vision_model[1], [(chat, some) for some in images])
+        write_chats(tmp_path / name / "val", tokenizer, [
+            (say("user", "?", "assistant", "a"), some) for some in images])
     marks = [(number // 2 % 2 == 0, number) for number in range(20) for _ in range(4)]
     monkeypatch.setattr("evals.validation.exact_answers", lambda *args: {"": marks})
     found = {}
-    for part in answer_scores(*vision_model, tmp_path, "vision_sft", 20, "val"):
+    for part in answer_scores(model, tokenizer, tmp_path, "vision_sft", 20, "val"):
         found |= part
     assert found["chat_exact"].error == pytest.approx(0.5 / 20**0.5, rel=0.08)
     assert found["vqa_exact"].error == pytest.approx(0.5 / 10**0.5, rel=0.08)
 
 
-def test_the_same_turns_are_asked_with_and_without_images(vision_model, tmp_path):
+def test_the_same_turns_are_asked_with_and_without_images(model, tokenizer, tmp_path):
     """Only without its image would the longer question leave room for an answer."""
-    (model, tokenizer), P = vision_model, vision_model[0].image_spec.n_patches
+    P = model.image_spec.n_patches
     n = model.config.max_positions - ANSWER_TOKENS - 4  # 4: special tokens
-    chats = [[{"role": "user", "content": "." * (n - P + more)},
-              {"role": "assistant", "content": "a"}] for more in (0, 1)]
-    write_chats(tmp_path / "val", tokenizer, [(chat, [grey_image(9)]) for chat in chats])
+    write_chats(tmp_path / "val", tokenizer, [
+        (say("user", "." * (n - P + more), "assistant", "a"), [grey_image(9)]) for more in (0, 1)])
     for kind in ("correct", "mismatched", "text_only"):
         marks = exact_answers(model, tokenizer, Chats(tmp_path, "val"), 2, kind)[""]
         assert [number for _, number in marks] == [0]
 
 
 def test_of_a_caption_that_is_too_long_for_another_prompt_the_beginning_counts(
-        vision_model, tmp_path):
-    (model, tokenizer), rows = vision_model, []
+        model, tokenizer, tmp_path):
+    rows = []
     room = model.config.max_positions - model.image_spec.n_patches
     for i, (n_prompt, n_answer) in enumerate([(1, room - 6), (40, 9), (30, 9), (20, 9)]):
-        texts = {"user": "." * n_prompt, "assistant": f"{i}" + "." * (n_answer - 1)}
-        assert [len(tokenizer.encode(text)) for text in texts.values()] == [n_prompt, n_answer]
-        rows.append(([{"role": role, "content": text} for role, text in texts.items()],
-                     [grey_image(i)]))
+        asked, answer = "." * n_prompt, f"{i}" + "." * (n_answer - 1)
+        assert [len(tokenizer.encode(text)) for text in (asked, answer)] == [n_prompt, n_answer]
+        rows.append((say("user", asked, "assistant", answer), [grey_image(i)]))
     write_chats(tmp_path / "val", tokenizer, rows)
     found = caption_choice(model, tokenizer, Chats(tmp_path, "val"), 9)
     assert found.chance == 1 / 4 and found.value * 4 in range(5)
 
 
-def test_two_processes_train_on_rows_with_and_without_images(pipeline, mixed, tmp_path):
+def test_two_processes_train_on_rows_with_and_without_images(pipeline, mixed, tokenizer, tmp_path):
     """Some micro-batches of one process have no images while those of the other have some."""
-    folder, tokenizer = mixed
-    packed = Packed([Chats(folder, "train")], 128, tokenizer, SPEC)
+    packed = Packed([Chats(mixed, "train")], 128, tokenizer, SPEC)
     n_images = {0 if pixels is None else len(pixels) for pixels in (
         packed.batch([row]).pixels for row in range(len(packed)))}
     assert min(n_images) == 0 and max(n_images) >= 4
-    common = [*ADAMW, f"--data={folder}", "--context=128", "--batch_tokens=512", "--micro_rows=1",
+    common = [*ADAMW, f"--data={mixed}", "--context=128", "--batch_tokens=512", "--micro_rows=1",
               "--val_chats=12", "--max_steps=2"]
     settings = {"vision_pretrain": common, "vision_sft": [*common, "--text_data="]}
     for stage, flags in settings.items():
@@ -238,9 +231,8 @@ def assert_equal_batches(some, others):
         assert one.n_targets == other.n_targets
 
 
-def test_workers_and_a_thread_make_the_same_batches_from_any_step_on(mixed):
-    folder, tokenizer = mixed
-    packed = Packed([Chats(folder, "train")], 64, tokenizer, SPEC)
+def test_workers_and_a_thread_make_the_same_batches_from_any_step_on(mixed, tokenizer):
+    packed = Packed([Chats(mixed, "train")], 64, tokenizer, SPEC)
     expected = batches_of(Loader(packed, 4, 2, MACHINE, seed=5), range(5))
     state = torch.get_rng_state()
     found = Loader(packed, 4, 2, MACHINE, 5, workers=2)
@@ -259,10 +251,9 @@ def test_a_run_with_workers_is_identical(pipeline, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_damaged_and_truncated_images_are_refused(mixed, workers):
-    folder, tokenizer = mixed
-    packed = Packed([Chats(folder, "train")], 64, tokenizer, SPEC)
-    path = folder / "train/images_000000.bin"
+def test_damaged_and_truncated_images_are_refused(mixed, tokenizer, workers):
+    packed = Packed([Chats(mixed, "train")], 64, tokenizer, SPEC)
+    path = mixed / "train/images_000000.bin"
     with open(path, "r+b") as file:
         file.write(b"\0" * 20)
     loader = Loader(packed, len(packed), len(packed), MACHINE, 0, workers)
@@ -270,12 +261,11 @@ def test_damaged_and_truncated_images_are_refused(mixed, workers):
         next(loader.step(0))
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(UserError, match="prepare it again"):
-        Chats(folder, "train")
+        Chats(mixed, "train")
 
 
-def test_padded_images_are_not_cropped(mixed):
-    folder, tokenizer = mixed
-    chats = Chats(folder, "train")
+def test_padded_images_are_not_cropped(mixed, tokenizer):
+    chats = Chats(mixed, "train")
     chats.manifest["stored_images"] = {"size": 16, "fit": "pad"}
     with pytest.raises(UserError, match="--fit=short"):
         Packed([chats], 64, tokenizer, ImageSpec(PATCHES, SIZE, "crop"))

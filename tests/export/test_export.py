@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from PIL import Image
-from test_model import new_model
+from test_conversation import with_weights
 from test_tokenizer import HARD, TEXTS
 
 import tokenizer as tokenizers
@@ -163,14 +163,7 @@ def new_vision_model(tokenizer):
     config = GPTConfig(tokenizer.n_vocab, 2, 2, 64, 128)
     clip = CLIPConfig(image_size=32, patch_size=8, vision_width=32, vision_layers=3, vision_heads=2,
                       activation="quick_gelu", fit="crop")
-    model = VisionLanguageModel(config, clip).eval()
-    model.decoder.load_state_dict(new_model(config).state_dict())
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for part in model.vision_tower, model.projector:
-            for name, p in part.named_parameters():
-                p.normal_(mean=float("norm" in name and "weight" in name), std=0.25)
-    return model
+    return with_weights(VisionLanguageModel(config, clip), range(tokenizer.n_vocab))
 
 
 def image(path, width, height, seed):
@@ -356,15 +349,12 @@ def test_transformers_serve_answers_like_ours_about_an_image(exports, images, tm
 
 TASK = """task: documents
 dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: documents.jsonl
+dataset_kwargs: {data_files: {test: documents.jsonl}}
 test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{text}}"
-metric_list:
-  - metric: bits_per_byte
+metric_list: [{metric: bits_per_byte}]
 """
 
 

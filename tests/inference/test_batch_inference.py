@@ -42,24 +42,22 @@ def asked(checkpoint, prompt, *flags):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A vision checkpoint."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    save(folder, new_model())
+    save(folder := tmp_path_factory.mktemp("checkpoint"), new_model())
     return folder
 
 
 @pytest.fixture
-def prepared(checkpoint, tmp_path):
-    """(a vision checkpoint, a folder with images p0.png ... beside the rows)."""
+def folder(tmp_path):
+    """A folder with images p0.png ... beside the rows."""
     for i in range(5):
         (RED if i % 2 == 0 else BLUE).rotate(30 * i).save(tmp_path / f"p{i}.png")
-    return checkpoint, tmp_path
+    return tmp_path
 
 
 # ---------------------------------------------------------------------------------------- answers
 
 
-def test_rows_get_the_same_answers_as_prompts(prepared):
-    checkpoint, folder = prepared
+def test_rows_get_the_same_answers_as_prompts(checkpoint, folder):
     prompts = [QUESTION, "Is it red?", "How many\nthings?" * 5, "\N{THUMBS UP SIGN}"]
     expected = [asked(checkpoint, prompt) for prompt in prompts]
     assert len(set(expected)) == len(prompts)
@@ -69,8 +67,7 @@ def test_rows_get_the_same_answers_as_prompts(prepared):
         assert lines == [{"answer": answer} for answer in expected]
 
 
-def test_a_chat_in_any_form_is_answered_after_its_last_question(prepared):
-    checkpoint, folder = prepared
+def test_a_chat_in_any_form_is_answered_after_its_last_question(checkpoint, folder):
     said = [("user", "Is it red?"), ("assistant", "No."), ("user", QUESTION)]
     turns = [{"role": role, "content": text} for role, text in said]
     theirs = [{"from": {"user": "human", "assistant": "gpt"}[role], "value": text}
@@ -86,8 +83,7 @@ def test_a_chat_in_any_form_is_answered_after_its_last_question(prepared):
     assert len(set(answers)) == 4
 
 
-def test_images_are_relative_to_the_input_file(prepared):
-    checkpoint, folder = prepared
+def test_images_are_relative_to_the_input_file(checkpoint, folder):
     one, two = f"--image={folder}/p0.png", f"--image={folder}/p1.png"
     lines = answer_all(checkpoint, [
         {"prompt": QUESTION, "image": "p0.png"},
@@ -100,8 +96,7 @@ def test_images_are_relative_to_the_input_file(prepared):
                        for flags in [(one,)] * 3 + [(one, two), ()]]
 
 
-def test_rows_and_seeds_share_no_sample(prepared):
-    checkpoint, folder = prepared
+def test_rows_and_seeds_share_no_sample(checkpoint, folder):
     answers = [answer_all(checkpoint, [{"prompt": QUESTION}] * 4, folder / f"{number}.jsonl",
                           "--temperature=1", "--repetition_penalty=2", f"--seed={seed}")
                for number, seed in enumerate((1, 1, 2))]
@@ -117,8 +112,7 @@ def test_a_pretrained_checkpoint_continues_text(pipeline, tmp_path):
         asked(checkpoint, prompt) for prompt in prompts]
 
 
-def test_ids_are_kept(prepared):
-    checkpoint, folder = prepared
+def test_ids_are_kept(checkpoint, folder):
     ids = ["a/1", 7, 0, ["x"], "\N{THUMBS UP SIGN}\u2028", "\ud83d"]  # at last half a character
     rows = [{"id": id_, "prompt": QUESTION} for id_ in ids] + [{"id": "broken"}]
     lines = answer_all(checkpoint, rows, folder / "out.jsonl")
@@ -143,9 +137,8 @@ BROKEN = {
 }
 
 
-def test_a_broken_row_gets_an_error_and_the_others_their_answers(prepared):
+def test_a_broken_row_gets_an_error_and_the_others_their_answers(checkpoint, folder):
     """Each between two valid rows, and in batches with no valid row."""
-    checkpoint, folder = prepared
     (folder / "text.png").write_text("not a picture")
     good = {"prompt": QUESTION, "image": "p0.png"}
     rows = [good, *(row for broken in BROKEN.values() for row in (broken, good))]
@@ -166,8 +159,7 @@ ROWS = [*({"id": f"q{i}", "prompt": f"{QUESTION} {i}", "image": f"p{i % 5}.png"}
           for i in range(9)), {"prompt": "", "id": "broken"}, {"prompt": "And now?"}]
 
 
-def test_a_truncated_output_resumes_to_the_same_file(prepared):
-    checkpoint, folder = prepared
+def test_a_truncated_output_resumes_to_the_same_file(checkpoint, folder):
     out, flags = folder / "out.jsonl", ("--batch=4", "--temperature=1", "--repetition_penalty=1.2")
     answer_all(checkpoint, ROWS, out, *flags)
     complete = out.read_bytes()
@@ -178,8 +170,7 @@ def test_a_truncated_output_resumes_to_the_same_file(prepared):
         assert out.read_bytes() == complete
 
 
-def test_a_killed_run_resumes_to_the_same_file(prepared):
-    checkpoint, folder = prepared
+def test_a_killed_run_resumes_to_the_same_file(checkpoint, folder):
     rows, flags = ROWS * 8, (*SHORT, "--batch=4", "--temperature=1")
     file, out = write(folder / "in.jsonl", rows), folder / "out.jsonl"
     argv = ["sample.py", checkpoint, f"--input={file}", f"--output={out}", *flags]
@@ -201,8 +192,7 @@ def test_a_killed_run_resumes_to_the_same_file(prepared):
     assert out.read_bytes() == again.read_bytes()
 
 
-def test_a_finished_run_changes_nothing(prepared):
-    checkpoint, folder = prepared
+def test_a_finished_run_changes_nothing(checkpoint, folder):
     file, out = write(folder / "in.jsonl", ROWS), folder / "new" / "out.jsonl"
     argv = ("sample.py", checkpoint, f"--input={file}", f"--output={out}", *SHORT)
     assert "11 rows done, 1 of them with an error" in run(*argv).out

@@ -13,13 +13,8 @@ from clip import CLIPConfig
 from common import checkpoint
 from common.config import UserError
 from common.device import pick_dtype
-from inference.conversation import (
-    TEXT_ONLY,
-    UNFINISHED,
-    Conversation,
-    ready_to_chat,
-)
-from inference.generate import Sampler, Sampling
+from inference.conversation import TEXT_ONLY, Conversation, decoder_of, ready_to_chat
+from inference.generate import UNFINISHED, Sampler, Sampling
 from inference.quantized_linear import has_fbgemm
 from model import GPT, GPTConfig
 from vision import VisionLanguageModel, describe
@@ -35,14 +30,14 @@ N = 7  # ids in an answer
 CPU = torch.device("cpu")
 
 
-def with_weights(model, seed=3):
-    """The model with no weight at its initial value, and with readable tokens the most likely."""
+def with_weights(model, likely=READABLE, seed=3):
+    """The model with no weight at its initial value, and with these tokens the most likely."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(mean=float("norm" in name and "weight" in name), std=0.25)
-        decoder = model.decoder if isinstance(model, VisionLanguageModel) else model
-        decoder.head.weight[[i for i in range(TOKENIZER.n_vocab) if i not in READABLE]] = 0
+        head = decoder_of(model).head.weight
+        head[[i for i in range(len(head)) if i not in likely]] = 0
     return model.eval()
 
 
