@@ -231,7 +231,7 @@ def checked(turns, images):
     for turn in turns:
         role = TOOLS.get(turn["role"], turn["role"])
         content = content_of(turn["content"], shown)
-        if role == "system" and content is not None and not content.strip():
+        if role == "system" and isinstance(content, str) and not content.strip():
             continue
         if messages and role == messages[-1]["role"] and TOOLS.keys() & {turn["role"], previous}:
             messages[-1]["content"] = f"{messages[-1]['content']}\n{content}"

@@ -135,6 +135,7 @@ def test_roles_are_known_in_any_case(role):
     ({"image": "p.jpg", "turns": [{**ASK, "content": ""}, RED, {**ASK, "content": "<image>"}, RED]},
      "an empty question"),
     ([{"role": "narrator", "content": "x"}, RED], "unknown role 'narrator'"),
+    ([{"role": "system", "content": 7}, ASK, RED], "a turn without text"),
     ([ASK, {**RED, "weight": 0}], "no answer with a weight of 1"),
     ([ASK, {**RED, "weight": 0.5}], "neither 0 nor 1"),
     ([{**ASK, "content": [{"type": "video", "video": "a.mp4"}]}, RED], "of the type video"),
