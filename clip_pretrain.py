@@ -88,7 +88,7 @@ def main():
     # Model: both encoders are new and trained
     model = CLIP(config).to(run.device)
     optimizer = make_optimizer(model, cfg)
-    net = run.start(model, optimizer, tokenizer, describe(model), "img", cfg.batch_pairs)
+    net = run.start(model, optimizer, tokenizer, describe(model))
 
     for step in run.steps():
         batches = list(loader.step(step))  # the pixels of a step fit a GPU as uint8

@@ -77,8 +77,7 @@ def main():
     model.to(run.device).train()
     loader = run.loader(train, run.rows(model.config.max_positions), cfg.micro_rows)
     optimizer = make_optimizer(model, cfg)
-    net = run.start(model, optimizer, tokenizer, {**describe(model), "lineage": parents}, "tok",
-                    cfg.batch_tokens)
+    net = run.start(model, optimizer, tokenizer, {**describe(model), "lineage": parents})
 
     for step in run.steps():
         for batch in loader.step(step):

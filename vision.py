@@ -91,12 +91,9 @@ def image_spec(clip_config):
 def open_model(name, device="cpu", kinds=("decoder", "vision", "clip")):
     """(model, tokenizer, info) of any checkpoint, in eval mode; info from checkpoint.read."""
     info, weights, _ = checkpoint.read(name, kinds)
-    if info["kind"] == "vision":
-        model = VisionLanguageModel(GPTConfig(**info["decoder"]), CLIPConfig(**info["clip"]))
-    elif info["kind"] == "decoder":
-        model = GPT(GPTConfig(**info["decoder"]))
-    else:
-        model = CLIP(CLIPConfig(**info["clip"]))
+    parts = {"decoder": GPTConfig, "clip": CLIPConfig}
+    configs = [config(**info[part]) for part, config in parts.items() if part in info]
+    model = {"vision": VisionLanguageModel, "decoder": GPT, "clip": CLIP}[info["kind"]](*configs)
     checkpoint.load_weights(model, weights, info["folder"])
     return model.to(device).eval(), tokenizer_of(info), info
 

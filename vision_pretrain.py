@@ -67,7 +67,7 @@ def main():
 
     optimizer = make_optimizer(model, cfg)
     info = {**describe(model), "lineage": [line for p in parents for line in lineage(p)]}
-    net = run.start(model, optimizer, tokenizer, info, "tok", cfg.batch_tokens)
+    net = run.start(model, optimizer, tokenizer, info)
 
     for step in run.steps():
         for batch in loader.step(step):

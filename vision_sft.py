@@ -78,8 +78,7 @@ def main():
     run.note(train.note())
 
     optimizer = make_optimizer(model, cfg, {"projector.": cfg.projector_lr})
-    net = run.start(model, optimizer, tokenizer, {**describe(model), "lineage": lineage(info)},
-                    "tok", cfg.batch_tokens)
+    net = run.start(model, optimizer, tokenizer, {**describe(model), "lineage": lineage(info)})
 
     for step in run.steps():
         for batch in loader.step(step):

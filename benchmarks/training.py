@@ -50,13 +50,11 @@ class Training:
         self.dataset = random_data(cfg, stage, self.model, tokenizer)
         if stage == "clip_pretrain":
             rows, micro_rows = cfg.batch_pairs, cfg.micro_pairs or cfg.batch_pairs // run.ranks
-            amount = "img", cfg.batch_pairs
         else:
             decoder = getattr(self.model, "decoder", self.model)
             rows, micro_rows = run.rows(decoder.config.max_positions), cfg.micro_rows
-            amount = "tok", cfg.batch_tokens
         self.loader = run.loader(self.dataset, rows, micro_rows)
-        self.net = run.start(self.model, make_optimizer(self.model, cfg), tokenizer, {}, *amount)
+        self.net = run.start(self.model, make_optimizer(self.model, cfg), tokenizer, {})
 
     def take(self, steps):
         """Train for these steps, and wait for the device."""

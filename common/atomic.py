@@ -64,12 +64,13 @@ def publish(temporary, path):
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def take_lock(file, how, call=fcntl.flock):
-    """Lock an open file; BlockingIOError if another has it. Nothing on a disk without locks."""
+def take_lock(file, doing, how=fcntl.LOCK_EX | fcntl.LOCK_NB, call=fcntl.flock):
+    """Lock an open file; UserError if another process has it, whose work `doing` names. Nothing on
+    a disk without locks."""
     try:
         call(file, how)
     except BlockingIOError:
-        raise
+        raise UserError(f"another process is {doing}; wait, or choose another name") from None
     except OSError:
         pass
 
@@ -92,19 +93,13 @@ class NewFolder:
         self.new = self.work / "new"
 
     def __enter__(self):
-        try:
+        with writing(self.path):
             self.work.mkdir(parents=True, exist_ok=True)
             self.lock = os.open(self.work, os.O_RDONLY)
-            take_lock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when the process ends
+            take_lock(self.lock, f"writing {self.path}")  # freed when the process ends
             if not self.keep:
                 shutil.rmtree(self.new, ignore_errors=True)
             self.new.mkdir(exist_ok=True)
-        except BlockingIOError:
-            os.close(self.lock)
-            raise UserError(f"another process is writing {self.path}; wait for it, or choose "
-                            "another folder") from None
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
         return self.new
 
     def __exit__(self, kind, error, _):
@@ -137,11 +132,7 @@ def resume_rows(path, header, n, batch):
     path, first = Path(path), json.dumps(header).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     file = HELD[path.absolute()] = HELD.get(path.absolute()) or open(path, "ab")  # noqa: SIM115
-    try:
-        take_lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is writing {path}; wait for it, or choose another "
-                        "name") from None
+    take_lock(file, f"writing {path}")
     content = path.read_bytes() if path.exists() else b""
     lines = content.split(b"\n")[1:-1]  # a kill may have cut the last one
     if len(lines) > n or not (content.startswith(first) or first.startswith(content)):

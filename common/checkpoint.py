@@ -83,11 +83,7 @@ def lock(run_folder):
     """Reserve a run's folder until this process ends; returns the file to keep open. lockf also
     locks on network disks, and workers do not inherit it; some disks have no locks."""
     file = open(Path(run_folder) / ".lock", "w")  # noqa: SIM115
-    try:
-        take_lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.lockf)
-    except BlockingIOError:
-        raise UserError(f"another process is training into --out={run_folder}; wait for it, or "
-                        "choose another folder") from None
+    take_lock(file, f"training into --out={run_folder}", call=fcntl.lockf)
     return file
 
 
@@ -122,7 +118,7 @@ def prune(run_folder, keep_every=0, newest=2):
 
 def remove(folder):
     """Remove a checkpoint, atomically for readers; False if it is being read."""
-    with contextlib.suppress(OSError), locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
+    with contextlib.suppress(OSError, UserError), locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
         removing = folder.with_name(f".removing-{folder.name}")
         folder.rename(removing)
         shutil.rmtree(removing)
@@ -134,7 +130,7 @@ def remove(folder):
 def locked(folder, how=fcntl.LOCK_SH):
     """A lock on a checkpoint: many may read it, and nobody may remove it meanwhile."""
     with open(folder / "manifest.json", "rb") as file:
-        take_lock(file, how)
+        take_lock(file, f"reading {folder}", how)
         yield
 
 

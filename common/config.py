@@ -131,8 +131,7 @@ def options_of(field, comment):
     shown = f"{comment} (default: {default})" if default not in ("", ()) else comment
     options = {"default": default, "help": shown.strip().replace("%", "%%")}
     if kind == tuple[str, ...]:
-        return options | {"action": "append", "default": [], "metavar": "STR",
-                          "type": functools.partial(value_of, str)}
+        kind, options = str, options | {"action": "append", "default": []}
     if kind not in (bool, int, float, str):
         return options | {"choices": get_args(kind)}
     return options | {"type": functools.partial(value_of, kind), "metavar": kind.__name__.upper()}
@@ -214,21 +213,18 @@ def read_json(path):
 
 
 def seal(content):
-    """The dict `content` with its own sha256, so that a file of checksums can be checked itself."""
+    """The dict `content` with the sha256 of its JSON, so that a file of checksums can be checked
+    itself, whatever the order and spaces in it."""
     content = json.loads(json.dumps(content))  # as it will be read: keys are strings, no tuples
-    return {**content, "seal": seal_of(content)}
-
-
-def seal_of(content):
-    """The sha256 of a dict's JSON without its seal, whatever the order and spaces in the file."""
-    rest = {key: value for key, value in content.items() if key != "seal"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    content.pop("seal", None)
+    text = json.dumps(content, sort_keys=True)
+    return {**content, "seal": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def read_sealed(path):
     """The dict that `seal` made, from the file `path`; UserError if it was changed since."""
     content = read_json(path)
-    if not isinstance(content, dict) or content.get("seal") != seal_of(content):
+    if not isinstance(content, dict) or content.get("seal") != seal(content)["seal"]:
         raise UserError(f"{path} is damaged: its seal, the sha256 of its content, does not match; "
                         "make it again or copy it again")
     return content

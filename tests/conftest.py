@@ -138,7 +138,7 @@ class Pipeline:
 def quick_start():
     """A run measures the machine's peak speed for half a second; here nobody reads the figure."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.run.peak_flops", lambda machine: 1e12)
+        patch.setattr("common.device.peak_flops", lambda machine: 1e12)
         yield
 
 

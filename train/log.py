@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from common.atomic import append_rows
+from common.atomic import append_rows, writing
 from common.checkpoint import file_sum
 from common.config import UserError, read_json
 from common.report import ReportImage, code, lineage_table, sample_blocks, table, write_report
@@ -45,14 +45,10 @@ class Log:
 
     def resume(self, step):
         """Keep the rows up to `step`; those after it will be logged again."""
-        if not self.enabled:
-            return
-        try:
-            self.rows = [row for row in read_rows(self.folder) if row["step"] <= step]
-            self._rewrite()
-        except OSError as error:
-            raise UserError(f"--out={self.folder} is not writable: {error.strerror}; choose "
-                            "another folder, or fix that") from None
+        if self.enabled:
+            with writing(self.folder, "--out="):
+                self.rows = [row for row in read_rows(self.folder) if row["step"] <= step]
+                self._rewrite()
 
     def _rewrite(self):
         """Replace log.jsonl by one with all rows."""

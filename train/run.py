@@ -13,24 +13,14 @@ from pathlib import Path
 import torch
 
 from common import checkpoint
+from common import device as devices
+from common.atomic import writing
 from common.config import UserError
-from common.device import (
-    PRECISIONS,
-    averaging,
-    compile_blocks,
-    cores,
-    cudnn_attention,
-    peak_flops,
-    peak_memory_gb,
-    precision_name,
-    release_free_memory,
-    setup,
-)
 from train.anomaly import Guard
 from train.async_save import Saver
 from train.flops import flop_counter
 from train.loader import Loader
-from train.log import COSTS, Log, report_run, with_origin
+from train.log import COSTS, Log, per_step, report_run, with_origin
 from train.optim import lr_factor
 from train.signals import STOPPED_EARLY, StopSignal, end_torchrun
 from train.watchdog import Watch
@@ -56,10 +46,12 @@ class Run:
         for name in "momentum", "beta1", "beta2":
             if not 0 <= getattr(cfg, name) < 1:
                 raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least 0, below 1")
-        self.machine = setup(cfg.device, cfg.precision)
+        self.machine = devices.setup(cfg.device, cfg.precision)
         self.device, self.ranks = self.machine.device, self.machine.ranks
         self.folder = Path(cfg.out)
         self.settings = dataclasses.asdict(cfg)
+        self.unit = "img" if stage == "clip_pretrain" else "tok"
+        self.per_step = per_step(self.settings)  # units of a step, in all processes together
         self.log = Log(self.folder, self.machine.is_main, cfg.tracker, self.settings)
         self.metrics, self.notes, self.origins = {}, [], []
         self.first_step, self.saved, self.evaluated, self.reason = 0, None, None, ""
@@ -68,7 +60,7 @@ class Run:
         self.stop_signal, self.saver = StopSignal(cfg.time_limit), Saver(self.device)
         self.watch = Watch(self.folder, self.machine, cfg.step_timeout, LONG_TIMEOUT)
         self.train_loader = None
-        cudnn_attention(self.device, stage == "pretrain")  # whose shapes never change
+        devices.cudnn_attention(self.device, stage == "pretrain")  # whose shapes never change
         torch.manual_seed(cfg.seed)
 
     def rows(self, max_positions):
@@ -87,7 +79,7 @@ class Run:
         if workers < 0:  # the cores that each GPU leaves over
             here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             on_gpu = self.device.type == "cuda"
-            workers = max(1, min(8, cores() // here - 1)) if on_gpu else 0
+            workers = max(1, min(8, devices.cores() // here - 1)) if on_gpu else 0
         self.train_loader = Loader(dataset, rows, micro_rows, self.machine, self.cfg.seed, workers,
                                    self._waiting)
         return self.train_loader
@@ -107,36 +99,34 @@ class Run:
             self.log.say(line)
         self.notes += lines
 
-    def start(self, model, optimizer, tokenizer, info, unit="tok", per_step=0):
+    def start(self, model, optimizer, tokenizer, info):
         """Resume from the newest checkpoint, if any; returns the network to call in the loop.
-
-        info: kind, model configuration and lineage, for config.json. per_step: `unit`s of one step
-        in all processes.
-        """
+        info: kind, model configuration and lineage, for config.json."""
         self.model, self.optimizer, self.tokenizer, self.info = model, optimizer, tokenizer, info
-        self.unit, self.per_step = unit, per_step
         state = self._load_newest()  # may change the precision
         self.fp16 = torch.amp.GradScaler(self.device.type,
                                          enabled=self.machine.dtype == torch.float16)
         self.guard = Guard(self.device, self.cfg.grad_clip)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         if self.cfg.compile:
-            compile_blocks(model)
-        self.net = averaging(model, self.device) if self.ranks > 1 and self.trained else model
+            devices.compile_blocks(model)
+        self.net = model
+        if self.ranks > 1 and self.trained:
+            self.net = devices.averaging(model, self.device)
         self.counter, self.step_flops = None, 0  # FLOP of a step in all processes, counted
         self.work = 0  # FLOP that the model needs, in this process since the last printed line
         if state:
             self.load_state_dict(state)
             self.step_flops = self.metrics["tflop"] * 1e12 / self.first_step
         self.origins = with_origin(self.origins, self.machine, self.first_step, self.cfg.max_steps)
-        self.peak = peak_flops(self.machine)
+        self.peak = devices.peak_flops(self.machine)
         self.loss = torch.zeros((), device=self.device)  # of this step, in this process
         self.losses = torch.zeros(2, device=self.device)  # since the last printed line, in all
         # processes: sum of the losses, number of steps
         count = sum(p.numel() for p in self.trained)
+        own, muon = map(devices.precision_name, (self.machine.dtype, self.optimizer.dtype))
         self.log.say(f"{self.stage}: {count / 1e6:.2f} M parameters to train on {self.ranks} x "
-                     f"{self.machine.name} in {precision_name(self.machine.dtype)}, Muon's "
-                     f"products in {precision_name(self.optimizer.dtype)}, into {self.folder}")
+                     f"{self.machine.name} in {own}, Muon's products in {muon}, into {self.folder}")
         return self.net
 
     def steps(self):
@@ -237,7 +227,7 @@ class Run:
             self.guard.check()
         self.log.add(step, {**f, f"{self.unit}_per_s": rate})
         self.losses.zero_()
-        release_free_memory()
+        devices.release_free_memory()
         self.window, self.work = (now, step + 1), 0
 
     def record(self, step, **figures):
@@ -278,7 +268,7 @@ class Run:
         self.saved = step
         if self.machine.is_main:
             state = self.saver.copy(self.state_dict(step))
-            m, (gpu_gb, host_gb) = self.metrics, peak_memory_gb(self.device)
+            m, (gpu_gb, host_gb) = self.metrics, devices.peak_memory_gb(self.device)
             seconds = time.time() - self.began
             m.update(seconds=seconds, dollars=self.dollars_per_second * seconds,
                      tflop=(step + 1) * self.step_flops / 1e12,
@@ -286,8 +276,8 @@ class Run:
                      peak_rss_gb=max(host_gb, m.get("peak_rss_gb", 0)))
             info = dict(stage=self.stage, **self.info, step=step + 1, settings=self.settings,
                         tokenizer=self.tokenizer.fingerprint, tokenizer_name=self.tokenizer.name,
-                        precision=precision_name(self.machine.dtype),
-                        muon_precision=precision_name(self.optimizer.dtype),
+                        precision=devices.precision_name(self.machine.dtype),
+                        muon_precision=devices.precision_name(self.optimizer.dtype),
                         processes=self.ranks, origins=self.origins, metrics={
                             name: m[name] for name in m
                             if name in COSTS or self.evaluated == step})
@@ -327,11 +317,11 @@ class Run:
                      + ", ".join(changed))
         if state["step"] >= self.cfg.max_steps:  # nothing is trained with other settings
             self.settings = info["settings"]
-        before = PRECISIONS[info["precision"]], PRECISIONS[info["muon_precision"]]
+        before = devices.PRECISIONS[info["precision"]], devices.PRECISIONS[info["muon_precision"]]
         if self.cfg.precision == "auto" and (self.machine.dtype, self.optimizer.dtype) != before:
             self.log.say(f"the run began in {info['precision']}, Muon's products in "
                          f"{info['muon_precision']}, and stays so to be exact; this machine would "
-                         f"choose --precision={precision_name(self.machine.dtype)}")
+                         f"choose --precision={devices.precision_name(self.machine.dtype)}")
             self.machine.dtype, self.optimizer.dtype = before
         if info["processes"] != self.ranks:
             self.log.say(f"{info['processes']} processes before, {self.ranks} now: the same batches"
@@ -342,13 +332,10 @@ class Run:
         """(info, weights, training state) of the newest intact checkpoint, None each without one;
         makes the run's folder, and removes what killed runs left in it."""
         if self.machine.is_main:
-            try:
+            with writing(self.folder, "--out="):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.lock = checkpoint.lock(self.folder)
                 checkpoint.clear(self.folder, everything=not self.cfg.resume)
-            except OSError as error:
-                raise UserError(f"--out={self.folder} cannot be made a folder or written into: "
-                                f"{error.strerror}; choose another") from None
         self.machine.barrier()
         found = checkpoint.steps_in(self.folder)
         newest = torch.tensor(max(found, default=0) if self.folder.is_dir() else -1,
@@ -372,7 +359,7 @@ class Run:
         self.machine.barrier()
         self.watch.ended.set()
         self.optimizer.members.clear()  # makes room
-        cudnn_attention(self.device, False)  # samples differ in length
+        devices.cudnn_attention(self.device, False)  # samples differ in length
         if self.machine.is_main:
             model, _, _ = open_model(self.folder, self.device)
             report_run(self, samples(model), data)

@@ -3,13 +3,13 @@
 import contextlib
 import errno
 import json
-import os
 import pickle
 import re
 import shutil
 
 import pytest
 import torch
+from faults.test_hostile import Trap
 
 import tokenizer as tokenizers
 from common import checkpoint
@@ -116,7 +116,7 @@ def test_a_disk_without_locks_can_be_used():
     def no_locks(file, how):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    take_lock(None, 0, no_locks)
+    take_lock(None, "", call=no_locks)
 
 
 def test_the_wrong_kind_of_model_is_refused(save):
@@ -141,16 +141,6 @@ def test_weights_that_do_not_fit_are_named_and_not_copied(model, change, complai
     with pytest.raises(UserError, match=complaint):
         checkpoint.load_weights(other, weights, "out/x")
     assert all(torch.equal(w, before[name]) for name, w in other.state_dict().items())
-
-
-class Trap:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, bait):
-        self.bait = bait
-
-    def __reduce__(self):
-        return os.system, (f'mkdir "{self.bait}"',)
 
 
 @pytest.mark.parametrize("pickled", [

@@ -169,7 +169,7 @@ def run_script(output, argv, folder, die_at, before, environment):
     for number in (1, 2):
         os.dup2(file, number)
     os.environ.update(environment)
-    assign("train.run.peak_flops", lambda machine: 1e12)  # not measured
+    assign("common.device.peak_flops", lambda machine: 1e12)  # not measured
     for prepare in before:
         prepare()
     os.chdir(folder)

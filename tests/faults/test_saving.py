@@ -13,11 +13,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import log_rows
 
 from common import checkpoint
 from faults.harness import join_namespace, scale, start_together, until, until_logged
-from faults.test_kill import Tries, assert_intact, assert_same_run
+from faults.test_kill import Tries, assert_same_run
 
 MOUNT = 'mount -t tmpfs -o size=8m tmpfs "$0" && echo && exec sleep 1d'
 FULL_DISK = "No space left on device"
@@ -91,20 +90,6 @@ def test_on_a_disk_with_room_for_one_checkpoint_that_one_stays(pipeline, disk, t
 
 
 # ------------------------------------------------------------------------------- on a working disk
-
-
-def test_a_log_that_was_cut_in_the_middle_of_a_line_is_mended(pipeline, tmp_path):
-    run = Tries(pipeline, "pretrain", 1, tmp_path, "--eval_every=0")
-    [job] = run.start()
-    until_logged(run.out, 10)
-    job.kill(signal.SIGKILL)
-    job.wait()
-    step, log = int(assert_intact(run.out).name[-8:]), run.out / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True)
-    assert len(lines) > step
-    log.write_text("".join(lines[:step]) + lines[step][:9])
-    run.finish()
-    assert [row["step"] for row in log_rows(run.out)][:24] == list(range(24))
 
 
 def test_training_continues_while_a_checkpoint_is_written(pipeline, tmp_path, monkeypatch):

@@ -20,15 +20,7 @@ from test_stages import assert_same_weights
 
 import tokenizer as tokenizers
 from common.device import Machine
-from common.report import (
-    LARGEST,
-    ReportImage,
-    code,
-    lineage_table,
-    sample_blocks,
-    table,
-    write_report,
-)
+from common.report import ReportImage, code, lineage_table, sample_blocks, table, write_report
 from data import Chats
 from evals.compare import compare
 from train.log import data_table, with_origin
@@ -154,7 +146,7 @@ def test_eight_samples_with_references_and_images(reports, stage):
         base64.b64decode(source.split(",")[1]) for source in report.sources if "image/" in source]
     assert report.image_files == ["loss.png", *(f"samples/{i}.jpg" for i in range(8)
                                                 if stage in VISION)]
-    assert all(max(Image.open(path).size) <= LARGEST for path in beside[1:])
+    assert all(max(Image.open(path).size) <= 256 for path in beside[1:])
     assert len(report.page) < 200_000
 
 
