@@ -121,9 +121,7 @@ class GPT(nn.Module):
 
     def logits(self, ids, positions=None, segments=None):
         """Logits (B, T, V) of ids (B, T); positions and segments as in data.Batch."""
-        x = self.token_embedding(ids)
-        mask = packed_mask(segments)
-        return self.head(self.hidden(x, positions, mask))
+        return self.head(self.hidden(self.token_embedding(ids), positions, packed_mask(segments)))
 
     def hidden(self, x, positions=None, mask=None, cache=None, where=None):
         """Embeddings (B, T, C) to normalised final states (B, T, C).

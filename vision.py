@@ -52,8 +52,7 @@ class VisionLanguageModel(nn.Module):
 
     def forward(self, batch):
         """Cross-entropy of a data.Batch in nats, summed over its supervised positions."""
-        embeddings = self.embed(batch.ids, batch.pixels, batch.image_positions)
-        return self.decoder(batch, embeddings)
+        return self.decoder(batch, self.embed(batch.ids, batch.pixels, batch.image_positions))
 
     def embed(self, ids, pixels=None, image_positions=None):
         """Ids (B, T) -> embeddings (B, T, C), with image tokens replaced by projected features.

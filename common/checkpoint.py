@@ -140,8 +140,7 @@ def locate(name):
     if (path / "config.json").is_file():
         return path
     if path.is_dir():
-        found = steps_in(path)
-        if found:
+        if found := steps_in(path):
             return list(found.values())[-1]
         raise UserError(f"{path} holds no checkpoint (no step_* folder with a manifest.json)")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or path.parent.exists():

@@ -40,16 +40,13 @@ def assert_close(one, other):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_writes_log_report_and_checkpoint(pipeline, stage):
+def test_a_run_writes_log_curves_and_checkpoint(pipeline, stage):
     folder = pipeline.folder / stage
     losses = logged(folder, "loss")
     assert sorted(losses) == [(step, "loss") for step in range(STEPS)]
     assert all(map(math.isfinite, losses.values()))
     assert sorted(logged(folder, "val_loss")) == [(2, "val_loss"), (5, "val_loss")]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    report = (folder / "report.md").read_text()
-    assert "![loss curves](loss.png)" in report and f"| max_steps | {STEPS} |" in report
-    assert "## Samples" in report and (folder / "report.html").is_file()
     found = sorted(path.name for path in newest(folder).iterdir())
     assert newest(folder).name == "step_00000006"
     assert found == ["config.json", "manifest.json", "model.safetensors", "state", "tokenizer.json"]
