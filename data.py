@@ -37,7 +37,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -235,23 +235,13 @@ def check_tokenizer(folder, tokenizer=None):
     return tokenizer
 
 
-class ChatSource(Protocol):
-    """What train.packing.Packed packs: Chats, Documents, Share, image_ablation.AblatedChats."""
-
-    folder: Path  # names it in messages
-    manifest: dict  # the content of its manifest.json; may be empty
-
-    def __len__(self): ...
-
-    def chat(self, i):
-        """(ids int64 (n,), supervised bool (n,)) of chat i, with one <|image|> id per image."""
-
-    def images(self, i, spec=None):
-        """The PIL images of chat i; with an ImageSpec, decoded no finer than that needs."""
-
-
 class Chats:
-    """The chats of one split of a folder that prepare.py made, and their images: a ChatSource."""
+    """The chats of one split of a folder that prepare.py made, and their images.
+
+    What train.packing.Packed reads of it, Documents, Share and image_ablation.AblatedChats have
+    too: `folder`, which names it in messages, `manifest`, which may be empty, the number of chats
+    by len(), `chat` and `images`.
+    """
 
     def __init__(self, folder, split):
         self.root, self.split, self.folder = Path(folder), split, Path(folder) / split
@@ -278,6 +268,7 @@ class Chats:
         return len(self.offsets) - 1
 
     def chat(self, i):
+        """(ids int64 (n,), supervised bool (n,)) of chat i, with one <|image|> id per image."""
         part = slice(self.offsets[i], self.offsets[i + 1])
         return self.ids[part].astype(np.int64), self.supervised[part]
 
@@ -290,6 +281,7 @@ class Chats:
         return tuple(hash(self._bytes(n)) for n in numbers) or i
 
     def images(self, i, spec=None):
+        """The PIL images of chat i; with an ImageSpec, decoded no finer than that needs."""
         size = spec[1:] if spec else ()
         numbers = range(*self.first_image[i : i + 2]) if self.has_images else ()
         try:

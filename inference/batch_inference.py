@@ -35,8 +35,7 @@ def answer_file(model, tokenizer, info, cfg):
               "precision": cfg.precision, "batch": cfg.batch, **settings}
     refused = Refused()
     with writing(cfg.output, "--output="):
-        done = resume_rows(cfg.output, header, len(rows), cfg.batch)
-        n_done = len(done)
+        n_done = len(resume_rows(cfg.output, header, len(rows), cfg.batch))
         if n_done:
             print(f"({cfg.output} has {n_done:,} of {len(rows):,} rows already)")
         with tqdm(total=len(rows), initial=n_done, unit=" rows", disable=None) as bar:

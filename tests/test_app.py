@@ -21,6 +21,7 @@ from conftest import ROOT, encoded
 from faults.harness import until
 from PIL import Image
 from test_conversation import with_weights
+from test_tokenizer import say
 
 import app
 import tokenizer as tokenizers
@@ -87,8 +88,8 @@ class Talk:
         message = {"text": text, "files": files}
         pieces = self.held.answer(self.name, message, self.history, cfg)
         answer = [piece async for piece in pieces][-1]
-        self.history += [{"role": "user", "content": [*({"path": file} for file in files), text]},
-                         {"role": "assistant", "content": html.escape(answer)}]
+        self.history += say("user", [*({"path": file} for file in files), text],
+                            "assistant", html.escape(answer))
         return answer
 
     def __call__(self, *turns):
@@ -144,7 +145,7 @@ def test_a_turn_prefills_only_its_new_tokens_and_encodes_no_image_twice(model, h
 def test_a_question_without_an_answer_does_not_count(model, held):
     talk, turns = Talk(held), [(SEE, scene(0)), (MORE,)]
     talk(*turns)
-    talk.history.append({"role": "user", "content": "Is anybody there?"})
+    talk.history += say("user", "Is anybody there?")
     assert talk((AGAIN,)) == expected(model, *turns, (AGAIN,))[-1:]
 
 
@@ -637,16 +638,14 @@ def test_malformed_requests_are_refused(client, address):
 
 
 def test_a_history_has_no_more_images_than_a_question(held):
-    history = [{"role": "user", "content": [{"path": "a.png"}] * 5 + [SEE]},
-               {"role": "assistant", "content": "No."}]
+    history = say("user", [{"path": "a.png"}] * 5 + [SEE], "assistant", "No.")
     with pytest.raises(UserError, match="5 images are too many; at most 4"):
         held.conversation(app.Session(), saying(MORE), history, held.cfg)
 
 
 def test_special_tokens_cannot_be_typed(held):
     t, message = held.tokenizer, saying(f"<image>\n{TOKENS}")
-    history = [{"role": "user", "content": message["text"]},
-               {"role": "assistant", "content": message["text"]}]
+    history = say("user", message["text"], "assistant", message["text"])
     conversation = held.conversation(app.Session(), message, history, held.cfg)
     text = t.encode(message["text"])
     assert conversation.ids() == [t.end_of_text, t.user, *text, t.end, t.assistant, *text, t.end,
@@ -673,7 +672,7 @@ def test_no_address_is_ever_requested(client, monkeypatch):
             url = f"{scheme}://{host}/picture.png"
             said = client.ask({"text": SEE, "files": [file(url)]})
             check(client, said, "Only uploaded images .* no addresses.")
-            history = [{"role": "user", "content": [{"type": "file", "file": file(url)}]}]
+            history = say("user", [{"type": "file", "file": file(url)}])
             for fn in client.others:
                 client.http.post("/gradio_api/run/predict", json=dict(
                     data=[history] * 3, fn_index=fn, session_hash="a"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, encoded
 from PIL import Image
+from test_tokenizer import say
 
 import tokenizer as tokenizers
 from common.checkpoint import write_json
@@ -41,8 +42,7 @@ def chat_of(number, n_turns=1, marks=()):
     for turn in range(n_turns):
         text = " ".join(WORDS[(number + k) % 4] for k in range(1 + (number + turn) % 3))
         mark = "<image>\n" * marks.count(turn) if marks else ""
-        messages += [{"role": "user", "content": f"{mark}{number} {text}?"},
-                     {"role": "assistant", "content": f"{text} {turn}"}]
+        messages += say("user", f"{mark}{number} {text}?", "assistant", f"{text} {turn}")
     return messages
 
 
@@ -347,8 +347,8 @@ def test_an_image_takes_a_position_for_each_patch_unless_it_is_truncated(tokeniz
 
 def test_captions_are_first_answers_truncated_and_equal_ones_share_a_key(tokenizer, tmp_path):
     texts = ["a cat", "a dog saw it", "a cat", "no"]
-    chats = [[{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": text},
-              *chat_of(i)] for i, text in enumerate(texts)]
+    chats = [[*say("user", f"What is {i}?", "assistant", text), *chat_of(i)]
+             for i, text in enumerate(texts)]
     chats = write_chats(tmp_path, tokenizer, chats, [1, 1, 1, 0])
     captions = Captions(chats, tokenizer, ImageSpec(1, 8), 16)
     batch = captions.batch(range(len(captions)))  # the last has no image

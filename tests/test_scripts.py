@@ -73,7 +73,7 @@ def bad(tmp_path_factory):
             "broken.parquet": b"PAR1, or so it says" * 9, "broken.json": b'[{"messages": ',
             "broken.zip": b"PK and no more", "text.png": b"not an image", "large.txt": b"w69999",
             "useless.jsonl": b'{"messages": [{"role": "user", "content": "hello?"}]}\n',
-            "typo.py": b"max_steps = 5\nmax_stepz = 5\n"}.items():
+            "typo.py": b"max_steps = 5\nmax_stepz = 5\n", "empty.jsonl": b" \n"}.items():
         (folder / name).write_bytes(content)
     (folder / "large").mkdir()
     words = {f"w{i}": i for i in range(70000)}
@@ -124,6 +124,15 @@ MISTAKES = {  # start of the command: more flags | what the message has
         {runs}/pretrain | --prompt
         {runs}/sft --image={bad}/red.png --prompt=hi | vision_sft
         {runs}/sft --prompt={long} | 256""",
+    "sample.py {runs}/sft": """
+        --input={bad}/chats.jsonl | --output
+        --output={tmp}/x | --input
+        --input={bad}/chats.jsonl --output={tmp}/x --prompt=hi | --prompt
+        --input={tmp}/no.jsonl --output={tmp}/x | no file matches {tmp}/no.jsonl
+        --input={bad}/empty.jsonl --output={tmp}/x | no rows
+        --input={bad}/chats.jsonl --output={tmp} | --output={tmp}: it is a folder or a device
+        --input={bad}/chats.jsonl --output={bad}/red.png/x | --output={bad}/red.png/x
+        --input={bad}/chats.jsonl --output={tmp}/x --batch=0 | batch must be 1 or more""",
     "sample.py {runs}/vision_sft --prompt=hi": """
         --image={tmp}/no.png | {tmp}/no.png
         --image={bad}/text.png | {bad}/text.png""",

@@ -17,7 +17,7 @@ CHAT = np.dtype([("source", int), ("number", int),  # sources[source].chat(numbe
 
 
 class Packed:
-    """Rows of T positions, filled with complete chats of the data.ChatSources `sources`.
+    """Rows of T positions, filled with complete chats of `sources`, as data.Chats describes them.
 
     A chat longer than T is truncated after its last answer that fits; one without an answer that
     fits is left out. spec: the data.ImageSpec of a model that reads images.
@@ -130,7 +130,7 @@ class Packed:
 
 
 def check_stored(chats, spec):
-    """UserError if the stored images of a data.ChatSource do not suit an ImageSpec."""
+    """UserError if the stored images of a data.Chats do not suit an ImageSpec."""
     stored = chats.manifest.get("stored_images", {})
     if not spec or not stored:
         return

@@ -9,6 +9,7 @@ import time
 import pytest
 from conftest import ROOT, run
 from test_conversation import BLUE, RED, new_model, save
+from test_tokenizer import say
 
 SHORT = ("--max_tokens=12", "--device=cpu", "--precision=fp32")
 QUESTION = "What do you see?"
@@ -68,15 +69,14 @@ def test_rows_get_the_same_answers_as_prompts(checkpoint, folder):
 
 
 def test_a_chat_in_any_form_is_answered_after_its_last_question(checkpoint, folder):
-    said = [("user", "Is it red?"), ("assistant", "No."), ("user", QUESTION)]
-    turns = [{"role": role, "content": text} for role, text in said]
-    theirs = [{"from": {"user": "human", "assistant": "gpt"}[role], "value": text}
-              for role, text in said]
+    turns = say("user", "Is it red?", "assistant", "No.", "user", QUESTION)
+    theirs = [{"from": {"user": "human", "assistant": "gpt"}[turn["role"]],
+               "value": turn["content"]} for turn in turns]
     lines = answer_all(checkpoint, [
-        {"messages": turns}, {"messages": [*turns, {"role": "assistant", "content": "A ring."}]},
+        {"messages": turns}, {"messages": [*turns, *say("assistant", "A ring.")]},
         {"conversations": theirs}, {"conversations": [*theirs, {"from": "gpt", "value": "A"}]},
         {"instruction": "Is it", "input": "red?", "output": "No."}, {"prompt": "Is it\nred?"},
-        {"messages": [{"role": "system", "content": "Be brief."}, *turns]},
+        {"messages": [*say("system", "Be brief."), *turns]},
         {"prompt": QUESTION, "response": "A ring."}, {"prompt": QUESTION}], folder / "out.jsonl")
     answers = [line["answer"] for line in lines]
     assert len(set(answers[:4])) == 1 and answers[4] == answers[5] and answers[7] == answers[8]
@@ -125,8 +125,8 @@ BROKEN = {
     "not UTF-8": '{"prompt": "caf\udce9?"}',
     "row is not a JSON object": "7", "turns of another form": '["What?"]',
     "an empty question; its columns are id, title": {"title": QUESTION, "id": "a"},
-    "out of order": {"messages": [{"role": "assistant", "content": "No."}]},
-    "turns out of order": {"messages": [{"role": "user", "content": text} for text in "ab"]},
+    "out of order": {"messages": say("assistant", "No.")},
+    "turns out of order": {"messages": say("user", "a", "user", "b")},
     "no.png": {"prompt": QUESTION, "image": "no.png"},
     "is not a readable image": {"prompt": QUESTION, "image": "text.png"},
     "File name too long": {"prompt": QUESTION, "image": "no" * 300},
@@ -214,23 +214,3 @@ def test_an_output_of_another_checkpoint_settings_or_questions_is_refused(pipeli
         argv = (pipeline.folder / stage, f"--input={file}", f"--output={out}", *SHORT, *flags)
         assert f"{out} has answers of another checkpoint" in run("sample.py", *argv).refusal
         assert out.read_bytes() == before
-
-
-# ----------------------------------------------------------------------------------------- errors
-
-
-@pytest.mark.parametrize(("flags", "words"), [
-    ("--input={rows}", "--output"), ("--output={tmp}/out.jsonl", "--input"),
-    ("--input={rows} --output={tmp}/out.jsonl --prompt=hi", "--prompt"),
-    ("--input={tmp}/no.jsonl --output={tmp}/out.jsonl", "no file matches {tmp}/no.jsonl"),
-    ("--input={tmp}/empty.jsonl --output={tmp}/out.jsonl", "no rows"),
-    ("--input={rows} --output={tmp}", "--output={tmp}: it is a folder or a device"),
-    ("--input={rows} --output={rows}/out.jsonl", "--output={rows}/out.jsonl"),
-    ("--input={rows} --output={tmp}/out.jsonl --batch=0", "batch must be 1 or more"),
-])
-def test_an_error_is_one_sentence(pipeline, tmp_path, flags, words):
-    names = {"tmp": tmp_path, "rows": write(tmp_path / "in.jsonl", [{"prompt": QUESTION}])}
-    (tmp_path / "empty.jsonl").write_text(" \n")
-    argv = [flag.format(**names) for flag in flags.split()]
-    assert words.format(**names) in run("sample.py", pipeline.folder / "sft", *argv, *SHORT).refusal
-    assert not (tmp_path / "out.jsonl").exists()

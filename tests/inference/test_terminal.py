@@ -16,6 +16,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, run
+from test_batch_inference import SHORT, asked
 from test_conversation import BLUE, RED, TOKENIZER, new_model, save
 
 PATIENCE = 60  # seconds without output until a program counts as dead
@@ -102,9 +103,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-FLAGS = ("--max_tokens=9", "--device=cpu", "--precision=fp32")
-
-
 @pytest.fixture(scope="module")
 def terminals(folder):
     """The program that most tests share: starting it takes seconds."""
@@ -118,23 +116,16 @@ def terminals(folder):
 def terminal(terminals, folder):
     """A program at its prompt, with a new conversation."""
     if not terminals or terminals[-1].process is None:
-        terminals.append(Terminal(folder, "talker", *FLAGS))
+        terminals.append(Terminal(folder, "talker", *SHORT))
         greeting = terminals[-1].until("you: ")
         assert greeting.startswith("/help lists the commands")
     one = terminals[-1]
     one.say("/set temperature 0")
-    one.say("/set max_tokens 9")
+    one.say("/set max_tokens 12")
     assert one.say("/reset") == "(a new conversation)"
     yield one
     if one.screen:  # a test failed in the middle
         terminals.pop().close()
-
-
-def one_answer(folder, question, *flags):
-    """The answer of sample.py --prompt."""
-    result = run("sample.py", folder / "talker", f"--prompt={question}", *FLAGS, *flags)
-    assert (result.status, result.err) == (0, "")
-    return result.out.removesuffix("\n")
 
 
 # ---------------------------------------------------------------------------------------- answers
@@ -151,7 +142,7 @@ def test_an_answer_streams_and_ctrl_c_stops_it(terminal):
     terminal.type("\x03")
     shown = terminal.until("you: ")
     assert shown.endswith(" ...\nyou: ") and len(shown) < LONG
-    terminal.say("/set max_tokens 9")
+    terminal.say("/set max_tokens 12")
     assert terminal.say("Go on.").startswith("model: ")
     for _ in range(3):
         assert "removed" in terminal.say("/undo")
@@ -165,13 +156,13 @@ def test_an_empty_answer_is_shown_as_such(folder):
         model.decoder.head.weight[TOKENIZER.end] = 100 * model.decoder.final_norm.bias
     save(folder / "silent", model)
     lines = ["What do you see?", "Is it red?", "/undo", "/photo", "/quit"]
-    result = run("sample.py", folder / "silent", *FLAGS, stdin="\n".join(lines))
+    result = run("sample.py", folder / "silent", *SHORT, stdin="\n".join(lines))
     assert (result.status, result.err) == (0, "")
     assert result.out.count("model: \n(no answer)\n") == 2
     assert "removed" in result.out
     for word in "/image", "/reset", "/undo", "/set", "/quit", "penalty, seed, max_tokens":
         assert word in result.out
-    assert run("sample.py", folder / "silent", "--prompt=hi", *FLAGS).out == "\n"
+    assert run("sample.py", folder / "silent", "--prompt=hi", *SHORT).out == "\n"
 
 
 def test_control_characters_of_an_answer_are_not_printed(terminal):
@@ -190,12 +181,12 @@ def test_image_and_reset_start_over(terminal, folder):
     assert terminal.say("/image red.png") == "(a new conversation)"
     question, picture = "What do you see?", f"--image={folder}/red.png"
     red = terminal.say(question)
-    assert red == f"model: {one_answer(folder, question, picture)}"
+    assert red == "model: " + asked(folder / "talker", question, picture)
     terminal.say("/image red.png 'a blue one.png'")
-    both = one_answer(folder, question, picture, f"--image={folder}/a blue one.png")
+    both = asked(folder / "talker", question, picture, f"--image={folder}/a blue one.png")
     assert terminal.say(question) == f"model: {both}"
     assert terminal.say("/reset") == "(a new conversation)"
-    assert terminal.say(question) == f"model: {one_answer(folder, question)}"
+    assert terminal.say(question) == "model: " + asked(folder / "talker", question)
 
 
 def test_undo_removes_the_last_question_but_not_the_image(terminal, folder):
@@ -259,10 +250,10 @@ def test_ctrl_c_at_the_prompt_drops_the_line_and_ctrl_d_ends(terminal):
 
 def test_a_question_can_come_from_standard_input(folder):
     question, picture = "What do you see?", f"--image={folder}/red.png"
-    argv = ("sample.py", folder / "talker", "--prompt=-", *FLAGS)
+    argv = ("sample.py", folder / "talker", "--prompt=-", *SHORT)
     for flags in [], [picture], [picture, f"--image={folder}/a blue one.png"]:
         result = run(*argv, *flags, stdin=f"\n{question}\n")
-        assert result.out == one_answer(folder, question, *flags) + "\n"
+        assert result.out == asked(folder / "talker", question, *flags) + "\n"
     assert "standard input" in run(*argv, stdin=" \n").refusal
     done = subprocess.run(
         [sys.executable, ROOT / argv[0], *argv[1:]], input=b"caf\xe9?", capture_output=True,
