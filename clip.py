@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from common.device import all_gather
 from common.images import MEAN, STD
 from model import attend, compute_dtype, init_weights
 
@@ -231,9 +232,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows):
-        everyone = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(everyone, rows.contiguous())
-        return everyone
+        return all_gather(rows)
 
     @staticmethod
     def backward(ctx, gradient):

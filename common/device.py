@@ -231,6 +231,14 @@ def peak_flops(machine):
     return best
 
 
+def all_gather(tensor):
+    """The tensors (n, ...) of all processes as one (ranks * n, ...), in the order of the ranks."""
+    everyone = tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:])
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # before PyTorch 2.13
+    gather(everyone, tensor.contiguous())
+    return everyone
+
+
 def release_free_memory():
     """Return freed memory to the system.
 

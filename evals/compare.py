@@ -28,13 +28,13 @@ def compare(folders, out):
     """Write report.md and report.html about the runs in `folders` into the folder `out`."""
     if len(folders) < 2:
         raise UserError("name two or more runs to compare: python eval.py compare out/a out/b")
+    infos, logs, runs = zip(*(read_run(Path(folder)) for folder in folders), strict=True)
     check_output(out, "--out=", folder=True)
     if checkpoint.steps_in(out):
         raise UserError(f"--out={out} is a run, whose own report would be lost; choose another")
     names = [Path(folder).resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = list(map(str, folders))
-    infos, logs, runs = zip(*(read_run(Path(folder)) for folder in folders), strict=True)
     sections = {}
     for title in runs[0]:
         columns = [run[title] for run in runs]

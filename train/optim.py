@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from common.config import UserError
-from common.device import pick_dtype
+from common.device import all_gather, pick_dtype
 
 
 class Muon(torch.optim.Optimizer):
@@ -82,9 +82,7 @@ def orthogonalise_distributed(matrices, dtype):
     mine = torch.zeros_like(matrices[:1], dtype=dtype).repeat(share, 1, 1)
     part = matrices[first : first + share]
     mine[: len(part)] = orthogonalise(part, dtype)
-    everyone = mine.new_empty(ranks * share, *matrices.shape[1:])
-    dist.all_gather_into_tensor(everyone, mine)
-    return everyone[: len(matrices)]
+    return all_gather(mine)[: len(matrices)]
 
 
 class Optimizers:
