@@ -71,9 +71,6 @@ def expected(model, *turns, sampling=None, page=False):
     return answers
 
 
-# ------------------------------------------------------------------------------- without a browser
-
-
 class Talk:
     """What a page does: it sends its history with every question."""
 
@@ -238,9 +235,6 @@ def test_one_large_image_is_in_memory_at_a_time(held, monkeypatch):
 
     asyncio.run(together())
     assert (len(most), max(most), sizes) == (32, 1, {(32, 32)})
-
-
-# ---------------------------------------------------------------------------------------- a browser
 
 
 @pytest.fixture(scope="module")
@@ -479,9 +473,6 @@ def test_markup_in_an_answer_is_shown_as_text(visit, model, monkeypatch):
     visitor.ask("<img src=nowhere>")
     visitor.wait(said)
     assert not visitor.page.query_selector(".bot.message img")
-
-
-# ----------------------------------------------------------------------------- hostile requests
 
 
 class Client:

@@ -53,9 +53,6 @@ def random_images(n, size, seed=0):
     return torch.randint(256, (n, size, size, 3), generator=generator, dtype=torch.uint8)
 
 
-# ------------------------------------------------------------------------------- as in transformers
-
-
 def draw_weight(name, p):
     """Random weights with unit-variance products, so that attention is far from uniform (which it
     is with the initial values of transformers)."""
@@ -142,9 +139,6 @@ def test_images_are_preprocessed_as_in_clip_and_llava(how, size):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-# --------------------------------------------------------------------------------------------- loss
-
-
 @pytest.mark.parametrize(("keys", "logit_scale"), [
     ([7, 8, 9], 2.0), ([5, 9, 5], 2.0), ([4, 4, 4], 2.0), ([5, 9, 5], 4.6),
 ])
@@ -172,9 +166,6 @@ def test_contrastive_loss_by_hand(keys, logit_scale):
         by_hand += cost(images[i], texts, positives) + cost(texts[i], images, positives)
     loss = contrast(*model(pixels, ids), torch.tensor(keys))
     assert loss.item() == pytest.approx(by_hand / 6, abs=1e-3)
-
-
-# -------------------------------------------------------------------------------- choosing captions
 
 
 class Listed:
@@ -239,9 +230,6 @@ def test_the_validation_loss_is_the_loss_of_batches_as_large_as_in_training():
               for part in (slice(0, 32), slice(32, 64), slice(0, 80))]
     assert contrastive_loss(model, images, texts, keys, 32) == pytest.approx(sum(losses[:2]) / 2)
     assert contrastive_loss(model, images, texts, keys, 100) == pytest.approx(losses[2])
-
-
-# --------------------------------------------------------------------------------- the temperature
 
 
 def test_the_scale_is_limited_after_the_step_and_comes_back():

@@ -60,9 +60,6 @@ def flat(lists):
     return [number for part in lists for number in part]
 
 
-# ------------------------------------------------------------------------------------ order of rows
-
-
 @pytest.fixture
 def numbers(tmp_path):
     """A Text of two shards, 23 windows of 4 ids: window i begins with the id 4 * i."""
@@ -184,9 +181,6 @@ def test_validation_loss_is_the_mean_over_the_same_first_rows(numbers):
     assert [mean_id(n) for n in (10, 4, 3)] == pytest.approx([expected] * 3)
 
 
-# --------------------------------------------------------------------------------------------- text
-
-
 def test_windows_contain_every_token_as_a_target_once(tokenizer, tmp_path):
     documents = [f"{WORDS[i % 4]} {i}" for i in range(50)]
     stream = [i for text in documents for i in (tokenizer.end_of_text, *tokenizer.encode(text))]
@@ -206,9 +200,6 @@ def test_documents_among_chats_are_supervised_to_the_last_token(tokenizer, tmp_p
     assert sorted(batch.targets.tolist()) == tokens[1:51].tolist()
     assert (batch.ids.flatten()[batch.where] + 1).equal(batch.targets)
     assert packed.left_out == packed.chats["truncated"].sum() == 0
-
-
-# ------------------------------------------------------------------------------------------ packing
 
 
 @pytest.mark.parametrize(("typical", "spread"), [(60, 0.8), (200, 0.6), (300, 0.9)])
@@ -295,9 +286,6 @@ def test_a_share_is_seeded_and_repeats_chats_where_they_are_too_few(tokenizer, t
     assert drawn(0, 1) == []
 
 
-# ------------------------------------------------------------------------------------------- images
-
-
 def test_image_positions_are_the_patches_of_their_images(tokenizer, tmp_path):
     """Chats with no, one and two images, mixed with chats of a text-only source."""
     P, counts = 4, [i % 3 for i in range(12)]
@@ -359,9 +347,6 @@ def test_captions_are_first_answers_truncated_and_equal_ones_share_a_key(tokeniz
     assert batch.pixels[:, 0, 0, 0].tolist() == [0, 10, 20]
     (ids,) = Captions(chats, tokenizer, ImageSpec(1, 8), context=5).batch([1]).ids.tolist()
     assert len(ids) == 5 and ids[-1] == tokenizer.end and ids.count(tokenizer.end) == 1
-
-
-# ------------------------------------------------------------------------------------------- errors
 
 
 def resave(convert):

@@ -44,9 +44,6 @@ def some_ids(*shape, seed=1):
     return torch.randint(SMALL.vocab_size, shape, generator=generator)
 
 
-# ------------------------------------------------------------------------------------- architecture
-
-
 def test_logits_equal_those_of_gpt_neox(mode):
     model = new_model()
     ids = some_ids(2, SMALL.max_positions)
@@ -91,9 +88,6 @@ def test_every_parameter_gets_a_gradient():
     assert not idle
 
 
-# ------------------------------------------------------------------------------------ causal masks
-
-
 def test_packing_does_not_change_logits(mode):
     model, ids = new_model(), some_ids(2, 20)
     lengths = [[6, 9, 5], [11, 1, 4]]  # the second row ends in four positions of padding
@@ -110,9 +104,6 @@ def test_packing_does_not_change_logits(mode):
     for part in parts:
         alone = model.logits(ids[part][None])[0]
         torch.testing.assert_close(packed[part], alone, atol=1e-5, rtol=0)
-
-
-# --------------------------------------------------------------------------------------------- loss
 
 
 @torch.no_grad()
@@ -232,9 +223,6 @@ def test_no_supervised_positions_give_zero_loss_and_gradient():
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
-# -------------------------------------------------------------------------------------------- cache
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("cuts", [[1] * 12, [5, 7], [1, 11], [4, 1, 6, 1], [12]], ids=str)
 def test_the_cache_does_not_change_logits(cuts):
@@ -242,9 +230,6 @@ def test_the_cache_does_not_change_logits(cuts):
     cache, pieces = KVCache(model, 2), model.token_embedding(ids).split(cuts, dim=1)
     found = torch.cat([model.head(model.hidden(x, cache=cache)) for x in pieces], dim=1)
     torch.testing.assert_close(found, model.logits(ids), atol=1e-5, rtol=0)
-
-
-# ------------------------------------------------------------------------ attention in documents
 
 
 def documents_apart(q, k, v, bounds, bounds_k, longest, longest_k, **causal):

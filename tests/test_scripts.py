@@ -26,9 +26,6 @@ COMMANDS = {**{f"{stage}.py": "[CONFIG]" for stage in STAGES},
             "upload.py": "CHECKPOINT", "bench.py": "CONFIG", "eval.py compare": ""}
 
 
-# -------------------------------------------------------------------------------------------- help
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_usage_examples_groups_and_complete_comments(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
@@ -52,9 +49,6 @@ def test_a_script_starts_in_its_own_process_from_any_folder(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT.parent)
     result = Result(done.returncode, done.stdout, done.stderr)
     assert f"there is no checkpoint {tmp_path}/no" in result.refusal
-
-
-# ---------------------------------------------------------------------------------------- mistakes
 
 
 @pytest.fixture(scope="module")
@@ -196,8 +190,6 @@ def test_a_missing_gpu_is_named(pipeline):
     assert "--device=cuda" in refusal
 
 
-# ----------------------------------------------------------------------------------------- answers
-
 SHORT = ("--max_tokens=12", "--device=cpu")
 
 
@@ -225,9 +217,6 @@ def test_a_conversation_can_be_piped(pipeline):
     for i, answer in enumerate(answers[::2]):
         alone = run(*argv, f"--image={images}/{i}.png", "--prompt=What do you see?")
         assert answer == alone.out.removesuffix("\n")
-
-
-# ------------------------------------------------------------------------------------------ scores
 
 
 GAINS = {"vision_gain_shuffled", "vision_gain_blank", "caption_choice32"}

@@ -37,9 +37,6 @@ def say(*turns):
             for role, text in zip(turns[::2], turns[1::2], strict=True)]
 
 
-# ------------------------------------------------------------------------------------- vocabularies
-
-
 def test_gpt2_has_the_ids_of_gpt2(gpt2):
     assert gpt2.encode("hello world") == [31373, 995]
     assert gpt2.encode("Hello, I'm a language model") == [15496, 11, 314, 1101, 257, 3303, 2746]
@@ -112,9 +109,6 @@ def test_a_missing_or_broken_tokenizer_file_is_named(broken, tmp_path):
         tokenizers.load(tmp_path)
 
 
-# -------------------------------------------------------------------------------------------- chats
-
-
 def test_a_chat_and_its_loss_mask_by_hand(gpt2):
     chat = render(gpt2, say("system", "hello", "user", "hello world", "assistant", " world",
                             "user", " world", "assistant", "hello world"))
@@ -141,9 +135,6 @@ def test_text_cannot_forge_special_tokens(either, special):
                      either.system, either.end]
     supervised = [i for i, s in zip(chat.ids, chat.supervised, strict=True) if s]
     assert supervised == [*either.encode(special), either.end]
-
-
-# ------------------------------------------------------------------------------------------- images
 
 
 @pytest.mark.parametrize(("text", "n", "expected"), [

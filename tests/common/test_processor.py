@@ -47,9 +47,6 @@ def test_one_limited_library_is_enough(variable, value, instructions, vnni, bf16
     assert instructions in (None, found.instructions)
 
 
-# -------------------------------------------------------------------- a run on another processor
-
-
 def test_a_run_keeps_its_types_on_another_processor_by_default(world_data, tmp_path, monkeypatch):
     def stage(out, bf16, *flags):
         name = "AVX512_BF16" if bf16 else "AVX2"
@@ -78,9 +75,6 @@ def test_a_run_resumes_in_another_precision_and_back(pipeline, tmp_path):
         assert f"in {precision}, " in said and f"step     {steps - 1} | loss" in said
         state = torch.load(newest(out) / "state/training.pt", weights_only=False)
         assert state["fp16"].get("scale", 0) == (65536 if precision == "fp16" else 0)
-
-
-# ------------------------------------------------------------- a GPU's abilities, by what is called
 
 
 @pytest.fixture

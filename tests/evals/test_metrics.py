@@ -20,8 +20,6 @@ from evals.metrics import (
     vqa_normalise,
 )
 
-# ---------------------------------------------------------------------------------------- bootstrap
-
 
 @pytest.mark.parametrize("values", [
     np.random.default_rng(1).normal(3, 2, 500),
@@ -63,9 +61,6 @@ def test_error_of_any_statistic_is_its_deviation_over_new_samples():
     deviation = np.std([gap(sample(seed)) for seed in range(1000)])
     errors = [score(sample(seed), gap, n=200).error for seed in range(10)]
     assert np.mean(errors) == pytest.approx(deviation, rel=0.1)
-
-
-# ------------------------------------------------------------------------------------ short answers
 
 
 @pytest.mark.parametrize(("metric", "given", "labels", "expected"), [
@@ -119,8 +114,6 @@ def test_vqa_accuracy_of_other_numbers_of_people():
 def test_the_final_number_of_a_solution(text, expected):
     assert gsm_answer(text) == expected
 
-
-# --------------------------------------------------------------------------------------- captions
 
 WORDS = "a the red blue big small dog cat cube ball man's tree on under near isn't sits runs"
 
@@ -205,9 +198,6 @@ def test_cider_by_hand(candidates, references, expected):
 ])
 def test_captions_are_split_as_coco_caption_does(caption, expected):
     assert caption_words(caption) == expected.split()
-
-
-# -------------------------------------------------------------------------------------- retrieval
 
 
 @pytest.mark.parametrize(("similarity", "images", "texts"), [

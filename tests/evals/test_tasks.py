@@ -94,9 +94,6 @@ def uniform_model(context=256):
     return model
 
 
-# ---------------------------------------------------------------------------------------- questions
-
-
 @pytest.mark.parametrize("name, row, expected", [
     ("hellaswag", HELLASWAG, (  # as lm_eval's preprocess makes it, spaces included
         "Removing ice: [header] A man is outside. He is cold. He shovels. The man".replace(
@@ -212,9 +209,6 @@ def test_json_lists_and_files_of_the_hub_are_read_like_lines(tmp_path, monkeypat
                         lambda pattern: [f"{tmp_path}/rows.json"])
     for path in *map(str, tmp_path.iterdir()), "hf://owner/name/rows.json":
         assert len(TaskRunner("piqa", path, text_model(), TOKENIZER).questions) == 2
-
-
-# ------------------------------------------------------------------------------------------- scores
 
 
 def synthetic(name, rng, n):
@@ -452,9 +446,6 @@ def test_hellaswag_picks_what_lm_eval_picks(tmp_path, monkeypatch):
     acc, acc_norm = ([scores[name].value for scores in marks] for name in ("acc", "acc_norm"))
     assert acc == [sample["acc"] for sample in samples] and 0 < sum(acc) < 20
     assert acc_norm == [sample["acc_norm"] for sample in samples] and acc != acc_norm
-
-
-# ----------------------------------------------------------------------------------------- resuming
 
 
 @pytest.mark.parametrize("name", ["pope", "pope_generate"])

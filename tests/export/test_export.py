@@ -85,7 +85,6 @@ torch.save([do(job) for job in jobs["jobs"]], sys.argv[2])
 '''
 
 
-# ------------------------------------------------------------------------------------ conversations
 # A chat here is a list of turns (role, part, part ...); a part is text or the Path of an image.
 
 
@@ -226,9 +225,6 @@ def both(request, exports, found):
     return exports[request.param], found[request.param]
 
 
-# ------------------------------------------------------------------------------------- round trips
-
-
 def test_transformers_opens_every_kind_and_no_weight_is_missing(exports, found):
     """In several shards and in bf16 too."""
     assert [found[kind]["model"] for kind in KINDS] == ["GPTNeoXForCausalLM"] * 2 + [
@@ -303,9 +299,6 @@ def test_the_names_of_transformers_4_are_in_the_files_too(kind, exports):
     config = json.loads((exports[kind].folder / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["additional_special_tokens"] == list(SPECIALS[1:])
-
-
-# --------------------------------------------------------------------------------- other programs
 
 
 @pytest.mark.slow

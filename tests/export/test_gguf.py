@@ -75,9 +75,6 @@ def greedy(llm, ids, n):
     return found
 
 
-# ------------------------------------------------------------------------------------------ answers
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(("dtype", "tie"), [("f32", 0.003), ("f16", 0.04)])
 def test_llama_cpp_gives_the_same_greedy_text(llama, tokenizer, dtype, tie, tmp_path):
@@ -115,9 +112,6 @@ def test_llama_cpp_gives_our_answer_in_a_chat(llama, tokenizer, tmp_path):
     assert answer["finish_reason"] == "stop" and end > 8
     expected = tokenizer.decode(said[:end]).replace("\ufffd", "")  # it omits incomplete characters
     assert answer["message"]["content"] == expected
-
-
-# --------------------------------------------------------------------------------------- vocabulary
 
 
 def test_llama_cpp_tokenizes_text_into_our_ids(llama, tokenizer, tmp_path):
@@ -170,9 +164,6 @@ def test_special_tokens_in_a_chat_reach_llama_cpp_as_ordinary_text(tokenizer, tm
     assert values["tokenizer.ggml.eos_token_id"] == tokenizer.end
 
 
-# ---------------------------------------------------------------------------------------- the file
-
-
 def test_the_file_sets_what_llama_cpp_would_guess_wrong(vocabularies, tmp_path):
     tokenizer = vocabularies["small"]
     model = model_for(tokenizer)
@@ -201,9 +192,6 @@ def test_scaling_for_the_gelu_is_exact(vocabularies):
     assert s.max() == 256 and s.min() < 64
     assert torch.equal(named["blk.1.ffn_up.weight"] / s[:, None], block.mlp.up.weight)
     assert torch.equal(named["blk.1.ffn_down.weight"] * s, block.mlp.down.weight)
-
-
-# ----------------------------------------------------------------------------------------- refusals
 
 
 @torch.no_grad()

@@ -20,9 +20,6 @@ BIAS = "vocab_projection.vocab_projection.bias"
 KEY = "blocks.1.multihead_attention.key_fc.weight"
 
 
-# ----------------------------------------------------------- the original's modules, rewritten
-
-
 class MultiHeadAttention(nn.Module):
     """Adjacent columns of q and k form a complex number, rotated by the position."""
 

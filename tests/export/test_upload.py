@@ -54,9 +54,6 @@ def sizes(files):
     return {path: len(content) for path, content in files.items() if path != ".gitattributes"}
 
 
-# ------------------------------------------------------------------------------------ to the hub
-
-
 def test_a_native_push_opens_by_its_name(hub, tmp_path, pipeline, monkeypatch):
     """What is sent is listed; it comes without what only resuming needs."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
@@ -134,9 +131,6 @@ def test_a_refused_token_or_name_is_one_sentence(token, repo, words, hub, pipeli
     assert hub.repos == {} and (token or not hub.log)
 
 
-# ----------------------------------------------------------------------------------------- a Space
-
-
 def test_a_space_has_every_module_that_the_app_imports():
     found, waiting = set(), ["app"]
     while waiting:
@@ -180,9 +174,6 @@ def test_a_pushed_space_runs_by_itself(hub, tmp_path, pipeline, monkeypatch):
     finally:
         process.terminate()
         process.communicate(timeout=30)
-
-
-# ------------------------------------------------------------------------------------- to a folder
 
 
 def test_an_export_replaces_nothing_but_an_earlier_export(tmp_path, pipeline, monkeypatch):
@@ -230,9 +221,6 @@ def test_a_wrong_command_is_one_sentence_and_leaves_nothing(name, flags, words, 
     before = sorted(tmp_path.rglob("*"))
     assert words in upload(*name, *flags).refusal
     assert sorted(tmp_path.rglob("*")) == before
-
-
-# ------------------------------------------------------------------------------------------- cards
 
 
 def front_matter(card):

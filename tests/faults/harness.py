@@ -159,9 +159,6 @@ def until_logged(folder, step):
     until(lambda: log.exists() and log.read_text().count("\n") > step)
 
 
-# ---- in the child ------------------------------------------------------------------------------
-
-
 def run_script(output, argv, folder, die_at, before, environment):
     """Become the process that `python argv...` would be."""
     os.setsid()

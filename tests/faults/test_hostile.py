@@ -22,8 +22,6 @@ from common.images import ImageError, read_image
 from data import read_array
 from prep import convert
 
-# ------------------------------------------------------------------------ nothing from outside runs
-
 UNSAFE = re.compile(r"allow_pickle=(?!False)|weights_only=(?!True)|trust_remote_code=(?!False)|"
                     r"torch\.(jit|hub)\.load|\b(dill|joblib|shelve|unpack_archive|popen)\b")
 
@@ -74,9 +72,6 @@ def test_a_vocabulary_cannot_give_text_the_ids_of_special_tokens(tmp_path):
 def test_a_hub_cannot_name_a_file_outside_the_folder(name):
     with pytest.raises(UserError, match="the hub lists a file outside of its data set"):
         hub.Remote(name, 10, "")
-
-
-# --------------------------------------------------------------------- archives stay where they are
 
 
 def encoded(form, **options):
@@ -192,8 +187,6 @@ def test_a_row_cannot_name_a_file_outside_the_images_a_pipe_or_a_device(tmp_path
         with pytest.raises(ImageError):
             images(name)
 
-
-# --------------------------------------------------------------------------------- hostile images
 
 SCRIPT = (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
           b"(%pipe%mkdir it_ran) (w) file\n%%EOF\n")

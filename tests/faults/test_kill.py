@@ -142,8 +142,6 @@ def test_a_run_killed_at_any_change_of_a_file_ends_bit_identical(pipeline, tmp_p
         tries.finish()
 
 
-# ------------------------------------------------------------------------------------- prepare.py
-
 OFTEN = (partial(assign, "prep.resumable.COMMIT_SECONDS", 0),  # as in long work
          partial(assign, "prep.resumable.BATCH_ROWS", 16))
 
@@ -210,8 +208,6 @@ def test_no_worker_outlives_a_killed_prepare(tmp_path):
     until(lambda: not any(commands(workers)), seconds=10)
     assert job.wait() == -signal.SIGKILL, job.said
 
-
-# -------------------------------------------------------------------------------------- downloads
 
 FETCHING = {
     "prepare.py": ("fineweb", f"--repository={REPOSITORY}", "--shards=3", "--out=data"),

@@ -62,8 +62,6 @@ def mutated(content, generator, parts=None):
     return content
 
 
-# ---------------------------------------------------------------------------------- original files
-
 IMAGES = {"JPEG": {"progressive": True}, "PNG": {"compress_level": 0}, "GIF": {},
           "WEBP": {"lossless": True}, "TIFF": {"compression": "tiff_lzw"}, "BMP": {}}
 SAID = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
@@ -98,9 +96,6 @@ def originals(kind, folder):
         path.write_text(json.dumps(CHATS) if kind == "rows.json" else tokenizers.train(
             ["the cat sat"] * 3, 300).source)
     return [path]
-
-
-# ---------------------------------------------------------------------------------------- readers
 
 
 def read_picture(path):

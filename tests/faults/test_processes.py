@@ -100,9 +100,6 @@ def test_the_time_limit_counts_from_the_start_of_torchrun(pipeline, tmp_path):
     assert stopped_after(tmp_path / "run", job.said) == 1
 
 
-# --------------------------------------------------------------------------------------- torchrun
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "ranks"), scale(
     [(signal.SIGKILL, (1,)), (signal.SIGTERM, (0,))],
@@ -130,9 +127,6 @@ def test_torchrun_restarts_what_dies_but_not_what_was_asked_to_stop(
         assert re.search("exitcode  : 75|got signal: (15|2)", said), said
         assert stopped_after(tries.out, said) < 24
         tries.finish()
-
-
-# ---------------------------------------------------------------------------------------- stalls
 
 
 def stalling(pipeline, tmp_path, stalls, step, *more):

@@ -89,9 +89,6 @@ def test_on_a_disk_with_room_for_one_checkpoint_that_one_stays(pipeline, disk, t
     run.finish()
 
 
-# ------------------------------------------------------------------------------- on a working disk
-
-
 def test_training_continues_while_a_checkpoint_is_written(pipeline, tmp_path, monkeypatch):
     """Writing takes 0.5 seconds here; the next save and the end wait for it, the steps do not. What
     is written is the state at the save."""

@@ -55,9 +55,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-# ---------------------------------------------------------------------------------------- answers
-
-
 def test_rows_get_the_same_answers_as_prompts(checkpoint, folder):
     prompts = [QUESTION, "Is it red?", "How many\nthings?" * 5, "\N{THUMBS UP SIGN}"]
     expected = [asked(checkpoint, prompt) for prompt in prompts]
@@ -119,8 +116,6 @@ def test_ids_are_kept(checkpoint, folder):
     assert [line["id"] for line in lines] == [*ids, "broken"] and "error" in lines[-1]
 
 
-# ----------------------------------------------------------------------------------- broken rows
-
 BROKEN = {
     "not UTF-8": '{"prompt": "caf\udce9?"}',
     "row is not a JSON object": "7", "turns of another form": '["What?"]',
@@ -152,8 +147,6 @@ def test_a_broken_row_gets_an_error_and_the_others_their_answers(checkpoint, fol
     alone = answer_all(checkpoint, BROKEN.values(), folder / "alone.jsonl", "--batch=2")
     assert alone == lines[1::2]
 
-
-# ----------------------------------------------------------------------------------------- resume
 
 ROWS = [*({"id": f"q{i}", "prompt": f"{QUESTION} {i}", "image": f"p{i % 5}.png"}
           for i in range(9)), {"prompt": "", "id": "broken"}, {"prompt": "And now?"}]

@@ -129,9 +129,6 @@ def test_images_are_encoded_in_the_training_precision(precision):
     assert say(Conversation(model, TOKENIZER), "What do you see?", [RED])
 
 
-# --------------------------------------------------------------------------------------- prompts
-
-
 @pytest.mark.parametrize("images", [[], [RED], [RED, BLUE]], ids=len)
 def test_the_prompt_equals_the_chat_template_of_training(images):
     chat, messages = new_chat(), []
@@ -165,9 +162,6 @@ def test_a_text_only_model_chats_and_refuses_images():
     with pytest.raises(UserError, match=TEXT_ONLY):
         chat.add_question("What is this?", [RED])
     assert chat.ids() == before
-
-
-# ---------------------------------------------------------------------------- reuse of the cache
 
 
 def test_each_position_is_computed_once_and_an_image_is_encoded_once(counted):
@@ -213,9 +207,6 @@ def test_an_interrupted_answer_counts_as_far_as_it_was_shown(monkeypatch, call, 
     assert same_next(chat, uncached(chat))
 
 
-# ------------------------------------------------------------------------------------ truncation
-
-
 def test_a_long_conversation_drops_its_oldest_turns_but_not_its_image(counted):
     chat, dropped, at_once = new_chat(context=64), 0, 0
     counts = counted(chat.model)
@@ -253,9 +244,6 @@ def test_a_question_too_long_for_the_context_changes_nothing():
     with pytest.raises(UserError, match="context is 64"):
         chat.add_question("too long " * 20, [BLUE, RED])
     assert chat.ids() == before and same_next(chat, other)
-
-
-# ------------------------------------------------------------------------------------- streaming
 
 
 @pytest.mark.parametrize("text", [

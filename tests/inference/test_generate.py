@@ -43,9 +43,6 @@ def ended_by_stop(model, prompt):
     return answer[:n], answer[n]
 
 
-# ---------------------------------------------------------------------------------------- the text
-
-
 @pytest.mark.parametrize("sampling", [
     {}, {"temperature": 1.0, "seed": 5}, {"temperature": 0.5, "top_k": 9, "seed": 6}], ids=str)
 def test_batched_generation_equals_single(sampling):
@@ -131,8 +128,6 @@ def test_a_cuda_graph_equals_the_cpu():
     assert generate_batch(Decoding(model, 4), x, lengths, 20, -1) == expected
 
 
-# ------------------------------------------------------------------------------------- sampling
-
 SHARES = torch.tensor([0.15, 0.5, 0.05, 0.3])  # probabilities, in no order
 
 
@@ -207,8 +202,6 @@ def test_invalid_settings_are_refused_by_name(setting):
     with pytest.raises(UserError, match=f"{next(iter(setting))} must be"):
         Sampling(**setting)
 
-
-# ------------------------------------------------------------------------------------------ weights
 
 CPU = torch.device("cpu")
 FBGEMM = has_fbgemm(CPU)

@@ -128,9 +128,6 @@ def terminal(terminals, folder):
         terminals.pop().close()
 
 
-# ---------------------------------------------------------------------------------------- answers
-
-
 def test_an_answer_streams_and_ctrl_c_stops_it(terminal):
     first = terminal.say("What do you see?")
     terminal.say(f"/set max_tokens {LONG}")
@@ -171,9 +168,6 @@ def test_control_characters_of_an_answer_are_not_printed(terminal):
     terminal.say("/set max_tokens 500")
     said = terminal.say("What do you see?").removeprefix("model: ")
     assert len(said) > 100 and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", said)
-
-
-# --------------------------------------------------------------------------------------- commands
 
 
 def test_image_and_reset_start_over(terminal, folder):
@@ -231,9 +225,6 @@ def test_an_error_is_one_sentence_and_changes_nothing(terminal, command, words):
     terminal.say("/undo")
     terminal.say("/undo")
     assert terminal.say("What do you see?") == first and terminal.say("Is it red?") == second
-
-
-# ----------------------------------------------------------------------------------- keys and ends
 
 
 def test_ctrl_c_at_the_prompt_drops_the_line_and_ctrl_d_ends(terminal):

@@ -139,9 +139,6 @@ def test_fp16_scales_the_gradients_of_micro_batches(pipeline, tmp_path):
     assert {place: micro[place] for place in full} == pytest.approx(full, rel=0.02)
 
 
-# --------------------------------------------------------------------------------------- zero-shot
-
-
 class Colours(torch.nn.Module):
     """A CLIP whose image features are mean colours and whose text features are a table."""
 

@@ -36,9 +36,6 @@ def assert_close(one, other):
     assert logged(one, *names) == pytest.approx(logged(other, *names), rel=1e-4)
 
 
-# ------------------------------------------------------------------------- what a run writes
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_writes_log_curves_and_checkpoint(pipeline, stage):
     folder = pipeline.folder / stage
@@ -114,9 +111,6 @@ def test_the_vision_stages_train_the_projector_and_then_also_the_decoder(pipelin
     assert same == {name for name in after if name.startswith("vision_tower.")}
 
 
-# ----------------------------------------------------------------------------------- resume
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_resume_gives_identical_weights(pipeline, stage, tmp_path):
     """Also after a kill that cut the last line of the log."""
@@ -176,8 +170,6 @@ def test_settings_that_cannot_be_used_are_named(pipeline, tmp_path, flag):
     assert not (tmp_path / "run").exists() and file.read_text() == "kept"
 
 
-# ------------------------------------------------------------- processes and micro-batches
-
 # AdamW, as Muon's bf16 products turn differences in the last bit of a gradient into 1e-3 of a step.
 EQUAL = ("--max_steps=3", "--save_every=0", "--eval_every=0", "--optimizer=adamw", "--lr=1e-4")
 SPLIT = {"sft": ("--micro_rows=2",), "pretrain": ("--micro_rows=2",), "clip_pretrain": (),
@@ -196,8 +188,6 @@ def test_two_processes_take_the_same_steps_as_one(pipeline, stage, tmp_path):
     assert not jobs[1].said, jobs[1].said
     assert_close(tmp_path / "one", tmp_path / "two")
 
-
-# --------------------------------------------------------------------- data of another kind
 
 TAKEN = {"pretrain.py": "text", "sft.py": "chats", "clip_pretrain.py": "images",
          "vision_pretrain.py": "images", "vision_sft.py": "images", "eval.py": "several",

@@ -49,9 +49,6 @@ def test_another_number_of_processes_resumes_with_the_same_batches(
     assert_close(run, runs / before)
 
 
-# --------------------------------------------------------------------------------- several machines
-
-
 def test_machines_without_a_shared_folder_are_refused(pipeline, runs, tmp_path):
     shutil.copytree(runs / "one", tmp_path / "machine0")  # and no folder machine1
     jobs = start_together(2, "pretrain.py", *pipeline.flags("pretrain"),

@@ -79,9 +79,6 @@ def reports(pipeline):
     return {stage: Report(pipeline.folder / stage) for stage in STAGES}
 
 
-# ----------------------------------------------------------------------------------------- figures
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_report_states_provenance_cost_losses_settings_and_data(pipeline, reports, stage):
     folder, facts = pipeline.folder / stage, reports[stage].facts
@@ -168,9 +165,6 @@ def test_samples_are_those_of_the_validation_data(pipeline, reports):
         assert len(sample["reference"]) > 10 and "<|" not in sample["reference"]
 
 
-# ---------------------------------------------------------------------------- hostile text, network
-
-
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
     """The folder of a report that quotes hostile text everywhere."""
@@ -206,9 +200,6 @@ def test_a_report_loads_nothing_from_the_network(hostile, reports):
         assert all(source.startswith("data:") for source in report.sources) and report.sources
         assert "url(" not in report.page and "@import" not in report.page
         assert "default-src 'none'" in report.page
-
-
-# ---------------------------------------------------------------------------------- several starts
 
 
 def test_a_finished_run_started_again_changes_nothing(pipeline, tmp_path):
@@ -253,9 +244,6 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(pipeline, tmp_path
     said = pipeline.run_stage("pretrain", tmp_path / "run")
     assert "there is no report: " in said and "done: " in said
     assert newest(tmp_path / "run").name == f"step_{STEPS:08d}"
-
-
-# ----------------------------------------------------------------------------------------- compare
 
 
 def test_compare_shows_runs_side_by_side(pipeline, tmp_path):
