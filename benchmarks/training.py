@@ -33,20 +33,26 @@ from train.run import Run
 from vision import VisionLanguageModel, image_spec
 
 SLOW = 45 * 60  # seconds: about twice what two cores of most laptops need (docs/processors.md)
+SMALL = dict(n_layer=2, n_head=2, n_embd=64, max_positions=256, context=128, batch_tokens=512,
+             micro_rows=2, image_size=32, patch_size=8, vision_width=64, vision_layers=2,
+             vision_heads=2, text_width=64, text_layers=2, text_heads=2, embed_dim=64,
+             batch_pairs=8, micro_pairs=4)  # shapes that every device computes in seconds
 STAGES = ("clip_pretrain", "pretrain", "sft", "vision_pretrain", "vision_sft")  # in working order
 
 
 class Training:
-    """Training steps of `stage`; the sizes of its other parts come from the configs in `folder`."""
+    """Training steps of `stage`; the sizes of its other parts come from the configs in `folder`,
+    read by settings(folder, stage)."""
 
-    def __init__(self, cfg, stage, folder, tokenizer=None):
+    def __init__(self, cfg, stage, folder, tokenizer=None, settings=None):
         self.out = tempfile.TemporaryDirectory()
         cfg = dataclasses.replace(cfg, out=self.out.name, resume=False, tracker="none")
         self.run = run = Run(cfg, stage)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)  # nothing needs saving
         tokenizer = tokenizer or tokenizer_of(cfg)
-        self.model = build_model(cfg, stage, folder, tokenizer).to(run.device).train()
+        model = build_model(cfg, stage, folder, tokenizer, settings or settings_of)
+        self.model = model.to(run.device).train()
         self.dataset = random_data(cfg, stage, self.model, tokenizer)
         if stage == "clip_pretrain":
             rows, micro_rows = cfg.batch_pairs, cfg.micro_pairs or cfg.batch_pairs // run.ranks
@@ -59,17 +65,21 @@ class Training:
     def take(self, steps):
         """Train for these steps, and wait for the device."""
         for step in steps:
-            batches, pulls = self.loader.step(step), itertools.repeat(None)
-            if self.run.stage == "clip_pretrain":
-                batches = list(batches)
-                pulls = feature_pulls(self.model, batches, self.run.machine)
-            for batch, pull in zip(batches, pulls, strict=False):
-                with self.run.forward(batch):
-                    loss = (pull(self.net(normalise(batch.pixels), batch.ids)) if pull
-                            else self.net(batch) / batch.n_targets)
-                self.run.backward(loss)
-            self.run.optimizer_step(step)
+            self.step(step)
         return self.run.loss.item()
+
+    def step(self, step):
+        """One training step; the host does not wait for it."""
+        batches, pulls = self.loader.step(step), itertools.repeat(None)
+        if self.run.stage == "clip_pretrain":
+            batches = list(batches)
+            pulls = feature_pulls(self.model, batches, self.run.machine)
+        for batch, pull in zip(batches, pulls, strict=False):
+            with self.run.forward(batch):
+                loss = (pull(self.net(normalise(batch.pixels), batch.ids)) if pull
+                        else self.net(batch) / batch.n_targets)
+            self.run.backward(loss)
+        self.run.optimizer_step(step)
 
 
 def step_speed(training, n_steps):
@@ -107,7 +117,7 @@ def plan(folder, vocabulary):
     stages = [stage for stage in STAGES if (Path(folder) / f"{stage}.py").is_file()]
     if not stages:
         raise UserError(f"{folder} has no config of a stage, like {folder}/pretrain.py")
-    tokenizer, total = Tokenizer("random", None, None, vocabulary - len(SPECIALS), ""), 0.0
+    tokenizer, total = random_tokenizer(vocabulary), 0.0
     for stage in stages:
         with contextlib.redirect_stdout(io.StringIO()):
             training = Training(settings_of(folder, stage), stage, folder, tokenizer)
@@ -134,6 +144,25 @@ def settings_of(folder, stage):
     return parse(importlib.import_module(stage).Config, [str(path)] if path.is_file() else [])
 
 
+def small_settings(folder, stage):
+    """The same in the shapes of SMALL."""
+    cfg = settings_of(folder, stage)
+    return dataclasses.replace(
+        cfg, **{name: n for name, n in SMALL.items() if hasattr(cfg, name)})
+
+
+def one_micro_batch(cfg):
+    """The settings of a stage with one micro-batch in a step of one process; two for CLIP."""
+    if hasattr(cfg, "micro_pairs"):
+        return dataclasses.replace(cfg, batch_pairs=2 * (cfg.micro_pairs or cfg.batch_pairs // 2))
+    return dataclasses.replace(cfg, batch_tokens=cfg.micro_rows * cfg.context)
+
+
+def random_tokenizer(vocabulary=50304):
+    """A tokenizer with so many ids, by default GPT-2's, that reads no text."""
+    return Tokenizer("random", None, None, vocabulary - len(SPECIALS), "")
+
+
 def tokenizer_of(cfg):
     """The tokenizer of the config's data if they are prepared, else GPT-2's."""
     if not Path(cfg.data).exists():
@@ -142,14 +171,14 @@ def tokenizer_of(cfg):
     return check_tokenizer(cfg.data)
 
 
-def build_model(cfg, stage, folder, tokenizer):
-    """The model of a stage; the sizes of other stages' parts come from the configs in `folder`."""
+def build_model(cfg, stage, folder, tokenizer, settings=settings_of):
+    """The model of a stage; the sizes of other stages' parts are those of settings(folder, ...)."""
     if stage == "clip_pretrain":
         return CLIP(cfg.clip(tokenizer))
-    decoder = (cfg if stage == "pretrain" else settings_of(folder, "pretrain")).decoder(tokenizer)
+    decoder = (cfg if stage == "pretrain" else settings(folder, "pretrain")).decoder(tokenizer)
     if not stage.startswith("vision"):
         return GPT(decoder)
-    model = VisionLanguageModel(decoder, settings_of(folder, "clip_pretrain").clip(tokenizer))
+    model = VisionLanguageModel(decoder, settings(folder, "clip_pretrain").clip(tokenizer))
     model.decoder.requires_grad_(stage == "vision_sft")
     return model
 

@@ -34,6 +34,7 @@ class Engine:
 
     def __init__(self, model, rows):
         self.decoding = Decoding(decoder_of(model), rows)
+        self.decoding.prepare()
         self.waiting, self.active = queue.SimpleQueue(), {}  # active: row -> Request
         # Least recently used first, and of those never used the lowest: a step computes all rows
         # from the first active one to the last.

@@ -115,7 +115,9 @@ class Decoding:
         self.cache = KVCache(model, rows, self.slots + 1)
         self.device = self.cache.keys.device
         self.cached_ids = [[] for _ in range(rows)]  # see reuse_prefix
-        self.graphs = {}  # slots -> CUDA graph and its output; their inputs are:
+        size = self.cache.keys.size(3)
+        self.ends = [*(BUCKET << i for i in range(32) if BUCKET << i < size), size]
+        self.graphs = {}  # one of the ends -> CUDA graph and its output; their inputs are:
         self.ids = torch.zeros(rows, dtype=torch.long, device=self.device)
         self.positions = torch.zeros_like(self.ids)
 
@@ -178,10 +180,7 @@ class Decoding:
     def _replay(self, ids, row):
         """A step of all rows, with ids for those from `row` on. A CUDA graph has fixed shapes and
         addresses: ids and positions are copied there, and a mask hides unused slots of `end`."""
-        end = BUCKET
-        while end <= max(self.cache.lengths):
-            end *= 2
-        end = min(end, self.slots + 1)
+        end = next(end for end in self.ends if end > max(self.cache.lengths))
         self.ids[row : row + len(ids)] = ids
         self.positions.copy_(torch.tensor(self.cache.lengths))
         if end not in self.graphs:
@@ -190,19 +189,29 @@ class Decoding:
         graph.replay()
         return logits
 
+    @torch.inference_mode()
+    def prepare(self):
+        """On a GPU, capture the graphs of all lengths now, not when a row first needs one."""
+        if self.device.type == "cuda":
+            self.graphs = {end: self._capture(end) for end in self.ends}
+
     def _capture(self, end):
-        """(graph, its output logits (rows, V)) of a step that attends to `end` slots."""
+        """(graph, its output logits (rows, V)) of a step that attends to `end` slots.
+
+        The current device and, if so requested, what a capture forbids are those of the calling
+        thread: others may allocate meanwhile."""
         # Its next positions are a tensor on the device, not Python numbers.
         cache = SimpleNamespace(extend=lambda T: self.cache.place(self.positions[:, None], end))
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(3):  # allocates; repeating a step changes nothing
-                self._step(self.ids, cache)
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self._step(self.ids, cache)
+        with torch.cuda.device(self.device):
+            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                for _ in range(3):  # allocates; repeating a step changes nothing
+                    self._step(self.ids, cache)
+            current.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                logits = self._step(self.ids, cache)
         return graph, logits
 
 

@@ -3,11 +3,14 @@
 Shapes: B batch, T new positions, H heads, D head size, S slots of the cache.
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
 
 from model import compute_dtype
+
+ALIGN = 64  # memory for a multiple of slots: a GPU's kernels copy a mask of another width
 
 
 class Slots(NamedTuple):
@@ -38,7 +41,9 @@ class KVCache:
 
     def __init__(self, model, batch=1, slots=None):
         c, weight = model.config, model.token_embedding.weight
-        shape = (c.n_layer, batch, c.n_head, slots or c.max_positions, c.n_embd // c.n_head)
+        self.slots = slots or c.max_positions
+        size = -(-self.slots // ALIGN) * ALIGN
+        shape = (c.n_layer, batch, c.n_head, size, c.n_embd // c.n_head)
         # A CPU takes 5 to 9 times as long for one query over bf16 keys as over fp32 ones.
         dtype = torch.float32 if weight.device.type == "cpu" else compute_dtype(weight)
         # Zeros, not empty: masked values are still multiplied by 0, and 0 * NaN is NaN.
@@ -48,7 +53,7 @@ class KVCache:
 
     def rows(self, first, last):
         """The rows first to last - 1 as a KVCache over the same memory, with a copy of lengths."""
-        part = object.__new__(KVCache)
+        part = copy.copy(self)
         part.keys, part.values = self.keys[:, first:last], self.values[:, first:last]
         part.lengths = self.lengths[first:last]
         return part
@@ -57,8 +62,8 @@ class KVCache:
         """Reserve T more positions in every row, for GPT.hidden: (positions, mask, list of Slots by
         layer)."""
         before, end = self.lengths, max(self.lengths) + T
-        if end > self.keys.size(3):
-            raise ValueError(f"{end} positions do not fit a cache of {self.keys.size(3)}")
+        if end > self.slots:
+            raise ValueError(f"{end} positions do not fit a cache of {self.slots}")
         self.lengths = [n + T for n in before]
         steps = torch.arange(T, device=self.keys.device)
         if min(before) < max(before):

@@ -118,6 +118,12 @@ def test_a_step_with_fixed_shapes_gives_the_same_logits(end):
     torch.testing.assert_close(found, decoding.step(ids[:, 6]), atol=1e-5, rtol=0)
 
 
+def test_every_number_of_slots_in_a_cuda_graph_is_a_multiple_of_64():
+    decoding = Decoding(new_model(), slots=2048)
+    assert decoding.ends == [256, 512, 1024, 2048, 2112]  # one spare slot
+    assert decoding.cache.keys.size(3) == 2112
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_a_cuda_graph_equals_the_cpu():
     model = new_model(seed=3)

@@ -1,0 +1,166 @@
+"""The first minutes on a new GPU: are results right, which kernels work, how fast are the steps?
+
+    bash runs/gpu_check.sh               # at most 12 minutes
+    bash runs/gpu_check.sh --dry_run     # small shapes, also on a CPU
+
+Each check has its own process, so a failure does not end the others. The output ends with a table
+and what to set for each failed check; --out gets the figures as JSON.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import benchmarks.training as bench
+from benchmarks.decoding import graphs_and_eager
+from common.config import UserError, one_line, parse, run_main
+from common.device import pick_device, pick_dtype, setup
+from inference.quantized_linear import for_decoding
+from model import attend, takes_bounds
+
+MINUTES, SECONDS = 12, 150  # limits of all checks and of one
+LOSS, NORM, LARGEST = 0.02, 0.1, 0.05  # relative differences that are accepted
+
+
+@dataclass
+class Config:
+    # --- check
+    dry_run: bool = False  # small shapes everywhere: tests this program, not the GPU
+    configs: str = ""  # folder of the stages to time; empty: configs/full, before Ampere t4
+    only: str = ""  # one check, in this process
+    out: str = "out/gpu_check.json"  # figures of all checks
+
+    def training(self, stage, small=False, **changes):
+        read = bench.small_settings if small or self.dry_run else bench.settings_of
+        cfg = replace(bench.one_micro_batch(read(self.configs, stage)), **changes)
+        training = bench.Training(cfg, stage, self.configs, bench.random_tokenizer(), read)
+        torch.manual_seed(0)
+        for weight in training.model.parameters():
+            if not weight.any():  # a new block is the identity
+                torch.nn.init.normal_(weight, std=0.02)
+        return training
+
+
+# ---- checks: each returns {name: figure}, or raises what is wrong --------------------------------
+
+
+def machine(check):
+    found = setup()
+    return {"name": found.name, "torch": torch.__version__, "gpus": torch.cuda.device_count(),
+            "varlen_attention": takes_bounds(found.device, found.dtype, 64)}
+
+
+def agrees(check, stage, changed, reference):
+    """Mean loss and gradient norm of three small steps with one and with other settings."""
+    found = []
+    for changes in (changed, reference):
+        training = check.training(stage, small=True, **{"compile": False, **changes})
+        training.take(range(3))
+        total, taken = training.run.losses.tolist()
+        found.append((total / max(1, taken), training.run.grad_norm.item()))
+        training.loader.close()
+    (loss, norm), (loss_, norm_) = found
+    if not (abs(loss / loss_ - 1) < LOSS and abs(norm / norm_ - 1) < NORM):
+        raise UserError(f"loss {loss:.5f}, norm {norm:.4f}; expected {loss_:.5f}, {norm_:.4f}")
+    return {"loss": loss, "expected": loss_}
+
+
+def kernel(check, backend, masked=False):
+    """One of PyTorch's attention kernels against fp32."""
+    device = pick_device("auto")
+    q, k, v = torch.randn(3, 2, 4, 256, 64, device=device, dtype=pick_dtype(device))
+    mask = torch.ones(256, 256, device=device, dtype=torch.bool).tril() if masked else None
+    with sdpa_kernel(backend if device.type == "cuda" else SDPBackend.MATH):
+        found = attend(q, k, v, mask, causal=not masked)
+    return compared(found, attend(q.float(), k.float(), v.float(), mask, causal=not masked))
+
+
+def compared(found, expected):
+    error = ((found.float() - expected.float()).abs().max() / expected.abs().max()).item()
+    if not error < LARGEST:
+        raise UserError(f"results differ by {error:.1%} of the largest")
+    return {"largest_error": error}
+
+
+def decoding(check):
+    model = check.training("pretrain", compile=False).model
+    seconds, results = graphs_and_eager(for_decoding(model))
+    return compared(*results) | {f"{name}_steps_per_s": 1 / s for name, s in seconds.items()}
+
+
+def processes(check):
+    """A step of pretraining in every GPU's process: nccl, or gloo in a dry run."""
+    n = torch.cuda.device_count() or 2
+    cfg = check.training("pretrain").run.cfg
+    cfg = replace(cfg, out="out/gpu_check", batch_tokens=n * cfg.batch_tokens)
+    done = subprocess.run([
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
+        "bench.py", f"{check.configs}/pretrain.py", "--steps=1",
+        *(f"--{name}={value}" for name, value in asdict(cfg).items())],
+        capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(done.stderr)
+    return json.loads(done.stdout[done.stdout.rindex("\n{"):])
+
+
+SMALLER = "half of --micro_rows (CLIP: --micro_pairs) if memory is full; else --compile=False"
+OTHER = "nothing: another kernel is used, and is slower"
+CHECKS = {  # name: (function, arguments, what to set if it fails)
+    "machine": (machine, (), "what the error says: PyTorch finds no GPU"),
+    **{f"{stage} in fp32": (agrees, (stage, {}, {"precision": "fp32"}), "--precision=fp32")
+       for stage in bench.STAGES},
+    "compiled": (agrees, ("pretrain", {"compile": True}, {}), "--compile=False"),
+    "flash attention": (kernel, (SDPBackend.FLASH_ATTENTION,), OTHER),
+    "masked attention": (kernel, (SDPBackend.EFFICIENT_ATTENTION, True), "--precision=fp32"),
+    "cuDNN attention": (kernel, (SDPBackend.CUDNN_ATTENTION,), OTHER),
+    "decoding": (decoding, (), "--device=cpu for sample.py and app.py"),
+    **{f"{stage} step": (
+        lambda check, stage: bench.step_speed(check.training(stage), 1), (stage,), SMALLER)
+       for stage in bench.STAGES},
+    "processes": (processes, (), "NCCL_P2P_DISABLE=1 in the environment; NCCL_DEBUG=INFO explains")}
+
+
+def main():
+    check = parse(Config, usage="")
+    older = torch.cuda.is_available() and pick_dtype(pick_device("auto")) != torch.bfloat16
+    check.configs = check.configs or ("configs/t4" if older else "configs/full")
+    if check.only:
+        function, arguments, _ = CHECKS[check.only]
+        return print("\n" + json.dumps(function(check, *arguments)))
+    end, found = time.monotonic() + 60 * MINUTES, {}
+    for name in CHECKS:
+        if name != "processes" or check.dry_run or torch.cuda.device_count() > 1:
+            print(f"{name} ...", flush=True)
+            found[name] = in_process(check, name, min(SECONDS, end - time.monotonic()))
+    Path(check.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(check.out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for name, entry in found.items():
+        figures = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                            for key, value in entry.items())
+        state, advice = ("FAILED", f"; set {CHECKS[name][2]}") if "error" in entry else ("ok", "")
+        print(f"{state:6s} {name:24s} {figures}{advice}")
+
+
+def in_process(check, name, seconds):
+    """{name: figure} of a check, or {"error": why there are none}, and its seconds."""
+    began = time.monotonic()
+    flags = [f"--{key}={value}" for key, value in asdict(replace(check, only=name)).items()]
+    try:
+        done = subprocess.run([sys.executable, "-m", "benchmarks.gpu_check", *flags],
+                              capture_output=True, text=True, timeout=max(1, seconds))
+        errors = [line for line in done.stderr.splitlines() if "rror" in line] or [done.stderr]
+        found = ({"error": one_line(errors[-1])} if done.returncode else
+                 json.loads(done.stdout.splitlines()[-1]))
+    except subprocess.TimeoutExpired:
+        found = {"error": f"not done after {seconds:.0f} seconds"}
+    return {**found, "seconds": round(time.monotonic() - began, 1)}
+
+
+if __name__ == "__main__":
+    run_main(main)
