@@ -1,4 +1,4 @@
-"""LLaVA-Instruct for the 89 M model on a T4: one epoch, an estimated hour."""
+"""LLaVA-Instruct for the 89 M model on a T4: one epoch, half an hour, computed."""
 
 out = "out/t4/vision_sft"
 init_from = "out/t4/vision_pretrain"
