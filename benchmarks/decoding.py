@@ -96,24 +96,6 @@ def our_batch(decoder, ids):
     return run
 
 
-def graphs_and_eager(decoder, rows=8):
-    """({name: seconds} of a decoding step by CUDA graphs and without, both results); decoder from
-    for_decoding. Without a GPU both are without."""
-    device, V = decoder.token_embedding.weight.device, decoder.config.vocab_size
-    ids = torch.randint(V, (rows, 32), device=device)
-    graphs, plain = (Decoding(decoder, rows) for _ in range(2))
-    for decoding in (graphs, plain):
-        decoding.prefill(decoder.token_embedding(ids))
-
-    @torch.inference_mode()
-    def eager():
-        return plain._step(ids[:, 0], plain.cache.rows(0, rows))
-
-    results = graphs.step(ids[:, 0]).clone(), eager()
-    return in_turn({"graphs": lambda: graphs.step(ids[:, 0]).sum().item(),
-                    "eager": lambda: eager().sum().item()}, 4 * REPEATS, WARM), results
-
-
 def first_tokens(model, tokenizer):
     """Milliseconds to the first token of a question, and of one about a JPEG of 640 x 480."""
     conversation, photo = Conversation(model, tokenizer), jpeg(640, 480)

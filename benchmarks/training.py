@@ -33,10 +33,6 @@ from train.run import Run
 from vision import VisionLanguageModel, image_spec
 
 SLOW = 45 * 60  # seconds: about twice what two cores of most laptops need (docs/processors.md)
-SMALL = dict(n_layer=2, n_head=2, n_embd=64, max_positions=256, context=128, batch_tokens=512,
-             micro_rows=2, image_size=32, patch_size=8, vision_width=64, vision_layers=2,
-             vision_heads=2, text_width=64, text_layers=2, text_heads=2, embed_dim=64,
-             batch_pairs=8, micro_pairs=4)  # shapes that every device computes in seconds
 STAGES = ("clip_pretrain", "pretrain", "sft", "vision_pretrain", "vision_sft")  # in working order
 
 
@@ -142,20 +138,6 @@ def settings_of(folder, stage):
     """The settings of a stage by its config in `folder`, or its defaults."""
     path = Path(folder) / f"{stage}.py"
     return parse(importlib.import_module(stage).Config, [str(path)] if path.is_file() else [])
-
-
-def small_settings(folder, stage):
-    """The same in the shapes of SMALL."""
-    cfg = settings_of(folder, stage)
-    return dataclasses.replace(
-        cfg, **{name: n for name, n in SMALL.items() if hasattr(cfg, name)})
-
-
-def one_micro_batch(cfg):
-    """The settings of a stage with one micro-batch in a step of one process; two for CLIP."""
-    if hasattr(cfg, "micro_pairs"):
-        return dataclasses.replace(cfg, batch_pairs=2 * (cfg.micro_pairs or cfg.batch_pairs // 2))
-    return dataclasses.replace(cfg, batch_tokens=cfg.micro_rows * cfg.context)
 
 
 def random_tokenizer(vocabulary=50304):

@@ -6,4 +6,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ "${1:-}" = --dry_run ] && set -- --dry_run=True "${@:2}"
-exec python -m benchmarks.gpu_check "$@"
+exec python experiments/gpu_check.py "$@"

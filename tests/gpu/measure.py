@@ -23,14 +23,13 @@ from benchmarks.training import (
     RandomChats,
     Training,
     build_model,
-    one_micro_batch,
     random_tokenizer,
     settings_of,
-    small_settings,
 )
 from common.device import precision_name
 from evals.image_ablation import ImageAblation
 from evals.zero_shot import features_of
+from experiments.gpu_check import one_micro_batch, small_settings
 from inference.conversation import Conversation, decoder_of, ready_to_chat
 from inference.engine import Engine, Request
 from inference.generate import Decoding, Sampler, Sampling, pick

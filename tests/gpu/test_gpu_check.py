@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from benchmarks import gpu_check
+from experiments import gpu_check
 
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 

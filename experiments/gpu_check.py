@@ -17,15 +17,21 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import benchmarks.training as bench
-from benchmarks.decoding import graphs_and_eager
+from benchmarks import REPEATS, WARM, in_turn
 from common.config import UserError, one_line, parse, run_main
 from common.device import pick_device, pick_dtype, setup
+from inference.generate import Decoding
 from inference.quantized_linear import for_decoding
 from model import attend, takes_bounds
 
 MINUTES, SECONDS = 12, 150  # limits of all checks and of one
 LOSS, NORM, LARGEST = 0.02, 0.1, 0.05  # relative differences that are accepted
+SMALL = dict(n_layer=2, n_head=2, n_embd=64, max_positions=256, context=128, batch_tokens=512,
+             micro_rows=2, image_size=32, patch_size=8, vision_width=64, vision_layers=2,
+             vision_heads=2, text_width=64, text_layers=2, text_heads=2, embed_dim=64,
+             batch_pairs=8, micro_pairs=4)  # shapes that every device computes in seconds
 
 
 @dataclass
@@ -37,14 +43,28 @@ class Config:
     out: str = "out/gpu_check.json"  # figures of all checks
 
     def training(self, stage, small=False, **changes):
-        read = bench.small_settings if small or self.dry_run else bench.settings_of
-        cfg = replace(bench.one_micro_batch(read(self.configs, stage)), **changes)
+        read = small_settings if small or self.dry_run else bench.settings_of
+        cfg = replace(one_micro_batch(read(self.configs, stage)), **changes)
         training = bench.Training(cfg, stage, self.configs, bench.random_tokenizer(), read)
         torch.manual_seed(0)
         for weight in training.model.parameters():
             if not weight.any():  # a new block is the identity
                 torch.nn.init.normal_(weight, std=0.02)
         return training
+
+
+def small_settings(folder, stage):
+    """The settings of a stage by its config in `folder`, in the shapes of SMALL."""
+    cfg = bench.settings_of(folder, stage)
+    return replace(
+        cfg, **{name: n for name, n in SMALL.items() if hasattr(cfg, name)})
+
+
+def one_micro_batch(cfg):
+    """The settings of a stage with one micro-batch in a step of one process; two for CLIP."""
+    if hasattr(cfg, "micro_pairs"):
+        return replace(cfg, batch_pairs=2 * (cfg.micro_pairs or cfg.batch_pairs // 2))
+    return replace(cfg, batch_tokens=cfg.micro_rows * cfg.context)
 
 
 # ---- checks: each returns {name: figure}, or raises what is wrong --------------------------------
@@ -86,6 +106,24 @@ def compared(found, expected):
     if not error < LARGEST:
         raise UserError(f"results differ by {error:.1%} of the largest")
     return {"largest_error": error}
+
+
+def graphs_and_eager(decoder, rows=8):
+    """({name: seconds} of a decoding step by CUDA graphs and without, both results); decoder from
+    for_decoding. Without a GPU both are without."""
+    device, V = decoder.token_embedding.weight.device, decoder.config.vocab_size
+    ids = torch.randint(V, (rows, 32), device=device)
+    graphs, plain = (Decoding(decoder, rows) for _ in range(2))
+    for decoding in (graphs, plain):
+        decoding.prefill(decoder.token_embedding(ids))
+
+    @torch.inference_mode()
+    def eager():
+        return plain._step(ids[:, 0], plain.cache.rows(0, rows))
+
+    results = graphs.step(ids[:, 0]).clone(), eager()
+    return in_turn({"graphs": lambda: graphs.step(ids[:, 0]).sum().item(),
+                    "eager": lambda: eager().sum().item()}, 4 * REPEATS, WARM), results
 
 
 def decoding(check):
@@ -152,7 +190,7 @@ def in_process(check, name, seconds):
     began = time.monotonic()
     flags = [f"--{key}={value}" for key, value in asdict(replace(check, only=name)).items()]
     try:
-        done = subprocess.run([sys.executable, "-m", "benchmarks.gpu_check", *flags],
+        done = subprocess.run([sys.executable, __file__, *flags],
                               capture_output=True, text=True, timeout=max(1, seconds))
         errors = [line for line in done.stderr.splitlines() if "rror" in line] or [done.stderr]
         found = ({"error": one_line(errors[-1])} if done.returncode else
