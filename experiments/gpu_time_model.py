@@ -3,9 +3,9 @@
     python experiments/gpu_time_model.py configs/full   # A100, H100, eight of each
     python experiments/gpu_time_model.py configs/t4     # T4
 
-Runs a micro-batch and an update of every stage's config on the simulated GPU of tests/gpu, and
-counts FLOP and bytes of each operation: it takes the longer of both at the rates below. What a
-compiled block does beside products and attention is replaced by inductor's count (UNITS).
+Runs a micro-batch and an update of every stage's config on the GPU of simulated_gpu.py, and counts
+FLOP and bytes of each operation: it takes the longer of both at the rates below. What a compiled
+block does beside products and attention is replaced by inductor's count (UNITS).
 """
 
 import contextlib
@@ -17,9 +17,14 @@ from collections import Counter
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/gpu"))
-
-from simulated import FREE, WATCH, Kernels, on_gpu, simulate, torch  # first: it loads the device
+from simulated_gpu import (  # first: it loads the device
+    FREE,
+    WATCH,
+    Kernels,
+    on_gpu,
+    simulate,
+    torch,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry

@@ -34,8 +34,8 @@ if os.environ["RANK"] == "0":
 @pytest.mark.parametrize("capability", ["9.0", "7.5"])  # Hopper, Turing
 @pytest.mark.parametrize("folder", ["full", "t4"])
 def test_every_stage_on_a_gpu(folder, capability, vocabulary, tmp_path):
-    command = [sys.executable, "tests/gpu/measure.py", f"configs/{folder}", capability, vocabulary,
-               tmp_path]
+    command = [sys.executable, "experiments/simulated_steps.py", f"configs/{folder}", capability,
+               vocabulary, tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

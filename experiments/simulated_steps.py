@@ -1,8 +1,7 @@
-"""Trains, evaluates, saves, resumes, decodes and serves on the simulated device, for
-test_simulated.py; by hand: what every stage of a folder of configs does on Hopper (9.0) or
-Turing (7.5).
+"""Every stage of a folder of configs on the GPU of simulated_gpu.py, Hopper (9.0) or Turing (7.5):
+trains, evaluates, saves, resumes, decodes and serves. Prints what was counted as JSON.
 
-    python tests/gpu/measure.py configs/full 9.0 VOCABULARY OUT   # VOCABULARY: a tokenizer's folder
+    python experiments/simulated_steps.py configs/full 9.0 TOKENIZER OUT   # two folders
 """
 
 # ruff: noqa: I001
@@ -15,7 +14,7 @@ import traceback
 from pathlib import Path
 from unittest import mock
 
-from simulated import CAPTURED, WATCH, Kernels, simulate, torch  # first: it loads the device
+from simulated_gpu import CAPTURED, WATCH, Kernels, simulate, torch  # first: it loads the device
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.training import (

@@ -1,8 +1,8 @@
 """A CUDA device that computes shapes only, and what tests count on it. Import before PyTorch.
 
-PyTorch's fake tensors have shapes, dtypes and devices, but no values. device.cpp, loaded before
-PyTorch, lets a PyTorch without CUDA run autograd and CUDA's autocast with them. What kernels
-compute, streams, capture rules and NCCL cannot be seen here: runs/gpu_check.sh tests those.
+PyTorch's fake tensors have shapes, dtypes and devices, but no values. simulated_gpu.cpp, loaded
+before PyTorch, lets a PyTorch without CUDA run autograd and CUDA's autocast with them. What
+kernels compute, streams, capture rules and NCCL cannot be seen: runs/gpu_check.sh tests those.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ HERE = Path(__file__).resolve().parent
 
 
 def load_device():
-    """Compile device.cpp, once per version of it and of PyTorch, and load it before PyTorch."""
+    """Compile simulated_gpu.cpp, once per version of it and of PyTorch, and load it."""
     assert "torch" not in sys.modules
-    spec, source = importlib.util.find_spec("torch"), HERE / "device.cpp"
+    spec, source = importlib.util.find_spec("torch"), HERE / "simulated_gpu.cpp"
     base = Path(spec.submodule_search_locations[0])
     key = source.read_bytes() + (base / "version.py").read_bytes() + str(base).encode()
     library = Path(tempfile.gettempdir()) / f"simulated_{hashlib.sha256(key).hexdigest()[:16]}.so"
@@ -38,7 +38,7 @@ def load_device():
 
 
 load_device()
-sys.path.insert(0, str(HERE.parent.parent))
+sys.path.insert(0, str(HERE.parent))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch._subclasses import fake_tensor  # noqa: E402
