@@ -250,12 +250,6 @@ def release_free_memory():
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def reset_peak_memory():
-    """Restart the host's count of peak memory, where the system allows it (Linux)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-
-
 def peak_memory_gb(device=None):
     """(GPU, host) peak memory of this process in GB (10^9 bytes)."""
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, KiB on Linux
