@@ -7,6 +7,7 @@ A "kind" is a function that builds a model and returns its training step, a func
 the device.
 """
 
+import contextlib
 import functools
 import gc
 import importlib.util
