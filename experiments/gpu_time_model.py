@@ -33,6 +33,7 @@ from torch.utils.module_tracker import ModuleTracker
 import clip
 import model
 from benchmarks import training as bench
+from experiments.gpu_check import one_micro_batch
 from train import optim
 
 BANDWIDTH_REACHED, LINK_REACHED, HIDDEN = 0.8, 0.75, 0.9  # HIDDEN: of the gradients' all-reduce
@@ -134,7 +135,7 @@ class Step:
     def __init__(self, folder, stage):
         self.cfg, self.count = cfg, count = bench.settings_of(folder, stage), Count()
         bench.RandomChats.__init__.__defaults__ = 0, 1024  # as many as fill the rows
-        small = dataclasses.replace(bench.one_micro_batch(cfg), compile=False, device="cuda:0")
+        small = dataclasses.replace(one_micro_batch(cfg), compile=False, device="cuda:0")
         small.workers = 0
         with (mock.patch("model.head_loss", count.inside(model.head_loss, "head")),
               mock.patch("train.optim.orthogonalise",
