@@ -11,6 +11,7 @@ from PIL import Image
 from test_prepare import encoded
 from test_resumable import about as row
 from test_resumable import prepared
+from test_schema import FORMS
 
 import tokenizer as tokenizers
 from common.config import seal
@@ -135,6 +136,21 @@ def test_any_number_of_long_chats_leaves_the_others_good(first, corpus, check, t
     (tmp_path / "a.json").write_text(json.dumps(rows))
     said = check(tmp_path / "a.json").out
     assert "320 chats, 20 of them good" in said and f"300 rows: {TOO_LONG}" in said
+
+
+def test_rows_of_which_something_is_not_read_are_not_called_good(check, tmp_path):
+    rows = [json.loads(row) for _, row, _ in FORMS]
+    for name in "apb":
+        Image.new("RGB", (40, 20), RED).save(tmp_path / f"{name}.jpg")
+    for extra, verdict in (({}, "all {} rows are good"), ({"notes": "Seen at dawn."}, "{} of {} rows "
+                           "can be trained on, but without the columns that are not used")):
+        lines = [json.dumps({**row, **extra} if isinstance(row, dict) else row) for row in rows]
+        (tmp_path / "forms.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        said = check("forms.jsonl", f"--image_root={tmp_path}").out
+        n = len(rows) + 1  # chats: one row has two captions
+        assert said.splitlines()[-1].startswith(verdict.format(n, n))
+        n_noted = sum(isinstance(row, dict) for row in rows)
+        assert (f"{n_noted} rows: column notes is not used" in said) == bool(extra)
 
 
 def test_the_contact_sheet_shows_sixteen_random_chats(corpus, check, tmp_path):
