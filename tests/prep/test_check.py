@@ -142,8 +142,8 @@ def test_rows_of_which_something_is_not_read_are_not_called_good(check, tmp_path
     rows = [json.loads(row) for _, row, _ in FORMS]
     for name in "apb":
         Image.new("RGB", (40, 20), RED).save(tmp_path / f"{name}.jpg")
-    for extra, verdict in (({}, "all {} rows are good"), ({"notes": "Seen at dawn."}, "{} of {} rows "
-                           "can be trained on, but without the columns that are not used")):
+    but = "{} of {} rows can be trained on, but without the columns that are not used"
+    for extra, verdict in ({}, "all {} rows are good"), ({"notes": "Seen at dawn."}, but):
         lines = [json.dumps({**row, **extra} if isinstance(row, dict) else row) for row in rows]
         (tmp_path / "forms.jsonl").write_text("\n".join(lines), encoding="utf-8")
         said = check("forms.jsonl", f"--image_root={tmp_path}").out
