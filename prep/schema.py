@@ -40,6 +40,7 @@ ROLES = {name: role for role, names in {
     "call": "function_call tool_call",
 }.items() for name in names.split()}
 ROLE_KEYS, TEXT_KEYS = ("from", "role", "speaker"), ("value", "content", "text")
+TURN_KEYS = {*ROLE_KEYS, *TEXT_KEYS, "weight", "tool_calls", "tool_call_id", "name", "markdown"}
 BASE64 = re.compile(  # of a JPEG, PNG, GIF, WebP or TIFF, or of anything in a data: URL
     r"(?:data:[^,]*;base64,|(?=/9j/|iVBOR|R0lGOD|UklGR|SUkq|TU0A))([A-Za-z0-9+/\s]+)={0,2}\s*")
 TOOLS = {"result": "user", "call": "assistant"}  # who says it in the chat template
@@ -87,7 +88,8 @@ class Columns(dict):
             texts = {message["content"].replace(IMAGE_MARK, "").strip()
                      for chat in chats for message in chat.messages}
             found = [name for name in found if not isinstance(self[name], str) or not (
-                self[name].strip() in texts or all(map(self[name].count, texts)))]
+                self[name].strip() in texts
+                or (len(texts - {""}) > 1 and all(map(self[name].count, texts))))]
         return sorted(found)
 
 
@@ -136,19 +138,21 @@ def chats_of(row, min_rating=(), answer=None):
     """
     columns = Columns(row)
     images, turns = images_in(columns), from_json(columns.take("turns"))
-    answers = [[]]
+    answers, unread = [[]], set()  # also the columns of turns
     if turns:
-        turns = [turn for item in rated(turns, columns, min_rating) for turn in turns_in(item)]
+        turns = [t for item in rated(turns, columns, min_rating) for t in turns_in(item, unread)]
         if answer and turns[-1]["role"] in ("user", "result"):
             answers = [[{"role": "assistant", "content": answer}]]
     else:
         turns, answers = question_and_answers(columns, bool(images), answer, row)
     history = from_json(columns.take("history")) or []
-    turns = [turn for item in history for turn in turns_in(item)] + turns
+    if not isinstance(history, list):
+        raise ValueError("turns of another form")
+    turns = [turn for item in history for turn in turns_in(item, unread)] + turns
     if turns[0]["role"] != "system" and (system := columns.take("system")):
         turns.insert(0, {"role": "system", "content": system})
     chats = [checked(turns + answer, images) for answer in answers]
-    return chats, columns.unread(chats)
+    return chats, sorted(unread.union(columns.unread(chats)))
 
 
 def chat_of(row, answer=None):
@@ -175,19 +179,25 @@ def question_and_answers(columns, has_image, default, row):
         raise ValueError("a question that is not text")
     if not (parts or has_image):
         raise ValueError(f"an empty question{columns_of(row)}")
-    answers = answer if isinstance(answer, list) else [answer]
+    answers = answer if isinstance(answer, list) and answer else [answer or ""]
     return [{"role": "user", "content": "\n".join(parts)}], [
         [{"role": "assistant", "content": text}] for text in answers]
 
 
-def turns_in(item):
-    """The turns in an item of a list: one, or the two of a question and its answer."""
+def turns_in(item, unread):
+    """The turns in an item of a list: one, or the two of a question and its answer. The columns of
+    the item that nothing reads are added to `unread`."""
     role = isinstance(item, dict) and item.get(first_of(item, ROLE_KEYS))
-    if role:
+    if role and item.keys() <= TURN_KEYS:
         return [turn_of(item, role)]
     if isinstance(item, dict):
         columns = Columns(item)
+        if role:
+            columns.used |= TURN_KEYS
+            unread |= set(columns.unread())
+            return [turn_of(item, role)]
         item = [columns.take("question"), columns.take("answer")]
+        unread |= set(columns.unread())
     if not (isinstance(item, list) and len(item) == 2 and all(isinstance(t, str) for t in item)):
         raise ValueError("turns of another form")
     return [{"role": role, "content": text}
@@ -201,8 +211,9 @@ def turn_of(item, role):
     if role.strip().lower() not in ROLES:
         raise ValueError(f"unknown role {role[:40]!r}")
     content, calls = item.get(first_of(item, TEXT_KEYS)), item.get("tool_calls")
-    if calls and not content:
-        role, content = "tool_call", json.dumps(calls, ensure_ascii=False)
+    if calls:
+        said, calls = content_of(content or "", []), json.dumps(calls, ensure_ascii=False)
+        role, content = "tool_call", f"{said}\n{calls}" if said else calls
     weight = item.get("weight")
     if weight not in (None, 0, 1):
         raise ValueError("a turn whose weight is neither 0 nor 1")
@@ -216,8 +227,8 @@ def rated(turns, columns, min_rating):
         raise ValueError("turns of another form")
     keep = [True] * len(turns)
     for name, lowest in min_rating:
-        ratings = columns.get(f"{name}_ratings", [])
-        if len(ratings) != len(turns):
+        ratings = columns.get(f"{name}_ratings")
+        if not isinstance(ratings, list) or len(ratings) != len(turns):
             raise ValueError(f"no {name}_ratings, or another number of them than of turns")
         keep = [k and (n is None or n >= lowest) for k, n in zip(keep, ratings, strict=True)]
     if not any(keep):
@@ -231,6 +242,8 @@ def checked(turns, images):
     for turn in turns:
         role = TOOLS.get(turn["role"], turn["role"])
         content = content_of(turn["content"], shown)
+        if role != "user" and content is not turn["content"] and IMAGE_MARK in content:
+            raise ValueError("an image mark outside of a user's turn")
         if role == "system" and isinstance(content, str) and not content.strip():
             continue
         if messages and role == messages[-1]["role"] and TOOLS.keys() & {turn["role"], previous}:
@@ -268,7 +281,7 @@ def content_of(content, images):
         part = part if isinstance(part, dict) else {"text": part}
         kind, found = str(part.get("type")), images_in(Columns(part))
         if found or "image" in kind:
-            text += IMAGE_MARK
+            text += IMAGE_MARK + (part.get("text") or "")
             images += found
         elif isinstance(part.get("text"), str):
             text += part["text"]

@@ -44,6 +44,18 @@ def test_no_column_with_text_or_an_image_is_unread_in_silence(row):
         assert chats_of({**row, name: value})[1] == []
 
 
+def test_text_beside_a_turn_or_a_part_is_named_or_read():
+    assert chats_of([ASK, {**RED, "reasoning": "It looks red."}])[1] == ["reasoning"]
+    texts = [{"user": "What?", "assistant": "Red.", "hint": "Look at the sky.", "source": "x"}]
+    assert chats_of({"texts": texts})[1] == ["hint"]
+    assert chats_of({"question": "", "image": "p.jpg", "answer": "a", "notes": "A fair day"})[1]
+    ask = {**ASK, "content": [{"type": "image", "image": "p.jpg", "text": "What?"}]}
+    assert shown(chat_of([ask, RED])) == "user: [p.jpg]What? **assistant: Red.**"
+    call = {"role": "assistant", "content": "I add.", "tool_calls": ["add"]}
+    answers = chat_of([ASK, call, {"role": "tool", "content": "3"}, RED]).messages[1]["content"]
+    assert answers == 'I add.\n["add"]'
+
+
 def test_what_repeats_the_chat_is_not_called_unread():
     row = {"conversations": [ASK, RED], "problem": "What?", "final": " Red.\n",
            "text": "### Question: What? ### Answer: Red."}
@@ -135,6 +147,9 @@ def test_roles_are_known_in_any_case(role):
     ({"image": "p.jpg", "turns": [{**ASK, "content": ""}, RED, {**ASK, "content": "<image>"}, RED]},
      "an empty question"),
     ([{"role": "narrator", "content": "x"}, RED], "unknown role 'narrator'"),
+    ({"image": "p.jpg", "caption": []}, "an empty answer"),
+    ({"instruction": "x", "output": "y", "history": "Hi"}, "turns of another form"),
+    ([ASK, {**RED, "content": [{"type": "image", "image": "p.jpg"}]}], "outside of a user's turn"),
     ([{"role": "system", "content": 7}, ASK, RED], "a turn without text"),
     ([ASK, {**RED, "weight": 0}], "no answer with a weight of 1"),
     ([ASK, {**RED, "weight": 0.5}], "neither 0 nor 1"),
