@@ -7,9 +7,12 @@ Each check has its own process, so a failure does not end the others. The output
 and what to set for each failed check; --out gets the figures as JSON.
 """
 
+import itertools
 import json
+import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import benchmarks.training as bench
 from benchmarks import REPEATS, WARM, in_turn
 from common.config import UserError, one_line, parse, run_main
-from common.device import pick_device, pick_dtype, setup
+from common.device import cudnn_attention, pick_device, pick_dtype, setup
 from inference.generate import Decoding
 from inference.quantized_linear import for_decoding
 from model import attend, takes_bounds
@@ -73,7 +76,9 @@ def one_micro_batch(cfg):
 def machine(check):
     found = setup()
     return {"name": found.name, "torch": torch.__version__, "gpus": torch.cuda.device_count(),
-            "varlen_attention": takes_bounds(found.device, found.dtype, 64)}
+            "python_h": Path(sysconfig.get_path("include"), "Python.h").is_file(),
+            **{f"varlen_attention_{D}": takes_bounds(found.device, found.dtype, D)
+               for D in (64, 128, 36)}}  # 36 is no multiple of 8: a mask is used
 
 
 def agrees(check, stage, changed, reference):
@@ -91,6 +96,13 @@ def agrees(check, stage, changed, reference):
     return {"loss": loss, "expected": loss_}
 
 
+def eager_and_compiled(check):
+    """Tokens per second and memory of a pretraining step in the config's size, both ways."""
+    return {f"{name}_{figure}": value for name in ("eager", "compiled") for figure, value in
+            bench.step_speed(check.training("pretrain", compile=name == "compiled"), 1).items()
+            if figure in ("tok_per_s", "gpu_gb")}
+
+
 def kernel(check, backend, masked=False):
     """One of PyTorch's attention kernels against fp32."""
     device = pick_device("auto")
@@ -99,6 +111,26 @@ def kernel(check, backend, masked=False):
     with sdpa_kernel(backend if device.type == "cuda" else SDPBackend.MATH):
         found = attend(q, k, v, mask, causal=not masked)
     return compared(found, attend(q.float(), k.float(), v.float(), mask, causal=not masked))
+
+
+def new_shapes(check):
+    """Milliseconds of attention in lengths not seen before, as inference has them, with the
+    setting of the stages and with cuDNN allowed, which plans each length."""
+    device, found, lengths = pick_device("auto"), {}, itertools.count(65, 2)
+    for name, allowed in (("ms", False), ("ms_with_cudnn", True)):
+        cudnn_attention(device, allowed)
+        seconds = []
+        for _ in range(20):
+            q, k, v = torch.randn(3, 2, 4, next(lengths), 64, device=device,
+                                  dtype=pick_dtype(device))
+            began = time.perf_counter()
+            attend(q, k, v, causal=True).sum().item()
+            seconds.append(time.perf_counter() - began)
+        found[name] = 1e3 * statistics.median(seconds)
+    cudnn_attention(device, False)
+    if found["ms"] > max(10, 2 * found["ms_with_cudnn"]):
+        raise UserError(f"{found['ms']:.0f} ms for each new length")
+    return found
 
 
 def compared(found, expected):
@@ -157,10 +189,12 @@ CHECKS = {  # name: (function, arguments, what to set if it fails)
     "flash attention": (kernel, (SDPBackend.FLASH_ATTENTION,), OTHER),
     "masked attention": (kernel, (SDPBackend.EFFICIENT_ATTENTION, True), "--precision=fp32"),
     "cuDNN attention": (kernel, (SDPBackend.CUDNN_ATTENTION,), OTHER),
+    "new lengths": (new_shapes, (), "nothing: answers are slower in lengths not seen before"),
     "decoding": (decoding, (), "--device=cpu for sample.py and app.py"),
     **{f"{stage} step": (
         lambda check, stage: bench.step_speed(check.training(stage), 1), (stage,), SMALLER)
        for stage in bench.STAGES},
+    "eager and compiled step": (eager_and_compiled, (), "--compile=False"),
     "processes": (processes, (), "NCCL_P2P_DISABLE=1 in the environment; NCCL_DEBUG=INFO explains")}
 
 

@@ -25,6 +25,7 @@ def test_a_dry_run_reports_every_check(tmp_path):
     assert not {name: entry for name, entry in found.items() if "error" in entry}, done.stdout
     assert all(f"ok     {name}" in done.stdout for name in found)
     assert found["sft step"]["tok_per_s"] > 0 and found["decoding"]["graphs_steps_per_s"] > 0
+    assert found["eager and compiled step"]["compiled_tok_per_s"] > 0 < found["new lengths"]["ms"]
 
 
 @pytest.mark.slow
