@@ -2,6 +2,7 @@
 
     python prepare.py demo                                    # the toy world, into data/demo
     python prepare.py text --files='books/*.jsonl' --out=data/books
+    python prepare.py text --dataset=FineWeb-Edu=2,ClimbMix=1 --max_documents=100000
     python prepare.py chat --dataset=Magpie-Align/Magpie-Phi3-Pro-1M-v0.1 --out=data/magpie
     python prepare.py images --files=llava.json --image_root=images.zip --out=data/captions
     python prepare.py fineweb --shards=10 --out=data/fineweb  # ready-made GPT-2 tokens
@@ -54,7 +55,9 @@ class Rows:
 
     # --- source
     files: str = ""  # comma-separated paths or patterns; hf://OWNER/NAME/FILE for files of the hub
-    dataset: str = ""  # instead of files: NAME or NAME@REVISION on the hub, or a local folder
+    # instead of files: NAME[@REVISION][:SUBSET] on the hub, FineWeb-Edu, ClimbMix, TinyStories or
+    # a local folder; several in shares of bytes: NAME=WEIGHT,NAME=WEIGHT
+    dataset: str = ""
     subset: str = ""  # configuration of the data set, where it has several
     split: str = "train"  # split of the data set
     encoding: str = ""  # of files that are not UTF-8 and have no byte-order mark, such as cp1252

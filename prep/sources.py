@@ -115,6 +115,59 @@ class Dataset:
                           f"split {self.split})", error) from None
 
 
+# Public text by a short name: its data set and subset on the hub, and what its licence asks for
+NAMED = {
+    "FineWeb-Edu": ("HuggingFaceFW/fineweb-edu:sample-10BT", "ODC-By 1.0: name the source"),
+    "ClimbMix": ("karpathy/climbmix-400b-shuffle", "CC BY-NC 4.0: no commercial use"),
+    "TinyStories": ("roneneldan/TinyStories", "CDLA-Sharing 1.0"),
+}
+
+
+class Mixture:
+    """Rows of several data sets in turn, so that each has its weight's share of the bytes. It ends
+    with the first data set that ends."""
+
+    total = 0
+
+    def __init__(self, parts, weights):
+        self.parts, self.weights = parts, weights
+        self.name = ", ".join(part.name for part in parts)
+        self.identity = [list(weights), *(part.identity for part in parts)]
+
+    def rows(self):
+        parts, used = [part.rows() for part in self.parts], [0.0] * len(self.parts)
+        while True:
+            i = min(range(len(used)), key=used.__getitem__)
+            found = next(parts[i], None)
+            if found is None:
+                return print(f"the mixture ends with the last row of {self.parts[i].name}")
+            used[i] += found[2] / self.weights[i]
+            yield found
+
+
+def data_set(cfg):
+    """The rows of --dataset: of one data set, or of several with weights."""
+    parts, weights = [], []
+    entries = [cfg.dataset] if Path(cfg.dataset).exists() else cfg.dataset.split(",")
+    for entry in entries:
+        name, _, weight = (entry, "", "") if Path(entry).exists() else entry.partition("=")
+        subset = ""
+        if not Path(name).exists():
+            if name in NAMED:
+                name, licence = NAMED[name]
+                print(f"{entry}: {name} on the Hugging Face Hub; licence {licence}")
+            name, _, subset = name.partition(":")
+        try:
+            weights.append(float(weight or 1))
+        except ValueError:
+            weights.append(0)
+        if not name or not 0 < weights[-1] < float("inf"):
+            raise UserError(f"--dataset={cfg.dataset}: {entry!r} is not NAME or NAME=WEIGHT; "
+                            "for example FineWeb-Edu=2,ClimbMix=1")
+        parts.append(Dataset(name, subset or cfg.subset, cfg.split))
+    return parts[0] if len(parts) == 1 else Mixture(parts, weights)
+
+
 def sources_of(cfg):
     """{name of its records: source} of the rows that the settings name, and of --val_files."""
     if bool(cfg.files) == bool(cfg.dataset):
@@ -124,7 +177,7 @@ def sources_of(cfg):
     except (LookupError, ValueError):
         raise UserError(f"--encoding={cfg.encoding} is not the name of an encoding; use one like "
                         "utf-16-le, cp1252, gbk or shift_jis") from None
-    dataset = Dataset(cfg.dataset, cfg.subset, cfg.split) if cfg.dataset else None
+    dataset = data_set(cfg) if cfg.dataset else None
     files = {"rows": cfg.files, "val_rows": cfg.val_files}
     files = {name: Files(paths, cfg.encoding) for name, paths in files.items() if paths}
     return {"rows": dataset, **files} if dataset else files

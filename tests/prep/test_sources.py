@@ -12,8 +12,10 @@ from conftest import run
 from test_archives import compressed, packed_tar
 
 from common.config import UserError
+from prep import sources
 from prep.readers import rows_of
 from prep.sources import Dataset, Files, parsed
+from prepare import Text
 
 ROWS = [{"text": "Füchse laufen."}, {"text": "Two.\nLines"}, {"text": "3", "n": [1, {"x": None}]}]
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
@@ -298,3 +300,25 @@ def test_a_revision_of_a_data_set_of_the_hub(hub, tmp_path, monkeypatch):
     os.makedirs("my@folder")
     (tmp_path / "my@folder/a.jsonl").write_text(lines(ROWS[:2]))
     assert [row for _, row, _ in Dataset("my@folder", "", "train").rows()] == ROWS[:2]
+
+
+def test_a_mixture_has_its_shares_of_bytes_and_ends_with_its_first_data_set(hub, monkeypatch,
+                                                                            capsys):
+    hub.repos["datasets", "me/long"] = {"a.jsonl": lines([{"text": "l" * 900}] * 20).encode()}
+    hub.repos["datasets", "me/short"] = {"README.md": CARD, "a.jsonl": b'{"text": "no"}',
+                                         "b.jsonl": lines([{"text": "s" * 90}] * 90).encode()}
+    monkeypatch.setitem(sources.NAMED, "Shorts", ("me/short:b", "CC BY-NC 4.0: not for sale"))
+    mixture = sources.data_set(Text(dataset="me/long=3,Shorts=1", split="train"))
+    texts = [row["text"] for _, row, _ in mixture.rows()]
+    n_long = sum(map(len, (text for text in texts if text[0] == "l")))
+    n_short = sum(map(len, (text for text in texts if text[0] == "s")))
+    assert n_long == 20 * 900 and n_short == pytest.approx(n_long / 3, rel=0.15)
+    assert [row["text"] for _, row, _ in mixture.rows()] == texts and texts[:2] != texts[2:4]
+    said = capsys.readouterr().out
+    assert "me/short:b" in said and "not for sale" in said and "last row of me/long" in said
+
+
+@pytest.mark.parametrize("wrong", ["a=0", "a=-1,b=1", "a=x", "a=nan", "a=inf", "a,,b", "=2"])
+def test_a_weight_that_is_none_is_refused(wrong):
+    with pytest.raises(UserError, match=r"NAME=WEIGHT"):
+        sources.data_set(Text(dataset=wrong))
