@@ -3,13 +3,11 @@
     python eval.py out/demo/vision_sft --data=data/demo --report=out/demo
     python eval.py out/full/clip_pretrain --zero_shot=data/imagenet/val
     python eval.py out/full/vision_sft --tasks=pope:coco_pope.json --image_root=val2014.zip
-    python eval.py compare out/a out/b --out=out/comparison          # several runs
 
 docs/evaluation.md lists the scores (code: evals/validation.py, and evals/tasks.py for --tasks).
 --report also scores the pretrained decoder and the CLIP that it was trained from.
 """
 
-import itertools
 import sys
 import time
 from dataclasses import dataclass
@@ -21,12 +19,11 @@ from tqdm import tqdm
 from common import checkpoint
 from common.atomic import check_output, writing
 from common.checkpoint import write_json
-from common.config import UserError, parse, parse_checkpoint, read_json, run_main
+from common.config import UserError, parse_checkpoint, read_json, run_main
 from common.device import peak_memory_gb, pick_device, setup
 from common.images import read_image
 from common.report import ReportImage, lineage_table, sample_blocks, table, write_report
 from data import check_kind
-from evals import compare
 from evals.contamination import overlaps, sentence
 from evals.metrics import Score
 from evals.runner import TaskRunner
@@ -61,11 +58,6 @@ class Config:
 
 
 def main():
-    argv = sys.argv[1:]
-    if argv[:1] == ["compare"]:
-        names = list(itertools.takewhile(lambda word: not word.startswith("-"), argv[1:]))
-        flags = argv[1 + len(names):]
-        return compare.compare(names, parse(compare.Config, flags, "compare RUN RUN ...").out)
     name, cfg = parse_checkpoint(Config)
     if cfg.items < 1:
         raise UserError(f"--items={cfg.items}: it must be at least 1")

@@ -82,16 +82,16 @@ def step_speed(training, n_steps):
     """{name: figure} of a training step: the median of five times n_steps."""
     run, machine = training.run, training.run.machine
     training.take(range(WARM))  # compiles, allocates
-    run.work = 0
+    run.flop = 0
     seconds = [elapsed(training.take, range(first, first + n_steps)) / n_steps
                for first in range(WARM, WARM + REPEATS * n_steps, n_steps)]
     median, (gpu_gb, host_gb) = statistics.median(seconds), peak_memory_gb(run.device)
-    rate, flops = run.per_step / median, run.work / (REPEATS * n_steps)  # of a step, one process
+    rate, flop = run.per_step / median, run.flop / run.ranks / (REPEATS * n_steps)  # of one process
     return {"stage": run.stage, "machine": f"{run.ranks} x {machine.name}",
             "precision": precision_name(machine.dtype),
             "parameters_M": sum(p.numel() for p in training.model.parameters()) / 1e6,
             f"{run.unit}_per_step": run.per_step, f"{run.unit}_per_s": rate, "ms": median * 1e3,
-            "slowest_ms": max(seconds) * 1e3, "mfu": flops / median / run.peak,
+            "slowest_ms": max(seconds) * 1e3, "mfu": flop / median / run.peak,
             "gpu_gb": gpu_gb, "host_gb": host_gb}
 
 

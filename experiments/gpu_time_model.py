@@ -154,7 +154,7 @@ class Step:
             (2, cfg.batch_pairs / cfg.micro_pairs) if stage == "clip_pretrain" else
             (1, cfg.batch_tokens / cfg.context / cfg.micro_rows))
         self.images = count.images * self.micro_batches
-        self.model_flop = run.work / self.counted * self.micro_batches
+        self.model_flop = run.flop / self.counted * self.micro_batches
         self.trained = sum(p.numel() for p in run.trained)
         self.of_muon = sum(p.numel() for member in run.optimizer.members for p in member.state
                            if isinstance(member, optim.Muon))

@@ -360,7 +360,7 @@ TRIALS = {
 NANOGPT = ["--init=small", "--grad_clip=1"]
 OTHERS = {f"{name}_{lr}": ([f"--lr={lr}", f"--embedding_lr={lr}", *flags], None)
           for name, flags in (("reference", []), ("nanogpt", NANOGPT))
-          for lr in (0.0005, 0.001, 0.002, 0.004, 0.008)}
+          for lr in (0.001, 0.002, 0.004, 0.008, 0.016)}
 SIZES, STEPS, GOAL = ("3x128", "4x192", "6x256"), 800, 0.4  # of the comparison
 HEADS = {96: 2, 128: 2, 192: 3, 256: 4, 384: 6}
 

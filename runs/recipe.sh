@@ -13,7 +13,7 @@ case $source in *.txt|*.json*|*.csv|*.parquet|*.gz|*.zst) source=--files=$source
 export OMP_NUM_THREADS=1
 for size in ${SIZES:-3x128 4x192 6x256}; do
     for other in reference nanogpt; do
-        python experiments/recipe.py "$size" 800 ${other}_0.001 ${other}_0.002 ${other}_0.004
+        python experiments/recipe.py "$size" 800 ${other}_0.002 ${other}_0.004 ${other}_0.008
         best=$(python experiments/recipe.py best "$size" 800 $other)
         python experiments/recipe.py "$size" 800 "$best" --seeds=2,3
     done

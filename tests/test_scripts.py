@@ -18,12 +18,11 @@ from tokenizers.models import WordLevel
 
 import prepare
 from common.checkpoint import file_sum
-from evals.compare import Config as CompareConfig
 
 COMMANDS = {**{f"{stage}.py": "[CONFIG]" for stage in STAGES},
             **{f"prepare.py {name}": "" for name in prepare.COMMANDS},
             "sample.py": "CHECKPOINT", "app.py": "CHECKPOINT", "eval.py": "CHECKPOINT",
-            "upload.py": "CHECKPOINT", "bench.py": "CONFIG", "eval.py compare": ""}
+            "upload.py": "CHECKPOINT", "bench.py": "CONFIG"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -36,8 +35,7 @@ def test_help_shows_usage_examples_groups_and_complete_comments(command, monkeyp
     assert re.search(rf"^    python {command}", text, re.MULTILINE)  # an example
     script, *sub = command.split()
     module = importlib.import_module(script.removesuffix(".py"))
-    config = (CompareConfig if sub == ["compare"] else module.COMMANDS[sub[0]][0] if sub
-              else module.Config)
+    config = module.COMMANDS[sub[0]][0] if sub else module.Config
     comments = re.findall(r"^    \w+: .*  # (.*)", inspect.getsource(config), re.MULTILINE)
     assert comments and all(comment in " ".join(text.split()) for comment in comments)
     assert all(f"--{field.name} " in text for field in dataclasses.fields(config))
@@ -136,7 +134,6 @@ MISTAKES = {  # start of the command: more flags | what the message has
         {runs}/sft --data={tmp}/no | {tmp}/no does not exist
         {runs}/sft --report={bad}/red.png | --report={bad}/red.png
         {runs}/sft --out={bad}/red.png/new | --out={bad}/red.png/new
-        compare {runs}/sft {runs}/pretrain --out={bad}/red.png | --out={bad}/red.png
         {runs}/sft --data={bad} | tokenizer""",
     "bench.py": """
         configs/demo/sft.py --steps=0 | --steps

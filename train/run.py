@@ -18,7 +18,6 @@ from common.atomic import writing
 from common.config import UserError
 from train.anomaly import Guard
 from train.async_save import Saver
-from train.flops import flop_counter
 from train.loader import Loader
 from train.log import COSTS, Log, per_step, report_run, with_origin
 from train.optim import lr_factor
@@ -113,11 +112,10 @@ class Run:
         self.net = model
         if self.ranks > 1 and self.trained:
             self.net = devices.averaging(model, self.device)
-        self.counter, self.step_flops = None, 0  # FLOP of a step in all processes, counted
-        self.work = 0  # FLOP that the model needs, in this process since the last printed line
+        self.flop = 0.0  # that the model needed until now, all processes together
         if state:
             self.load_state_dict(state)
-            self.step_flops = self.metrics["tflop"] * 1e12 / self.first_step
+            self.flop = self.metrics["tflop"] * 1e12
         self.origins = with_origin(self.origins, self.machine, self.first_step, self.cfg.max_steps)
         self.peak = devices.peak_flops(self.machine)
         self.loss = torch.zeros((), device=self.device)  # of this step, in this process
@@ -131,14 +129,12 @@ class Run:
 
     def steps(self):
         """The steps still to do. Saves and ends the program early if asked to stop."""
-        self.window = (time.perf_counter(), self.first_step)
+        self.window = (time.perf_counter(), self.first_step, self.flop)
         self.watch.start()
         for step in range(self.first_step, self.cfg.max_steps):
             self.optimizer.set_lr(lr_factor(self.cfg, step))
             self.watch.patient = step == self.first_step  # which may compile
             self.watch.passed(f"the start of step {step}")
-            if step == self.first_step and not (self.cfg.compile or self.step_flops):
-                self.counter = flop_counter().__enter__()
             yield step
             self.watch.passed(f"the end of step {step}")
             if step == self.first_step + WARM_STEPS:
@@ -173,7 +169,7 @@ class Run:
     def forward(self, batch):
         """Context of a forward pass: autocast; gradients are summed on the last micro-batch."""
         self.watch.passed("a forward pass")
-        self.work += self.model.flops(batch)
+        self.flop += self.ranks * self.model.flops(batch)
         if self.net is not self.model:
             self.net.require_backward_grad_sync = batch.is_last  # as DDP's no_sync does
         return self.machine.autocast()
@@ -203,21 +199,17 @@ class Run:
     def progress(self, step):
         """After an optimizer step; every `log_every` steps a printed line and a log.jsonl row."""
         self.watch.passed(f"the update of step {step}", long=True)  # evaluation may follow
-        if self.counter:
-            self.counter.__exit__(None, None, None)
-            self.step_flops, self.counter = self.counter.get_total_flops() * self.ranks, None
-        self.step_flops = self.step_flops or self.work * self.ranks  # compiled: not counted
         if not self.due(step, self.cfg.log_every):
             return
         figures = torch.stack((*self.losses, self.grad_norm))
         losses, taken, grad_norm = figures.tolist()  # waits for the device
-        now, (then, first) = time.perf_counter(), self.window
+        now, (then, first, flop) = time.perf_counter(), self.window
         seconds = (now - then) / (step + 1 - first)
         rate = self.per_step / seconds
         left = (self.cfg.max_steps - step - 1) * seconds
         f = dict(loss=losses / taken if taken else float("nan"), grad_norm=grad_norm,
                  lr=lr_factor(self.cfg, step), ms=seconds * 1e3,
-                 mfu=self.work / (now - then) / self.peak,
+                 mfu=(self.flop - flop) / (now - then) / self.peak / self.ranks,
                  dollars=self.dollars_per_second * (time.time() - self.began))
         self.log.say(f"step {step:5d} | loss {f['loss']:.4f} | norm {grad_norm:.2f} | "
                      f"lr x{f['lr']:.3f} | {f['ms']:.0f} ms | {rate:,.0f} {self.unit}/s | "
@@ -228,7 +220,7 @@ class Run:
         self.log.add(step, {**f, f"{self.unit}_per_s": rate})
         self.losses.zero_()
         devices.release_free_memory()
-        self.window, self.work = (now, step + 1), 0
+        self.window = (now, step + 1, self.flop)
 
     def record(self, step, **figures):
         """Print and log figures of an evaluation; a checkpoint of this step has them as well."""
@@ -237,7 +229,7 @@ class Run:
         text = " | ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self.log.say(f"step {step:5d} | {text}")
         self.log.add(step, figures)
-        self.window, self.work = (time.perf_counter(), step + 1), 0  # evaluating is no training
+        self.window = (time.perf_counter(), step + 1, self.flop)  # evaluating is no training
         self.losses.zero_()
 
     def due(self, step, every):
@@ -271,7 +263,7 @@ class Run:
             m, (gpu_gb, host_gb) = self.metrics, devices.peak_memory_gb(self.device)
             seconds = time.time() - self.began
             m.update(seconds=seconds, dollars=self.dollars_per_second * seconds,
-                     tflop=(step + 1) * self.step_flops / 1e12,
+                     tflop=self.flop / 1e12,
                      peak_gpu_gb=max(gpu_gb, m.get("peak_gpu_gb", 0)),
                      peak_rss_gb=max(host_gb, m.get("peak_rss_gb", 0)))
             info = dict(stage=self.stage, **self.info, step=step + 1, settings=self.settings,

@@ -1,4 +1,4 @@
-"""The floating-point operations of a step are counted while it runs."""
+"""The formulas of floating-point operations against PyTorch's counter."""
 
 import json
 import shutil
@@ -6,44 +6,31 @@ import shutil
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import STAGES, TINY, newest
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from benchmarks.training import build_model, random_data, settings_of
 from clip import contrast, normalise
 from data import Batch, Documents
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
-from train.flops import flop_counter
 from train.packing import Packed
 
-
-def test_products_are_counted_forward_and_backward():
-    x = torch.randn(8, 16, requires_grad=True)
-    weight = torch.randn(32, 16, requires_grad=True)
-    with flop_counter() as counter:
-        F.linear(x, weight).sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * 8 * 16 * 32
-    with flop_counter() as counter:
-        torch.zeros(8, 32).addmm_(x.detach(), weight.detach().T)
-    assert counter.get_total_flops() == 2 * 8 * 16 * 32
-
-
-@pytest.mark.parametrize("grad", [False, True])
-def test_fused_attention_on_a_cpu_is_counted(grad):
-    q = torch.randn(2, 4, 300, 16, requires_grad=grad)  # B, H, T, D
-    with flop_counter() as counter:
-        y = F.scaled_dot_product_attention(q, q, q, is_causal=True)
-        if grad:
-            y.sum().backward()
-    product = 2 * 2 * 4 * 300 * 300 * 16
-    assert counter.get_total_flops() == (2 + 5 * grad) * product  # backward makes the scores again
+aten = torch.ops.aten
+SAME_COST = {  # operations that PyTorch 2.13 does not count: others with as many FLOP
+    aten.addmm_: aten.addmm,
+    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        aten._scaled_dot_product_flash_attention_backward,
+}
 
 
 def counted(model, batch):
     """FLOP of a forward and backward pass; attention written out, which computes nothing twice."""
-    with flop_counter() as counter, sdpa_kernel(SDPBackend.MATH):
+    for missing, known in SAME_COST.items():
+        flop_registry.setdefault(missing, flop_registry[known])
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss = model(batch) if batch.keys is None else contrast(
             *model(normalise(batch.pixels), batch.ids), batch.keys)
         loss.backward()
@@ -78,7 +65,7 @@ def test_a_checkpoint_says_what_the_run_computed(pipeline, tmp_path):
     tokens = info["settings"]["batch_tokens"] * steps
     ids = torch.zeros(1, info["settings"]["context"], dtype=torch.long)
     formula = GPT(GPTConfig(**info["decoder"])).flops(Batch(ids, ids)) / ids.numel()
-    assert tflop * 1e12 == pytest.approx(tokens * formula, rel=0.4)  # and the optimizer's products
+    assert tflop * 1e12 == pytest.approx(tokens * formula)
     shutil.copytree(pipeline.folder / "pretrain", tmp_path / "again")
     pipeline.run_stage("pretrain", tmp_path / "again", f"--max_steps={steps + 2}")
     again = json.loads((newest(tmp_path / "again") / "config.json").read_text())

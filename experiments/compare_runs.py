@@ -1,17 +1,21 @@
 """Compare runs: cost, losses, scores and the settings that differ, with a plot.
 
-    python eval.py compare out/small/pretrain out/other/pretrain --out=out/comparison
+    python experiments/compare_runs.py out/small/pretrain out/other/pretrain --out=out/comparison
 
 A run is the output folder of a stage. Its scores are those of its newest checkpoint in an eval.json
 (eval.py --tasks --out) or report.json in that folder. Writes report.md and report.html.
 """
 
+import itertools
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from common import checkpoint
 from common.atomic import check_output, writing
-from common.config import UserError, read_json
+from common.config import UserError, parse, read_json, run_main
 from common.report import code, found_scores, score_texts, table, write_report
 from train import log
 
@@ -27,7 +31,7 @@ class Config:
 def compare(folders, out):
     """Write report.md and report.html about the runs in `folders` into the folder `out`."""
     if len(folders) < 2:
-        raise UserError("name two or more runs to compare: python eval.py compare out/a out/b")
+        raise UserError("name two or more runs to compare, like out/a out/b")
     infos, logs, runs = zip(*(read_run(Path(folder)) for folder in folders), strict=True)
     check_output(out, "--out=", folder=True)
     if checkpoint.steps_in(out):
@@ -98,3 +102,12 @@ def plot(names, infos, logs):
                 lines.append((label, points, {"color": f"C{i}", "markersize": 4, **style}))
     alt = "Dots: validation loss. Faint: training loss."
     return [log.curves("loss.png", lines, " or ".join(sorted(units)), alt), alt] if lines else []
+
+
+def main():
+    names = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
+    compare(names, parse(Config, sys.argv[1 + len(names):], "RUN RUN ...").out)
+
+
+if __name__ == "__main__":
+    run_main(main)
