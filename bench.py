@@ -16,7 +16,6 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from benchmarks.decoding import decode_speeds
 from benchmarks.training import STAGES, Training, plan, profile, step_speed
@@ -29,7 +28,6 @@ class Config:
     # --- measurement
     steps: int = 4  # steps of a measurement; there are five measurements, after two warm-up steps
     profile: bool = False  # print the most expensive operations of a step instead
-    peer: Literal["", "transformers"] = ""  # measure its generation beside ours (decode)
     vocabulary: int = 50304  # number of the tokenizer's ids, for plan
 
 
@@ -45,10 +43,7 @@ def main():
     if command == "plan":
         plan(argv[0] if argv else "configs/demo", bench.vocabulary)
     elif command == "decode":
-        show(decode_speeds(*read_config(argv, STAGES[1:]), bench.peer))
-    elif bench.peer:
-        raise UserError("--peer=transformers goes with decode; for training steps: python "
-                        "experiments/llava_speed.py CONFIG and experiments/nanogpt_speed.py FILE")
+        show(decode_speeds(*read_config(argv, STAGES[1:])))
     else:
         training = Training(*read_config(argv, STAGES))
         figures = (profile if bench.profile else step_speed)(training, bench.steps)

@@ -24,9 +24,8 @@ from common.device import peak_memory_gb, pick_device, setup
 from common.images import read_image
 from common.report import ReportImage, lineage_table, sample_blocks, table, write_report
 from data import check_kind
-from evals.contamination import overlaps, sentence
 from evals.metrics import Score
-from evals.runner import TaskRunner
+from evals.runner import runners_of
 from evals.validation import scores_of
 from inference.conversation import Conversation, open_for_chat
 from train.log import duration, price
@@ -46,7 +45,6 @@ class Config:
     # --- benchmarks
     tasks: str = ""  # benchmarks to score instead: NAME:FILE,NAME:FILE
     image_root: str = ""  # folder, zip or tar with their images
-    overlap: bool = True  # whether to search the training data for their questions
     out: str = ""  # folder for the answers to --tasks; empty for none
 
     # --- report
@@ -102,20 +100,11 @@ def score_split(names, cfg, machine, split):
 
 def benchmarks(name, cfg, machine):
     """Score the tasks of --tasks; prints the scores, and writes eval.json into --out."""
-    wanted = [item.strip().partition(":")[::2] for item in cfg.tasks.split(",")]
-    tasks = [task for task, _ in wanted]
     model, tokenizer, info = open_for_chat(name, machine.device)
-    runners = {task if tasks.count(task) == 1 else f"{task}:{Path(path).stem}": TaskRunner(
-        task, path, model, tokenizer, cfg.items, cfg.image_root, cfg.out, info["sha256"])
-        for task, path in wanted}
-    if len(runners) < len(wanted):
-        raise UserError(f"--tasks={cfg.tasks} has one task twice with files of the same name; "
-                        "rename one of them")
     found = {}
-    seen = overlaps(list(runners.values()), info) if cfg.overlap else [None] * len(runners)
-    for (task, runner), overlap in zip(runners.items(), seen, strict=True):
+    for task, runner in runners_of(cfg, model, tokenizer, info, cfg.out).items():
         with tqdm(total=len(runner.questions), desc=task, disable=None) as bar:
-            found[task] = result = {**runner.run(bar.update), "overlap": overlap}
+            found[task] = result = runner.run(bar.update)
         for label, (value, error) in result["scores"].items():
             notes = [f"{result['n']} questions"]
             if result["chance"] is not None and label.startswith("acc"):
@@ -123,8 +112,6 @@ def benchmarks(name, cfg, machine):
             if "text_only" in result:
                 notes.append("text-only {:.3f} ± {:.3f}".format(*result["text_only"][label]))
             print(f"{task + '/' + label:24s} {value:.4f} ± {error:.4f}  ({', '.join(notes)})")
-        if overlap:
-            print(f"({sentence(overlap)})")
         if runner.left_out:
             print(f"({task}: {len(runner.left_out)} left out, such as {runner.left_out[0]})",
                   file=sys.stderr)

@@ -18,6 +18,19 @@ PART = 256  # questions between two writes
 WINDOW = 256  # tokens of a window of text, as in validation.text_loss
 
 
+def runners_of(cfg, model, tokenizer, info, out):
+    """{name: TaskRunner} of --tasks; info: of the checkpoint, as checkpoint.read returns it."""
+    wanted = [item.strip().partition(":")[::2] for item in cfg.tasks.split(",")]
+    tasks = [task for task, _ in wanted]
+    runners = {task if tasks.count(task) == 1 else f"{task}:{Path(path).stem}": TaskRunner(
+        task, path, model, tokenizer, cfg.items, cfg.image_root, out, info["sha256"])
+        for task, path in wanted}
+    if len(runners) < len(wanted):
+        raise UserError(f"--tasks={cfg.tasks} has one task twice with files of the same name; "
+                        "rename one of them")
+    return runners
+
+
 class TaskRunner:
     """The questions of one task's file for one model. out: folder for the answers; checkpoint:
     sha256 of the model; left_out: the rows that are not scored, with the reason."""

@@ -57,7 +57,8 @@ def test_a_vision_step_is_timed_beside_transformers(configs):
 
 
 def test_generation_is_timed_beside_transformers_and_gives_the_same_text(configs):
-    figures, _ = figures_of("decode", configs / "pretrain.py", *SMALL[1:], "--peer=transformers")
+    result = run("experiments/transformers_speed.py", configs / "pretrain.py", *SMALL[1:])
+    figures = json.loads(result.out[result.out.rindex("\n{") :])
     assert figures["same_text"] and "first_token_image_ms" not in figures
     for name in "fp32", "transformers_fp32", "batch_1", "batch_3":
         assert figures[f"{name}_tok_per_s"] > 0
@@ -83,8 +84,6 @@ def test_a_plan_lists_every_stage_and_warns_on_slow_machines(slow, configs, monk
     ((), "which config"),
     (("configs/full/nothing.py",), "vision_sft"),
     (("configs/full/sft.py", "--stepz=3"), "stepz"),
-    (("--peer=nowhere.py",), "--peer"),
-    (("configs/full/sft.py", "--peer=transformers"), "experiments/llava_speed.py"),
     (("plan", "configs/nowhere"), "configs/nowhere"),
 ])
 def test_mistakes_are_named(argv, named, monkeypatch):

@@ -1,4 +1,4 @@
-"""evals/contamination.py: texts and images of a benchmark that are in the training data."""
+"""experiments/contamination.py: texts and images of a benchmark that are in the training data."""
 
 import json
 import random
@@ -13,8 +13,8 @@ from test_tokenizer import say
 
 from common.checkpoint import write_json
 from common.config import seal
-from evals.contamination import hashes, overlaps, sentence, texts_in
 from evals.runner import TaskRunner
+from experiments.contamination import hashes, overlaps, sentence, texts_in
 from prep.convert import resized
 from prep.writers import write_chats, write_manifest, write_shards
 
@@ -106,7 +106,7 @@ def test_choices_and_references_count_but_short_texts_do_not(trained, tmp_path):
 
 def test_every_window_of_every_shard_is_found(trained, monkeypatch):
     """Also those that begin in one block and end in the next."""
-    monkeypatch.setattr("evals.contamination.BLOCK", 100)
+    monkeypatch.setattr("experiments.contamination.BLOCK", 100)
     shards = [np.load(path) for path in sorted((trained.root / "text").glob("train*.npy"))]
     wanted = np.unique(np.concatenate([hashes(ids) for ids in shards]))
     assert len(shards) > 2 and len(wanted) > 0.9 * sum(map(len, shards))

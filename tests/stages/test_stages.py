@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from common import checkpoint
 from common.checkpoint import steps_in
 from common.config import read_json
-from evals.contamination import data_folders
+from experiments.contamination import data_folders
 
 
 def weights(folder):

@@ -1,21 +1,29 @@
 """Which questions and images of a benchmark are in the data that a model was trained on.
 
+    python experiments/contamination.py out/full/vision_sft --tasks=pope:coco_pope.json
+
 A text is found by any 16 consecutive tokens, an image by its bytes, as they are or as prepare.py
 stores them. Not found are paraphrases, shorter texts and images in another crop. It takes 4 minutes
 for 10 B tokens of training data.
 """
 
 import contextlib
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import hub
-from common.config import UserError, read_json
+from common.config import UserError, parse_checkpoint, read_json, run_main
+from common.device import pick_device
 from common.images import ImageError
 from data import Chats, check_tokenizer, read_array, shards_in
+from evals.runner import runners_of
 from evals.tasks import DESCRIBE, LETTER, SHORT
+from inference.conversation import open_for_chat
 from prep.convert import resized
 
 WINDOW = 16  # tokens, a power of 2
@@ -23,6 +31,22 @@ BLOCK = 1 << 18  # tokens hashed at once: they fit a CPU's cache
 BASE, MIX = 0x9E3779B97F4A7C15, np.uint64(0xD6E8FEB86659FD93)
 TABLE = 24  # bits of the hashes in a lookup table that rejects most windows
 NONE = np.empty(0, np.uint64)
+
+
+@dataclass
+class Config:
+    # --- benchmarks, as in eval.py
+    tasks: str = ""  # NAME:FILE,NAME:FILE
+    image_root: str = ""  # folder, zip or tar with their images
+    items: int = 1000  # maximum number of items per task
+
+
+def main():
+    name, cfg = parse_checkpoint(Config)
+    model, tokenizer, info = open_for_chat(name, pick_device("cpu"))
+    runners = runners_of(cfg, model, tokenizer, info, out="")
+    for task, overlap in zip(runners, overlaps(list(runners.values()), info), strict=True):
+        print(f"{task}: {sentence(overlap)}")
 
 
 def overlaps(runners, info):
@@ -132,3 +156,7 @@ def images_in(folders, runner):
             found = {content for content in stored if content in wanted}
             hits |= [not variant.isdisjoint(found) for variant in variants]
     return int(hits.sum()), len(contents)
+
+
+if __name__ == "__main__":
+    run_main(main)
