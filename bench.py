@@ -1,9 +1,8 @@
-"""The speed of training steps and generation.
+"""The speed of training steps.
 
     python bench.py configs/full/pretrain.py                     # a training step of any stage
     torchrun --standalone --nproc_per_node=8 bench.py configs/full/sft.py --micro_rows=16
     python bench.py plan configs/demo                            # minutes of every stage
-    python bench.py decode configs/full/vision_sft.py            # generation
 
 More commands are in docs/performance.md. The data are random, but packed and decoded like real
 ones. Settings of the config's stage can be given too. Except for plan, the output ends with the
@@ -17,7 +16,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.decoding import decode_speeds
 from benchmarks.training import STAGES, Training, plan, profile, step_speed
 from common.config import UserError, parse, run_main
 from tokenizer import SPECIALS
@@ -33,17 +31,14 @@ class Config:
 
 def main():
     argv = sys.argv[1:]
-    command = argv.pop(0) if argv[:1] in (["plan"], ["decode"]) else "step"
+    planning = argv[:1] == ["plan"]
     own = ("--help", *(f"--{field.name}=" for field in dataclasses.fields(Config)))
-    bench = parse(Config, [flag for flag in argv if flag.startswith(own)],
-                  "[plan | decode] CONFIG")
-    argv = [flag for flag in argv if not flag.startswith(own)]
+    bench = parse(Config, [flag for flag in argv if flag.startswith(own)], "[plan] CONFIG")
+    argv = [flag for flag in argv[planning:] if not flag.startswith(own)]
     if bench.steps < 1 or bench.vocabulary <= len(SPECIALS):
         raise UserError(f"--steps must be at least 1, --vocabulary above {len(SPECIALS)}")
-    if command == "plan":
+    if planning:
         plan(argv[0] if argv else "configs/demo", bench.vocabulary)
-    elif command == "decode":
-        show(decode_speeds(*read_config(argv, STAGES[1:])))
     else:
         training = Training(*read_config(argv, STAGES))
         figures = (profile if bench.profile else step_speed)(training, bench.steps)

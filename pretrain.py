@@ -19,6 +19,7 @@ from inference.conversation import sample_texts
 from model import GPT, GPTConfig
 from train.loader import validation_loss
 from train.optim import make_optimizer
+from train.recipe import fill_in
 from train.run import Run
 from vision import describe, open_model
 
@@ -40,11 +41,22 @@ class Config(TrainSettings):
     init: Literal["small", "torch"] = "small"  # small: model.py's; torch: PyTorch's defaults
 
     # --- optimization
-    batch_tokens: int = 524_288  # tokens of a step, in all processes together
+    # tokens of the run per parameter of its blocks, 12 * n_layer * n_embd^2; 23 are 9 B tokens for
+    # the default size. What is -1 follows from it and from the size (train/recipe.py)
+    tokens_per_parameter: float = 23.0
+    max_steps: int = -1  # optimizer steps of the run
+    batch_tokens: int = -1  # tokens of a step, in all processes together
+    muon_lr: float = -1.0  # Muon's peak learning rate
+    momentum: float = -1.0  # Muon's momentum
+    lr: float = -1.0  # AdamW's peak learning rate
+    embedding_lr: float = -1.0  # peak learning rate of token embeddings; 0 for the same as lr
     micro_rows: int = 32  # rows of a forward pass on one GPU: as many as fit its memory
 
     # --- run
     val_rows: int = 512  # rows of an evaluation, always the same ones
+
+    def __post_init__(self):
+        fill_in(self)
 
     def decoder(self, tokenizer):
         """The GPTConfig for these settings and a tokenizer."""

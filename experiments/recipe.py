@@ -247,34 +247,35 @@ def unigram(model, size=10.0):
     model.head.weight[:, 0] = logs / size
 
 
-def bigram(strength=1.0, smoothing=0.0):
+def bigram(share=0.75, smoothing=5.0):
     """The initial model predicts pairs of tokens: embedding and head are factors of their pointwise
-    mutual information (positive part), found by a truncated singular value decomposition."""
+    mutual information, found by a truncated singular value decomposition, in a share of the
+    channels. The others are random, so that all rows of the embedding are as long: the norm
+    before the head divides them by the same number."""
     def change(model):
         import numpy as np
         from scipy.sparse import csr_array
         from scipy.sparse.linalg import svds
-        unigram(model)
-        V, C = model.config.vocab_size, model.config.n_embd
-        ids = tokens_of_train().astype(np.int64)
+        V, C, ids = model.config.vocab_size, model.config.n_embd, tokens_of_train().astype(int)
+        k = round(share * C)
         pairs, n = np.unique(ids[:-1] * V + ids[1:], return_counts=True)
-        a, b = pairs // V, pairs % V
-        counts = np.bincount(ids, minlength=V) + 0.5
-        share = counts / counts.sum()
-        # log of the smoothed p(b | a) / p(b)
-        k = 20.0
-        pmi = np.log((n + k * share[b]) / ((counts[a] + k) * share[b]))
-        # weighted by the root of the frequencies of a, so that frequent tokens are fitted best
-        w = np.sqrt(counts[a] / counts.mean())
-        u, s, vt = svds(csr_array((pmi * w, (a, b)), (V, V)), k=C - 1, random_state=0)
-        left = u / np.sqrt(counts / counts.mean())[:, None]  # (V, C - 1)
-        norms = np.linalg.norm(left, axis=1, keepdims=True)
-        root = np.sqrt(C) / np.median(norms)
-        E = torch.from_numpy(left * root).float()
-        W = torch.from_numpy((vt.T * s) / root).float()
-        # LayerNorm divides by the standard deviation of each row: about norms * root / sqrt(C)
-        model.token_embedding.weight[:, 1:] = E * strength + 0.3 * torch.randn(V, C - 1)
-        model.head.weight[:, 1:] = W
+        a, b, counts = pairs // V, pairs % V, np.bincount(ids, minlength=V) + 0.5
+        p = counts[b] / counts.sum()
+        information = np.log((n + smoothing * p) / ((counts[a] + smoothing) * p))
+        weight = np.sqrt(counts)  # frequent tokens are fitted best
+        u, s, vt = svds(csr_array((information * weight[a], (a, b)), (V, V)), k, random_state=0)
+        left, right = u / weight[:, None] * s**0.5, vt.T * s**0.5
+        norms = np.linalg.norm(left, axis=1)
+        longest = np.quantile(norms, 0.99)
+        size = C**0.5 / longest
+        rest = torch.from_numpy(np.sqrt(np.clip(longest**2 - norms**2, 0, None)) * size).float()
+        noise = torch.nn.functional.normalize(torch.randn(V, C - 1 - k)) * rest[:, None]
+        unigram(model)
+        model.token_embedding.weight[:, 0] = 0
+        model.token_embedding.weight[:, 1:] = torch.cat(
+            (torch.from_numpy(left * size).float(), noise), 1)
+        model.head.weight[:, 1:] = 0
+        model.head.weight[:, 1 : 1 + k] = torch.from_numpy(right / size).float()
     return initial(change)
 
 
@@ -353,6 +354,7 @@ TRIALS = {
     "per_head": ([], initial(per_head)),
     "head_zero": ([], initial(lambda model: model.head.weight.zero_())),
     "mlp_x1.4": ([], parts(mlp=1.4)), "attention_x1.4": ([], parts(attention=1.4)),
+    "bigram_polar": ([], both(bigram(), polar_express)), "bigram_half": ([], bigram(0.5)),
     "unigram_polar": ([], both(initial(unigram), polar_express)),
     "batch_x0.5": (["--batch_tokens=2048"], None), "batch_x2": (["--batch_tokens=8192"], None),
 }

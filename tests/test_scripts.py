@@ -137,7 +137,6 @@ MISTAKES = {  # start of the command: more flags | what the message has
         {runs}/sft --data={bad} | tokenizer""",
     "bench.py": """
         configs/demo/sft.py --steps=0 | --steps
-        decode configs/demo/sft.py --steps=-1 | --steps
         plan configs/demo --vocabulary=2 | --vocabulary""",
     "upload.py": """
         {runs}/sft --gguf={bad} | --gguf={bad}; folder

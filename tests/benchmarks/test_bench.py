@@ -5,6 +5,9 @@ import json
 import pytest
 from conftest import ROOT, STAGES, TINY, run
 
+import bench
+from experiments import generation_speed
+
 SMALL = ("--steps=1", "--device=cpu", "--precision=fp32")
 
 
@@ -21,9 +24,9 @@ def configs(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
     """Fewer tokens and repetitions than for a measurement."""
-    for name, value in {"decoding.PROMPT": 16, "decoding.TOKENS": 8, "decoding.BATCHES": (1, 3),
-                        "decoding.REPEATS": 1, "training.REPEATS": 2}.items():
-        monkeypatch.setattr(f"benchmarks.{name}", value)
+    for name, value in {"PROMPT": 16, "TOKENS": 8, "BATCHES": (1, 3), "REPEATS": 1}.items():
+        monkeypatch.setattr(generation_speed, name, value)
+    monkeypatch.setattr("benchmarks.training.REPEATS", 2)
     for name in "REPEATS", "WARM":
         monkeypatch.setattr(f"experiments.nanogpt_speed.{name}", 1)
 
@@ -57,15 +60,16 @@ def test_a_vision_step_is_timed_beside_transformers(configs):
 
 
 def test_generation_is_timed_beside_transformers_and_gives_the_same_text(configs):
-    result = run("experiments/transformers_speed.py", configs / "pretrain.py", *SMALL[1:])
-    figures = json.loads(result.out[result.out.rindex("\n{") :])
+    cfg = bench.read_config([str(configs / "pretrain.py"), *SMALL[1:]], STAGES)
+    figures = generation_speed.decode_speeds(*cfg, peer=True)
     assert figures["same_text"] and "first_token_image_ms" not in figures
     for name in "fp32", "transformers_fp32", "batch_1", "batch_3":
         assert figures[f"{name}_tok_per_s"] > 0
 
 
 def test_the_first_token_about_an_image_is_timed(configs):
-    figures, _ = figures_of("decode", configs / "vision_sft.py", "--device=cpu")
+    cfg = bench.read_config([str(configs / "vision_sft.py"), "--device=cpu"], STAGES)
+    figures = generation_speed.decode_speeds(*cfg, peer=False)
     assert figures["first_token_ms"] > 0 and figures["first_token_image_ms"] > 0
 
 

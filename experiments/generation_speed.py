@@ -1,17 +1,24 @@
-"""The speed of generation: tokens per second of one conversation and of batches, and the time to
-the first token. experiments/transformers_speed.py compares with transformers.
+"""The speed of generation: tokens per second of one conversation and of batches, the time to the
+first token, and `generate` of transformers beside it, in turn and with the same weights.
 
-    python bench.py decode configs/full/vision_sft.py
+    python experiments/generation_speed.py configs/full/vision_sft.py
+    python experiments/generation_speed.py configs/small/pretrain.py --peer=transformers --n_layer=8
 """
 
 import copy
+import sys
+from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench import read_config, show
 from benchmarks import REPEATS, WARM, in_turn
-from benchmarks.training import build_model, jpeg, tokenizer_of
-from common.device import precision_name, setup
+from benchmarks.training import STAGES, build_model, jpeg, tokenizer_of
+from common.config import run_main
+from common.device import PRECISIONS, precision_name, setup
 from common.images import read_image
+from export.to_transformers import their_model
 from inference.conversation import Conversation, decoder_of, ready_to_chat
 from inference.generate import Decoding, Sampler, Sampling, generate, pick
 from inference.quantized_linear import fastest_precision, for_decoding
@@ -20,8 +27,8 @@ PROMPT, TOKENS = 128, 256  # of one conversation; a batch decodes a quarter of t
 BATCHES = (1, 8, 64)
 
 
-def decode_speeds(cfg, stage, folder, others=lambda decoder, precisions, ids: {}):
-    """{name: figure} of a stage's model. others: returns more functions to time, by name."""
+def decode_speeds(cfg, stage, folder, peer):
+    """{name: figure} of a stage's model; peer: whether to time transformers too."""
     machine, tokenizer = setup(cfg.device, cfg.precision), tokenizer_of(cfg)
     torch.manual_seed(0)
     model = build_model(cfg, stage, folder, tokenizer).to(machine.device)
@@ -36,12 +43,17 @@ def decode_speeds(cfg, stage, folder, others=lambda decoder, precisions, ids: {}
     ids = torch.randint(decoder.config.vocab_size, (max(BATCHES), PROMPT), device=machine.device)
     kinds = {name: our_generate(copy.deepcopy(decoder), name, ids[:1])
              for name in sorted(precisions)}
-    kinds |= others(decoder, precisions, ids[:1])
+    if peer:
+        kinds |= {f"transformers_{name}": their_generate(decoder, name, ids[:1])
+                  for name in sorted(precisions - {"int8"})}
+    texts = {name: run() for name, run in kinds.items()}  # also warms up
+    same = {"same_text": texts["fp32"] == texts["transformers_fp32"]} if peer else {}
     quick = for_decoding(copy.deepcopy(decoder), chosen)
     batches = {B: our_batch(quick, ids[:B]) for B in BATCHES}
     return {"decoding": f"{sum(p.numel() for p in decoder.parameters()) / 1e6:.1f} M",
             "machine": machine.name, "prompt": PROMPT, "tokens": TOKENS,
-            **{f"{name}_tok_per_s": TOKENS / s for name, s in in_turn(kinds, REPEATS, 1).items()},
+            **{f"{name}_tok_per_s": TOKENS / s for name, s in in_turn(kinds, REPEATS, 0).items()},
+            **same,
             **{f"batch_{B}_tok_per_s": B * (TOKENS // 4) / s
                for B, s in in_turn(batches, REPEATS, 1).items()},
             **first_tokens(ready_to_chat(model, chosen), tokenizer)}
@@ -56,6 +68,19 @@ def our_generate(decoder, precision, ids):
         decoding.cut(0)
         x = decoder.token_embedding(ids)
         return list(generate(decoding, x, TOKENS, -1, Sampler(Sampling())))
+
+    return run
+
+
+def their_generate(decoder, precision, ids):
+    """The same by `generate` of transformers' GPTNeoXForCausalLM with our weights."""
+    model = their_model(decoder, None, PRECISIONS[precision]).to(ids.device)
+    model.generation_config.eos_token_id = None  # as many tokens as requested
+
+    @torch.inference_mode()
+    def run():
+        found = model.generate(ids, max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
+        return found[0, ids.size(1):].tolist()
 
     return run
 
@@ -92,3 +117,12 @@ def first_tokens(model, tokenizer):
         kinds["first_token_image_ms"] = lambda: ask([photo])
     seconds = in_turn(kinds, 8 * REPEATS, WARM)  # they take milliseconds
     return {name: median * 1e3 for name, median in seconds.items()}
+
+
+def main():
+    argv = [flag for flag in sys.argv[1:] if flag != "--peer=transformers"]
+    show(decode_speeds(*read_config(argv, STAGES[1:]), len(argv) < len(sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,27 @@
+"""What follows from the size of a decoder: tokens, batch and learning rates of its pretraining.
+
+The rules are fits over several sizes and lengths: docs/recipe.md has the measurements.
+"""
+
+BY_RULE = -1  # the value of a setting that is to be filled in
+
+
+def fill_in(cfg):
+    """Replace each setting of pretrain.Config that is BY_RULE.
+
+    Parameters are those of the blocks, 12 * n_layer * n_embd^2, as in scaling laws: embedding and
+    head depend on the vocabulary. A step is a multiple of `context` tokens.
+    """
+    context, width = max(1, cfg.context), max(1, cfg.n_embd)  # Run refuses others by name
+    tokens = max(1, cfg.tokens_per_parameter * 12 * cfg.n_layer * width**2)
+    fill(cfg, batch_tokens=max(1, round(4096 * (tokens / 1.3e6) ** 0.38 / context)) * context)
+    fill(cfg, max_steps=max(1, round(tokens / max(1, cfg.batch_tokens))))
+    longer = max(1, cfg.max_steps) / 320
+    fill(cfg, muon_lr=0.04 * longer**-0.18, momentum=0.9 if longer < 4 else 0.95,
+         lr=6e-3 / (width / 256) ** 0.7, embedding_lr=0.1)
+
+
+def fill(cfg, **values):
+    for name, value in values.items():
+        if getattr(cfg, name) == BY_RULE:
+            setattr(cfg, name, value)
