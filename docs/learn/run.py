@@ -1,0 +1,55 @@
+"""Runs the chapters, and checks solutions to their exercises.
+
+    python docs/learn/run.py                      # every chapter; draws their pictures
+    python docs/learn/run.py 3                    # chapter 3
+    python docs/learn/run.py 3 my_solutions.py    # checks your functions against chapter 3's tests
+
+The Python blocks of a chapter run one after another in one namespace. For an exercise NAME it
+defines check_NAME(solution), which raises an AssertionError with a hint for a wrong solution.
+"""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent.parent))
+CHAPTERS = sorted(FOLDER.glob("[0-9][0-9]_*.md"))
+
+
+def run(chapter):
+    """The namespace that the blocks of a chapter (a path) leave."""
+    text, names = chapter.read_text(encoding="utf-8"), {"IMAGES": FOLDER / "images"}
+    for block in re.finditer(r"^```python\n(.*?)^```", text, re.M | re.S):
+        line = text.count("\n", 0, block.start(1))
+        exec(compile("\n" * line + block[1], str(chapter), "exec"), names)  # noqa: S102
+    return names
+
+
+def checks(names):
+    """{exercise: its test} of a namespace."""
+    return {name.removeprefix("check_"): test for name, test in names.items()
+            if name.startswith("check_")}
+
+
+def main():
+    number, *solutions = [*sys.argv[1:], ""][:2] if len(sys.argv) > 1 else [""]
+    chosen = [path for path in CHAPTERS if not number or int(path.name[:2]) == int(number)]
+    for chapter in chosen:
+        names = run(chapter)
+        print(f"{chapter.name}: ok")
+        if solutions and solutions[0]:
+            mine = runpy.run_path(solutions[0])
+            for exercise, test in checks(names).items():
+                try:
+                    test(mine[exercise])
+                    print(f"  {exercise}: right")
+                except KeyError:
+                    print(f"  {exercise}: {solutions[0]} has no function of that name")
+                except AssertionError as hint:
+                    print(f"  {exercise}: not yet: {hint}")
+
+
+if __name__ == "__main__":
+    main()
