@@ -8,6 +8,7 @@ The Python blocks of a chapter run one after another in one namespace. For an ex
 defines check_NAME(solution), which raises an AssertionError with a hint for a wrong solution.
 """
 
+import functools
 import re
 import runpy
 import sys
@@ -15,16 +16,23 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent.parent))
+IMAGES = FOLDER / "images"  # where the chapters draw their pictures
 CHAPTERS = sorted(FOLDER.glob("[0-9][0-9]_*.md"))
 
 
 def run(chapter):
     """The namespace that the blocks of a chapter (a path) leave."""
-    text, names = chapter.read_text(encoding="utf-8"), {"IMAGES": FOLDER / "images"}
+    text, names = chapter.read_text(encoding="utf-8"), {"IMAGES": IMAGES}
     for block in re.finditer(r"^```python\n(.*?)^```", text, re.M | re.S):
         line = text.count("\n", 0, block.start(1))
         exec(compile("\n" * line + block[1], str(chapter), "exec"), names)  # noqa: S102
     return names
+
+
+@functools.cache
+def chapter_names(number):
+    """The namespace of a chapter that has run, for solutions that build on it."""
+    return run(next(path for path in CHAPTERS if int(path.name[:2]) == number))
 
 
 def checks(names):
@@ -37,7 +45,7 @@ def main():
     number, *solutions = [*sys.argv[1:], ""][:2] if len(sys.argv) > 1 else [""]
     chosen = [path for path in CHAPTERS if not number or int(path.name[:2]) == int(number)]
     for chapter in chosen:
-        names = run(chapter)
+        names = chapter_names(int(chapter.name[:2]))
         print(f"{chapter.name}: ok")
         if solutions and solutions[0]:
             mine = runpy.run_path(solutions[0])
