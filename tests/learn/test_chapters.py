@@ -10,9 +10,8 @@ from docs.learn.wrong import WRONG
 @pytest.mark.slow
 @pytest.mark.parametrize("chapter", run.CHAPTERS, ids=lambda path: path.stem)
 def test_a_chapter_runs_and_its_exercises_can_be_solved(chapter, monkeypatch, tmp_path):
-    number = int(chapter.name[:2])
     monkeypatch.setattr(run, "IMAGES", tmp_path)
-    names = run.chapter_names(number)
+    names = run.chapter_names(int(chapter.name[:2]))
     assert names["IMAGES"] == tmp_path and any(tmp_path.iterdir())
     for picture in tmp_path.iterdir():
         assert (ROOT / "docs/learn/images" / picture.name).is_file()

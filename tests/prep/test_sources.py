@@ -310,8 +310,7 @@ def test_a_mixture_has_its_shares_of_bytes_and_ends_with_its_first_data_set(hub,
     monkeypatch.setitem(sources.NAMED, "Shorts", ("me/short:b", "CC BY-NC 4.0: not for sale"))
     mixture = sources.data_set(Text(dataset="me/long=3,Shorts=1", split="train"))
     texts = [row["text"] for _, row, _ in mixture.rows()]
-    n_long = sum(map(len, (text for text in texts if text[0] == "l")))
-    n_short = sum(map(len, (text for text in texts if text[0] == "s")))
+    n_long, n_short = (sum(len(t) for t in texts if t[0] == kind) for kind in "ls")
     assert n_long == 20 * 900 and n_short == pytest.approx(n_long / 3, rel=0.15)
     assert [row["text"] for _, row, _ in mixture.rows()] == texts and texts[:2] != texts[2:4]
     said = capsys.readouterr().out
