@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from test_clip import MACHINE
 
 import tokenizer as tokenizers
-from benchmarks import REPEATS, WARM
 from benchmarks.training import RandomChats
 from clip import CLIPConfig, normalise
 from common.config import TrainSettings
 from common.device import Processor
 from experiments.llava_speed import llava_step, unpack
-from experiments.nanogpt_speed import beside_nanogpt, compare
+from experiments.nanogpt_speed import beside_nanogpt
 from export.to_transformers import their_model
 from model import GPTConfig
 from train.packing import Packed
@@ -55,16 +53,6 @@ def test_loss_gradients_and_trained_parameters_are_the_same(stage):
                   for model in (ours, theirs))
     biases = TEXT.n_layer * (3 + 4 + 1) * TEXT.n_embd  # of a NeoX: ours has none
     assert other == one + biases * (stage == "vision_sft")
-
-
-def test_kinds_take_turns_and_are_compared():
-    events = []
-    kinds = {name: lambda name=name: lambda: events.append(name) for name in ("ours", "other")}
-    figures = compare(kinds, MACHINE, "tok", 8, kinds)
-    assert events[4:] == [*kinds] * (WARM + REPEATS)
-    for name, part in (("times", "tok_per_s"), ("memory_of", "peak_gb")):
-        ratio = figures[f"ours_{part}"] / figures[f"other_{part}"]
-        assert figures[f"{name}_other"] == pytest.approx(ratio)
 
 
 @pytest.mark.parametrize("bf16", [True, False])
