@@ -14,10 +14,10 @@ def fill_in(cfg):
     """
     context, width = max(1, cfg.context), max(1, cfg.n_embd)  # Run refuses others by name
     tokens = max(1, cfg.tokens_per_parameter * 12 * cfg.n_layer * width**2)
-    fill(cfg, batch_tokens=max(1, round(4096 * (tokens / 1.3e6) ** 0.38 / context)) * context)
+    fill(cfg, batch_tokens=max(1, round(2900 * (tokens / 1.3e6) ** 0.4 / context)) * context)
     fill(cfg, max_steps=max(1, round(tokens / max(1, cfg.batch_tokens))))
     longer = max(1, cfg.max_steps) / 320
-    fill(cfg, muon_lr=0.04 * longer**-0.18, momentum=0.9 if longer < 4 else 0.95,
+    fill(cfg, muon_lr=0.041 * longer**-0.16, momentum=0.9 if longer < 16 else 0.95,
          lr=6e-3 / (width / 256) ** 0.7, embedding_lr=0.1)
 
 

@@ -1,6 +1,6 @@
 """The recipe this project started from, scaled down to minutes on a CPU (experiments/recipe.py).
 
-3.3 M tokens with the best learning rate of 5e-4, 1e-3 and 2e-3.
+3.3 M tokens with the best learning rate of 2e-3, 4e-3 and 8e-3 (docs/recipe.md).
 """
 
 out = "out/recipe_reference/pretrain"
@@ -18,8 +18,8 @@ micro_rows = 16
 max_steps = 800
 
 optimizer = "adamw"
-lr = 2e-3
-embedding_lr = 2e-3
+lr = 4e-3
+embedding_lr = 4e-3
 beta1 = 0.9
 beta2 = 0.95
 weight_decay = 0.1
