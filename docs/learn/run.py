@@ -4,8 +4,9 @@
     python docs/learn/run.py 3                    # chapter 3
     python docs/learn/run.py 3 my_solutions.py    # checks your functions against chapter 3's tests
 
-The Python blocks of a chapter run one after another in one namespace. For an exercise NAME it
-defines check_NAME(solution), which raises an AssertionError with a hint for a wrong solution.
+The Python blocks of a chapter run one after another in one namespace, in which your file runs too:
+it can use what the chapter has defined. For an exercise NAME the chapter defines
+check_NAME(solution), which raises an AssertionError with a hint for a wrong solution.
 """
 
 import functools
@@ -41,6 +42,18 @@ def checks(names):
             if name.startswith("check_")}
 
 
+def verdict(test, solution):
+    if solution is None:
+        return "there is no function of this name in the file"
+    try:
+        test(solution)
+    except AssertionError as hint:
+        return f"not yet: {hint}"
+    except Exception as error:  # of the learner's code
+        return f"not yet: it raises {type(error).__name__}: {error}"
+    return "right"
+
+
 def main():
     number, *solutions = [*sys.argv[1:], ""][:2] if len(sys.argv) > 1 else [""]
     chosen = [path for path in CHAPTERS if not number or int(path.name[:2]) == int(number)]
@@ -48,15 +61,9 @@ def main():
         names = chapter_names(int(chapter.name[:2]))
         print(f"{chapter.name}: ok")
         if solutions and solutions[0]:
-            mine = runpy.run_path(solutions[0])
+            mine = runpy.run_path(solutions[0], init_globals=names)
             for exercise, test in checks(names).items():
-                try:
-                    test(mine[exercise])
-                    print(f"  {exercise}: right")
-                except KeyError:
-                    print(f"  {exercise}: {solutions[0]} has no function of that name")
-                except AssertionError as hint:
-                    print(f"  {exercise}: not yet: {hint}")
+                print(f"  {exercise}: {verdict(test, mine.get(exercise))}")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def cache_bytes(n_layer, C, T, bytes_per_number):
 
 
 # 9. Chat templates
-def last_answer_only(messages, supervised_lists):
+def last_answer_only(messages):
     last = max(i for i, (_, role) in enumerate(messages) if role == "assistant")
     return [[i == last] * len(ids) for i, (ids, _) in enumerate(messages)]
 

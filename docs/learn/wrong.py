@@ -33,7 +33,7 @@ WRONG = {
     "sample": lambda z, t, u: int(z.argmax()),  # always greedy
     "cache_bytes": lambda n, C, T, b: n * T * C * b,  # keys without values
     # 9
-    "last_answer_only": lambda messages, _: [[role == "assistant"] * len(ids)
+    "last_answer_only": lambda messages: [[role == "assistant"] * len(ids)
                                              for ids, role in messages],  # all answers
     "truncate": lambda ids, mask, T: (ids[:T], mask[:T]),  # in the middle of an answer
     # 10
