@@ -16,8 +16,7 @@ def test_a_chapter_runs_and_its_exercises_can_be_solved(chapter, monkeypatch, tm
     for picture in tmp_path.iterdir():
         assert (ROOT / "docs/learn/images" / picture.name).is_file()
         assert f"(images/{picture.name})" in chapter.read_text(encoding="utf-8")
-    tests = run.checks(names)
-    assert len(tests) == 2
+    assert len(tests := run.checks(names)) == 2
     for exercise, test in tests.items():
         test(getattr(solutions, exercise))
         with pytest.raises((AssertionError, ValueError)):
