@@ -46,9 +46,6 @@ class Config(TrainSettings):
     tokens_per_parameter: float = 23.0
     max_steps: int = -1  # optimizer steps of the run
     batch_tokens: int = -1  # tokens of a step, in all processes together
-    muon_lr: float = -1.0  # Muon's peak learning rate
-    momentum: float = -1.0  # Muon's momentum
-    lr: float = -1.0  # AdamW's peak learning rate
     embedding_lr: float = -1.0  # peak learning rate of token embeddings; 0 for the same as lr
     micro_rows: int = 32  # rows of a forward pass on one GPU: as many as fit its memory
 

@@ -55,7 +55,7 @@ def main():
     loader = run.loader(train, rows, cfg.micro_rows)
     run.note(train.note())
 
-    optimizer = make_optimizer(model, cfg)
+    optimizer = make_optimizer(model, cfg, new=False)
     net = run.start(model, optimizer, tokenizer, {**describe(model), "lineage": lineage(info)})
 
     for step in run.steps():

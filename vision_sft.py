@@ -36,7 +36,7 @@ class Config(TrainSettings):
     init_from: str = "out/vision_pretrain"  # vision checkpoint to start from
 
     # --- optimization
-    projector_lr: float = 1.0  # the projector's learning rates, as a multiple of the decoder's
+    projector_lr: float = 4.0  # the projector's learning rates, as a multiple of the decoder's
     batch_tokens: int = 65_536  # positions of a step, in all processes together
     micro_rows: int = 16  # rows of a forward pass on one GPU: as many as fit its memory
 
@@ -77,7 +77,7 @@ def main():
     loader = run.loader(train, rows, cfg.micro_rows)
     run.note(train.note())
 
-    optimizer = make_optimizer(model, cfg, {"projector.": cfg.projector_lr})
+    optimizer = make_optimizer(model, cfg, {"projector.": cfg.projector_lr}, new=False)
     net = run.start(model, optimizer, tokenizer, {**describe(model), "lineage": lineage(info)})
 
     for step in run.steps():

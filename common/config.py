@@ -42,9 +42,10 @@ class TrainSettings:
     # --- optimization
     max_steps: int = 1000  # optimizer steps of the run
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for matrices, AdamW for the rest
-    muon_lr: float = 0.02  # Muon's peak learning rate
-    momentum: float = 0.95  # Muon's momentum; 0.9 is better for short runs
-    lr: float = 3e-3  # AdamW's peak learning rate
+    # a rate or momentum of -1 follows from the size and the number of steps (train/recipe.py)
+    muon_lr: float = -1.0  # Muon's peak learning rate
+    momentum: float = -1.0  # Muon's momentum
+    lr: float = -1.0  # AdamW's peak learning rate
     embedding_lr: float = 0.0  # peak learning rate of token embeddings; 0 for the same as lr
     weight_decay: float = 0.01  # decoupled weight decay, multiplied by the learning rate
     decay: Literal["matrices", "all"] = "matrices"  # all: also norms, biases and embeddings

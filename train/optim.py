@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from common.config import UserError
 from common.device import all_gather, pick_dtype
+from train.recipe import fill_rates
 
 
 class Muon(torch.optim.Optimizer):
@@ -123,12 +124,14 @@ class Optimizers:
             member.load_state_dict({"state": found["state"], "param_groups": own})
 
 
-def make_optimizer(model, cfg, factors=None):
+def make_optimizer(model, cfg, factors=None, new=True):
     """Optimizers for the parameters of `model` that require a gradient.
 
-    Weight decay applies to matrices that multiply, not to embeddings, norms and biases, unless
-    cfg.decay is "all". factors: {prefix of names: factor of their learning rates}.
+    Fills in the rates of cfg that are left to the rules (recipe.fill_rates; new: whether the
+    weights are). Weight decay applies to matrices that multiply, not to embeddings, norms and
+    biases, unless cfg.decay is "all". factors: {prefix of names: factor of their learning rates}.
     """
+    fill_rates(cfg, getattr(model.config, "n_embd", 0) or model.config.text_width, new)
     factors = {"": 1, **(factors or {})}
     decay_rest = cfg.weight_decay if cfg.decay == "all" else 0.0
     kinds = {"muon": (cfg.muon_lr, cfg.weight_decay),

@@ -21,6 +21,7 @@ from train.async_save import Saver
 from train.loader import Loader
 from train.log import COSTS, Log, per_step, report_run, with_origin
 from train.optim import lr_factor
+from train.recipe import BY_RULE, RATES
 from train.signals import STOPPED_EARLY, StopSignal, end_torchrun
 from train.watchdog import Watch
 from vision import open_model
@@ -39,11 +40,12 @@ class Run:
 
     def __init__(self, cfg, stage):
         self.cfg, self.stage = cfg, stage
+        by_rule = [name for name in RATES if getattr(cfg, name) == BY_RULE]
         for name, lowest in LOWEST.items():
-            if getattr(cfg, name, lowest) < lowest:
+            if getattr(cfg, name, lowest) < lowest and name not in by_rule:
                 raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least {lowest}")
         for name in "momentum", "beta1", "beta2":
-            if not 0 <= getattr(cfg, name) < 1:
+            if not 0 <= getattr(cfg, name) < 1 and name not in by_rule:
                 raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least 0, below 1")
         self.machine = devices.setup(cfg.device, cfg.precision)
         self.device, self.ranks = self.machine.device, self.machine.ranks
@@ -102,6 +104,7 @@ class Run:
         """Resume from the newest checkpoint, if any; returns the network to call in the loop.
         info: kind, model configuration and lineage, for config.json."""
         self.model, self.optimizer, self.tokenizer, self.info = model, optimizer, tokenizer, info
+        self.settings.update(dataclasses.asdict(self.cfg))  # rates by rule are known now
         state = self._load_newest()  # may change the precision
         self.fp16 = torch.amp.GradScaler(self.device.type,
                                          enabled=self.machine.dtype == torch.float16)

@@ -12,4 +12,5 @@ max_steps = 30
 cooldown = 0.7
 eval_every = 30
 muon_lr = 0.06
+momentum = 0.95
 lr = 0.01
