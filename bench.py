@@ -2,22 +2,22 @@
 
     python bench.py configs/full/pretrain.py                     # a training step of any stage
     torchrun --standalone --nproc_per_node=8 bench.py configs/full/sft.py --micro_rows=16
-    python bench.py plan configs/demo                            # minutes of every stage
+    python bench.py plan configs/full                            # before anything is rented
 
-More commands are in docs/performance.md. The data are random, but packed and decoded like real
-ones. Settings of the config's stage can be given too. Except for plan, the output ends with the
-figures as JSON.
+plan lists what every stage needs, with hours and dollars on several GPUs (plan --help). Otherwise
+the output ends with the figures of the step as JSON, and settings of the config's stage can be
+given too. The data are random, but packed and decoded like real ones. More: docs/performance.md.
 """
 
-import dataclasses
 import importlib
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.training import STAGES, Training, plan, profile, step_speed
-from common.config import UserError, parse, run_main
+from benchmarks import plan
+from benchmarks.training import STAGES, Training, random_tokenizer, step_speed
+from common.config import UserError, parse, parse_checkpoint, run_main
 from tokenizer import SPECIALS
 
 
@@ -25,26 +25,24 @@ from tokenizer import SPECIALS
 class Config:
     # --- measurement
     steps: int = 4  # steps of a measurement; there are five measurements, after two warm-up steps
-    profile: bool = False  # print the most expensive operations of a step instead
-    vocabulary: int = 50304  # number of the tokenizer's ids, for plan
 
 
 def main():
     argv = sys.argv[1:]
-    planning = argv[:1] == ["plan"]
-    own = ("--help", *(f"--{field.name}=" for field in dataclasses.fields(Config)))
-    bench = parse(Config, [flag for flag in argv if flag.startswith(own)], "[plan] CONFIG")
-    argv = [flag for flag in argv[planning:] if not flag.startswith(own)]
-    if bench.steps < 1 or bench.vocabulary <= len(SPECIALS):
-        raise UserError(f"--steps must be at least 1, --vocabulary above {len(SPECIALS)}")
-    if planning:
-        plan(argv[0] if argv else "configs/demo", bench.vocabulary)
-    else:
-        training = Training(*read_config(argv, STAGES))
-        figures = (profile if bench.profile else step_speed)(training, bench.steps)
-        if training.run.machine.is_main:
-            show(figures)
-        training.run.machine.leave()
+    if argv[:1] == ["plan"]:
+        folder, cfg = parse_checkpoint(plan.Config, argv[1:], "configs/demo", "plan FOLDER")
+        if cfg.vocabulary <= len(SPECIALS):
+            raise UserError(f"--vocabulary must be above {len(SPECIALS)}")
+        return plan.plan(folder, cfg, random_tokenizer(cfg.vocabulary))
+    own = ("--help", "--steps=")
+    bench = parse(Config, [flag for flag in argv if flag.startswith(own)], "CONFIG")
+    if bench.steps < 1:
+        raise UserError("--steps must be at least 1")
+    training = Training(*read_config([flag for flag in argv if not flag.startswith(own)], STAGES))
+    figures = step_speed(training, bench.steps)
+    if training.run.machine.is_main:
+        show(figures)
+    training.run.machine.leave()
 
 
 def read_config(argv, stages):

@@ -5,7 +5,6 @@
     python prepare.py text --dataset=FineWeb-Edu=2,ClimbMix=1 --max_documents=100000
     python prepare.py chat --dataset=Magpie-Align/Magpie-Phi3-Pro-1M-v0.1 --out=data/magpie
     python prepare.py images --files=llava.json --image_root=images.zip --out=data/captions
-    python prepare.py fineweb --shards=10 --out=data/fineweb  # ready-made GPT-2 tokens
     python prepare.py check llava.json --image_root=images.zip  # before paying for a GPU
 
 The output folder appears when it is complete. Interrupted or killed, the same command resumes. Rows
@@ -22,7 +21,6 @@ from common.config import UserError, parse, run_main
 from common.device import peak_memory_gb
 from prep.check import check
 from prep.convert import convert_chats, convert_text
-from prep.fineweb import fetch_shards
 from prep.toy_dataset import write_demo
 from prep.writers import new_data_set, write_manifest
 
@@ -155,20 +153,8 @@ class Check(Images):
     show: int = 0  # above 0: print chat number N token by token, and nothing else
 
 
-@dataclass
-class FineWeb:
-    """Public shards of FineWeb-Edu as GPT-2 tokens, 100 million tokens each."""
-
-    # --- source
-    repository: str = "ShallowU/FineWeb-Edu-10B-Tokens-NPY"  # data set of the Hugging Face Hub
-    shards: int = 0  # use only the first training shards; 0 for all
-
-    # --- output
-    out: str = "data/fineweb"  # output folder
-
-
 LOWEST = {"stories": 1, "chats": 1, "captions": 1, "conversations": 1, "questions": 1,
-          "held_out": 1, "seed": 0, "max_documents": 0, "max_chats": 0, "shards": 0,
+          "held_out": 1, "seed": 0, "max_documents": 0, "max_chats": 0,
           "shard_tokens": 1, "shard_bytes": 1, "image_size": 8, "context": 2, "patches": 1,
           "batch_tokens": 1, "show": 0,
           "vocabulary": 256 + len(tokenizers.SPECIALS)}  # every byte, and the special tokens
@@ -187,8 +173,7 @@ def demo(cfg):
 
 
 COMMANDS = {"demo": (Demo, demo), "text": (Text, convert_text), "chat": (Chat, convert_chats),
-            "images": (Images, convert_chats), "fineweb": (FineWeb, fetch_shards),
-            "check": (Check, check)}
+            "images": (Images, convert_chats), "check": (Check, check)}
 
 
 def main():

@@ -1,10 +1,9 @@
-"""The speed of a training step of any stage, and a plan of all stages.
+"""The speed of a training step of any stage.
 
 Models have initial weights. The data are random, but go through the same code as real ones: packed
 into rows, images decoded. The sizes of a stage's other parts come from the configs beside its own.
 """
 
-import contextlib
 import dataclasses
 import importlib
 import io
@@ -15,24 +14,21 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from benchmarks import REPEATS, WARM, elapsed
 from clip import CLIP, feature_pulls, normalise
-from common.config import UserError, parse
+from common.config import parse
 from common.device import peak_memory_gb, precision_name
 from common.images import read_image
 from data import Text, check_kind, check_tokenizer
 from model import GPT
 from tokenizer import SPECIALS, Tokenizer, gpt2
-from train.log import duration
 from train.optim import make_optimizer
 from train.packing import Captions, Packed
 from train.run import Run
 from vision import VisionLanguageModel, image_spec
 
-SLOW = 45 * 60  # seconds: about twice what two cores of most laptops need (docs/processors.md)
 STAGES = ("clip_pretrain", "pretrain", "sft", "vision_pretrain", "vision_sft")  # in working order
 
 
@@ -93,42 +89,6 @@ def step_speed(training, n_steps):
             f"{run.unit}_per_step": run.per_step, f"{run.unit}_per_s": rate, "ms": median * 1e3,
             "slowest_ms": max(seconds) * 1e3, "mfu": flop / median / run.peak,
             "gpu_gb": gpu_gb, "host_gb": host_gb}
-
-
-def profile(training, n_steps):
-    """Print the ten operations that take the most time, on the GPU if there is one."""
-    training.take(range(WARM))
-    with torch.profiler.profile() as found:
-        training.take(range(WARM, WARM + n_steps))
-    key = "self_device_time_total" if training.run.device.type == "cuda" else "self_cpu_time_total"
-    print(found.key_averages().table(sort_by=key, row_limit=10))
-    return {"stage": training.run.stage, "steps": n_steps}
-
-
-def plan(folder, vocabulary):
-    """Print the minutes of each stage of `folder` on this machine, from one step of each.
-
-    vocabulary: number of the tokenizer's ids, as the data may not be prepared yet.
-    """
-    stages = [stage for stage in STAGES if (Path(folder) / f"{stage}.py").is_file()]
-    if not stages:
-        raise UserError(f"{folder} has no config of a stage, like {folder}/pretrain.py")
-    tokenizer, total = random_tokenizer(vocabulary), 0.0
-    for stage in stages:
-        with contextlib.redirect_stdout(io.StringIO()):
-            training = Training(settings_of(folder, stage), stage, folder, tokenizer)
-            training.take([0])
-            seconds, n_steps = elapsed(training.take, [1]), training.run.cfg.max_steps
-            training.loader.close()
-        print(f"{stage:16s} {n_steps:6,} steps of {seconds * 1e3:5,.0f} ms: "
-              f"{duration(seconds * n_steps)}", flush=True)
-        total += seconds * n_steps
-    machine = training.run.machine
-    print(f"{'all stages':16s} about {duration(total)} on {machine.name} in "
-          f"{precision_name(machine.dtype)}; evaluations add about a tenth", flush=True)
-    if total > SLOW:
-        print("This machine is slower than any in docs/processors.md. STEPS=0.2 make demo trains "
-              f"the same stages to lower scores in about {duration(0.2 * total)}.")
 
 
 # ---- models and random data ----------------------------------------------------------------------

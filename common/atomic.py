@@ -79,13 +79,13 @@ class NewFolder:
     """A context manager: an empty folder that is renamed to `path` when the block ends, replacing
     an older one, and removed when the block fails. Only one process can make `path` at a time.
 
-    Files in self.work survive an error or a kill for the next start, and are removed at the end;
-    with keep=True the content of the new folder survives too. UserError if it cannot be written.
+    Files in self.work survive an error or a kill for the next start, and are removed at the end.
+    UserError if it cannot be written.
     check(path): raises UserError if what is at `path` may not be replaced, now or when it is.
     """
 
-    def __init__(self, path, keep=False, check=lambda path: None):
-        self.path, self.keep, self.check = Path(os.path.realpath(path)), keep, check
+    def __init__(self, path, check=lambda path: None):
+        self.path, self.check = Path(os.path.realpath(path)), check
         if self.path in (Path.cwd(), *Path.cwd().parents):
             raise UserError(f"{path} is or contains the working folder; choose another folder")
         check(self.path)
@@ -97,9 +97,8 @@ class NewFolder:
             self.work.mkdir(parents=True, exist_ok=True)
             self.lock = os.open(self.work, os.O_RDONLY)
             take_lock(self.lock, f"writing {self.path}")  # freed when the process ends
-            if not self.keep:
-                shutil.rmtree(self.new, ignore_errors=True)
-            self.new.mkdir(exist_ok=True)
+            shutil.rmtree(self.new, ignore_errors=True)
+            self.new.mkdir()
         return self.new
 
     def __exit__(self, kind, error, _):
@@ -108,7 +107,7 @@ class NewFolder:
                 self.check(self.path)
                 publish(self.new, self.path)
             files = [p for p in self.work.rglob("*") if p.is_file() and p.stat().st_size]
-            if kind and any(self.keep or self.new not in file.parents for file in files):
+            if kind and any(self.new not in file.parents for file in files):
                 print(f"completed work is kept in {self.work}; the same command resumes there",
                       flush=True)
             else:

@@ -107,14 +107,14 @@ def parse(config_class, argv=None, usage="[CONFIG]"):
                            for name, value in found.items()})
 
 
-def parse_checkpoint(config_class, argv=None, default=None):
+def parse_checkpoint(config_class, argv=None, default=None, usage="CHECKPOINT [CONFIG]"):
     """(checkpoint name, settings) from `CHECKPOINT [config file] [--name=value ...]`.
 
     default: the name where the command line has none; without a default that is a UserError.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     name = default if not argv or argv[0].startswith("-") else argv.pop(0)
-    settings = parse(config_class, argv, "CHECKPOINT [CONFIG]")
+    settings = parse(config_class, argv, usage)
     if name is None:
         raise UserError(f"name a checkpoint: python {Path(sys.argv[0]).name} out/demo/sft")
     return os.path.expanduser(name), settings

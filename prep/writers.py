@@ -18,10 +18,10 @@ from common.config import UserError, read_json, seal
 IGNORED = ("manifest.json", ".DS_Store")  # files that no manifest lists; the second is of macOS
 
 
-def new_data_set(path, command, keep=False):
+def new_data_set(path, command):
     """The NewFolder of a data set by `prepare.py command`; UserError if `path` has anything that
     this command did not write."""
-    return NewFolder(path, keep, partial(check_replaceable, command=command))
+    return NewFolder(path, partial(check_replaceable, command=command))
 
 
 def check_replaceable(path, command):

@@ -6,8 +6,8 @@ cd "$(dirname "$0")/.."
 started=$(date +%s)
 steps() { awk -v share="${STEPS:-1}" '/^max_steps/ {print int($3 * share + 0.5)}' "configs/demo/$1.py"; }
 
-echo "== python bench.py plan configs/demo"
-python bench.py plan configs/demo --vocabulary=1024
+echo "== python bench.py plan configs/demo --check=True"
+python bench.py plan configs/demo --vocabulary=1024 --check=True
 [ -f data/demo/manifest.json ] || { echo && echo "== python prepare.py demo" && python prepare.py demo; }
 for stage in clip_pretrain pretrain sft vision_pretrain vision_sft; do
     echo && echo "== python $stage.py configs/demo/$stage.py"

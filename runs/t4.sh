@@ -6,7 +6,6 @@ cd "$(dirname "$0")/.."
 source runs/images.sh
 [ -d data/magpie ] || python prepare.py chat --max_chats=150000 --out=data/magpie \
     --dataset=Magpie-Align/Magpie-Phi3-Pro-1M-v0.1
-[ -d data/fineweb ] || python prepare.py fineweb --shards=4 --out=data/fineweb
 for stage in pretrain sft vision_pretrain vision_sft; do
     python $stage.py configs/t4/$stage.py
 done

@@ -4,7 +4,7 @@
 """
 
 out = "out/reference/pretrain"
-data = "data/fineweb"
+data = "hf://ShallowU/FineWeb-Edu-10B-Tokens-NPY"
 
 n_layer = 20
 n_head = 10

@@ -2,7 +2,7 @@
 hours, computed (docs/performance.md)."""
 
 out = "out/t4/pretrain"
-data = "data/fineweb"  # prepare.py fineweb --shards=4
+data = "hf://ShallowU/FineWeb-Edu-10B-Tokens-NPY"  # downloads while it trains
 
 n_layer = 12
 n_head = 8

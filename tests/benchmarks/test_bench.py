@@ -47,11 +47,6 @@ def test_a_step_of_every_stage_is_timed(configs, stage):
     assert figures[f"{unit}_per_s"] == pytest.approx(rate, rel=1e-3)
 
 
-def test_the_most_expensive_operations_are_listed(configs):
-    _, printed = figures_of(configs / "pretrain.py", *SMALL, "--profile=True")
-    assert "aten::mm" in printed
-
-
 def test_a_vision_step_is_timed_beside_transformers(configs):
     result = run("experiments/llava_speed.py", configs / "vision_pretrain.py", *SMALL[1:])
     assert result.status == 0, result.err

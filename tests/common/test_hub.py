@@ -93,17 +93,6 @@ def test_background_downloads_outlast_failures(server, tmp_path, monkeypatch):
     assert len(said) == 1 and "trying again" in said[0]
 
 
-def test_fineweb_downloads_shards_once_and_the_folder_trains(server, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for _ in range(2):
-        result = run("prepare.py", "fineweb", f"--repository={REPOSITORY}", "--shards=2",
-                     "--out=tokens")
-        assert result.status == 0, result.err
-    assert sorted(server.sent) == sorted(NAMES[:3])
-    flags = ("--data=tokens", "--out=out", *TINY["pretrain"], *COMMON)
-    assert run("pretrain.py", *flags).status == 0
-
-
 def test_training_starts_with_the_first_shard(server, tmp_path, monkeypatch):
     """The weights are those of a run that has all shards from the start."""
     say = Log.say

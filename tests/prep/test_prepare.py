@@ -333,7 +333,6 @@ INVALID = {
     "images": ["--image_size=0"],
     "demo": ["--vocabulary=100", "--vocabulary=0", "--image_size=0", "--held_out=0",
              "--captions=0", "--stories=-1", "--questions=0"],
-    "fineweb": ["--shards=-1"],
 }
 
 
@@ -343,7 +342,7 @@ def test_invalid_settings_are_refused_by_name(command, flag, vocabulary, tmp_pat
     row = {"text": "The fox.", "prompt": "a", "output": "b"}
     path = write_rows(tmp_path / "a.jsonl", [row] * 9)
     argv = [command, f"--out={tmp_path}/out", flag.format(tmp=tmp_path)]
-    argv += [f"--files={path}"] * (command not in ("demo", "fineweb"))
+    argv += [f"--files={path}"] * (command != "demo")
     argv += [f"--tokenizer={vocabulary}"] * (command in ("text", "chat", "images"))
     argv += [f"--image_root={tmp_path}"] * (command == "images")
     refusal = run("prepare.py", *argv).refusal

@@ -159,8 +159,9 @@ def test_a_mistake_in_the_command_loses_nothing(pipeline, tmp_path, stage, flags
 
 
 @pytest.mark.parametrize("flag", ["--max_steps=0", "--micro_rows=-1", "--batch_tokens=0",
-                                  "--context=0", "--val_rows=0", "--n_head=0", "--lr=-0.5", "--momentum=-2.0",
-                                  "--grad_clip=-1.0", "--out={}/file", "--out={}/file/run"])
+                                  "--context=0", "--val_rows=0", "--n_head=0", "--lr=-0.5",
+                                  "--momentum=-2.0", "--grad_clip=-1.0", "--out={}/file",
+                                  "--out={}/file/run"])
 def test_settings_that_cannot_be_used_are_named(pipeline, tmp_path, flag):
     flag, file = flag.format(tmp_path), tmp_path / "file"
     file.write_text("kept")
