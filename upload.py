@@ -4,7 +4,6 @@
     python upload.py out/demo/vision_sft --repo=NAME/REPO           # the same, pushed to the hub
     python upload.py out/demo/vision_sft --repo=NAME/REPO --native=True   # for sample.py NAME/REPO
     python upload.py out/demo/vision_sft --space=NAME/SPACE         # app.py with it, as a Space
-    python upload.py out/demo/sft --gguf=model.gguf                 # a text model for llama.cpp
 """
 
 import importlib.metadata
@@ -17,11 +16,10 @@ from pathlib import Path
 from typing import Literal
 
 from common import checkpoint
-from common.atomic import NewFolder, check_output, writing
+from common.atomic import NewFolder
 from common.config import UserError, one_line, parse_checkpoint, run_main
 from common.device import PRECISIONS
 from export.model_card import fill_template, held_out_images, write_card
-from export.to_gguf import write_gguf
 from export.to_transformers import write_folder
 from vision import open_model
 
@@ -41,7 +39,6 @@ class Config:
     to: str = ""  # folder to write for transformers
     repo: str = ""  # NAME/REPO on the hub to push it to
     space: str = ""  # NAME/SPACE on the hub to push app.py and the checkpoint to
-    gguf: str = ""  # file to write for llama.cpp; text-only models
     native: bool = False  # push the checkpoint as it is, for this project, not for transformers
     private: bool = False  # a new repository or Space is private
     overwrite: bool = False  # replace an earlier export, or write into a repository with content
@@ -49,7 +46,6 @@ class Config:
 
     # --- format
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights for transformers
-    gguf_dtype: Literal["f16", "f32"] = "f16"  # of its weights
 
     # --- model card
     license: str = "mit"  # of the weights, for the model card; mind the data's
@@ -58,18 +54,8 @@ class Config:
 
 def main():
     name, cfg = parse_checkpoint(Config)
-    if not any((cfg.to, cfg.repo, cfg.space, cfg.gguf)):
-        raise UserError("name a target: --to, --repo, --space or --gguf")
-    if cfg.gguf:
-        path = Path(cfg.gguf)
-        check_output(path, "--gguf=")
-        if path.exists() and not (cfg.overwrite and path.read_bytes()[:4] == b"GGUF"):
-            raise UserError(f"{path} exists already; choose another name, or replace an earlier "
-                            "export by --overwrite=True")
-        model, tokenizer, info = open_model(name, kinds=("decoder", "vision"))
-        with writing(path, "--gguf="):
-            write_gguf(model, tokenizer, path, cfg.gguf_dtype, chats=info["stage"] != "pretrain")
-        print(f"written: {path}")
+    if not any((cfg.to, cfg.repo, cfg.space)):
+        raise UserError("name a target: --to, --repo or --space")
     if cfg.to:
         check_target(Path(cfg.to), cfg.overwrite)
         with NewFolder(cfg.to) as folder:

@@ -135,14 +135,19 @@ class Mixture:
         self.identity = [list(weights), *(part.identity for part in parts)]
 
     def rows(self):
-        parts, used = [part.rows() for part in self.parts], [0.0] * len(self.parts)
-        while True:
-            i = min(range(len(used)), key=used.__getitem__)
-            found = next(parts[i], None)
-            if found is None:
-                return print(f"the mixture ends with the last row of {self.parts[i].name}")
-            used[i] += found[2] / self.weights[i]
-            yield found
+        parts, rows = [part.rows() for part in self.parts], [0] * len(self.parts)
+        sizes, found = [0] * len(rows), True
+        try:
+            while found:
+                i = min(range(len(sizes)), key=lambda i: sizes[i] / self.weights[i])
+                if found := next(parts[i], None):
+                    rows[i], sizes[i] = rows[i] + 1, sizes[i] + found[2]
+                    yield found
+            print(f"the mixture ends with the last row of {self.parts[i].name}")
+        finally:  # also when no more rows are wanted
+            for part, n, size in zip(self.parts, rows, sizes, strict=True):
+                print(f"{part.name}:{part.subset}".rstrip(":") + f": {n:,} rows, "
+                      f"{size / 1e6:,.1f} MB, {size / max(1, sum(sizes)):.0%}")
 
 
 def data_set(cfg):

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# One stage on several machines of a Slurm cluster.
+# One stage on several machines of a Slurm cluster, or a whole run on one.
 #   sbatch --nodes=2 --gpus-per-node=8 runs/slurm.sh pretrain.py configs/full/pretrain.py
+#   sbatch --nodes=1 --gpus-per-node=8 runs/slurm.sh runs/full.sh
 # The folder of submission, the data and --out must be on a disk that all machines share.
 # Preempted, or near its time limit, the job saves, is requeued and resumes.
 #SBATCH --job-name=nanogpt-vision
@@ -28,9 +29,10 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # Slurm signals only this script (B:) some minutes before the end; srun forwards it to torchrun.
 stopped=
 trap 'stopped=yes; kill -TERM "$step"' TERM
-srun --kill-on-bad-exit=0 torchrun --nnodes="$SLURM_NNODES" \
-    --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" --rdzv_backend=c10d \
-    --rdzv_endpoint="$head:29500" --rdzv_id="$SLURM_JOB_ID" --max-restarts=3 "$@" > "$log" 2>&1 &
+launch=(torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}"
+    --rdzv_backend=c10d --rdzv_endpoint="$head:29500" --rdzv_id="$SLURM_JOB_ID" --max-restarts=3)
+case $1 in *.sh) launch=(bash) ;; esac
+srun --kill-on-bad-exit=0 "${launch[@]}" "$@" > "$log" 2>&1 &
 step=$!
 wait "$step"
 status=$?

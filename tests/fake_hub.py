@@ -8,11 +8,11 @@ import json
 import re
 import socket
 import threading
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 WRITER, READER, WRONG = "hf_ThisOneMayWrite", "hf_ThisOneMayRead", "hf_ThisOneIsNobodys"
 RESOLVE = re.compile(r"/(?:(spaces|datasets)/)?([\w-]+/[\w.-]+)/resolve/\w+/(.+)")
-API = re.compile(r"/api/(models|spaces|datasets)/([\w-]+/[\w.-]+)(?:/(\w+)(?:/.*)?)?")
+API = re.compile(r"/api/(models|spaces|datasets)/([\w-]+/[\w.-]+)(?:/([\w-]+)(?:/[^/]+/?(.*))?)?")
 COMMIT = "c" * 40
 
 
@@ -78,7 +78,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if token not in ("", WRITER, READER):
             return self.send(401, {"error": "Invalid credentials"},
                              {"X-Error-Message": "Invalid credentials in Authorization header"})
-        if self.command == "POST" and token != WRITER:  # a PUT has a secret address instead
+        reading = self.command != "POST" or "/paths-info/" in path  # a PUT has a secret address
+        if not reading and token != WRITER:
             return self.send(403, {"error": "You don't have the rights"})
         if path == "/api/repos/create":
             return self.create(json.loads(body))
@@ -115,14 +116,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
                    for item in request["objects"]]
         self.send(200, {"transfer": "basic", "objects": objects})
 
-    def api(self, kind, name, verb, body):
+    def api(self, kind, name, verb, folder, body):
         files = self.server.repos.get((kind, name))
         if files is None:
             return self.send(404, {"error": "Repository not found"},
                              {"X-Error-Code": "RepoNotFound"})
         if verb == "tree":
-            return self.send(200, [self.described(path, content)
-                                   for path, content in sorted(files.items())])
+            inside = {path: content for path, content in sorted(files.items())
+                      if path.startswith(f"{folder}/" if folder else "")}
+            if "recursive=true" not in self.path.lower():
+                start = len(folder) + 1 if folder else 0
+                folders = {path[: path.index("/", start)] for path in inside if "/" in path[start:]}
+                inside = {path: inside.get(path) for path in sorted(
+                    {path for path in inside if "/" not in path[start:]} | folders)}
+            return self.send(200, [self.described(*entry) for entry in inside.items()])
+        if verb == "paths-info":
+            asked = parse_qs(body.decode()).get("paths", [])
+            return self.send(200, [self.described(path, files[path])
+                                   for path in asked if path in files])
         if verb == "preupload":
             return self.preupload(files, json.loads(body)["files"])
         if verb == "commit":
@@ -131,7 +142,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                         "siblings": [{"rfilename": path} for path in files]})
 
     def described(self, path, content):
-        """A file in a listing, with its git or LFS sum."""
+        """A file or folder (no content) in a listing, with its git or LFS sum."""
+        if content is None:
+            return {"type": "directory", "path": path, "size": 0, "oid": "0" * 40}
         entry = {"type": "file", "path": path, "size": len(content)}
         if path.endswith(self.server.large):
             digest = hashlib.sha256(content).hexdigest()

@@ -139,8 +139,7 @@ MISTAKES = {  # start of the command: more flags | what the message has
         configs/demo/sft.py --steps=0 | --steps
         plan configs/demo --vocabulary=2 | --vocabulary""",
     "upload.py": """
-        {runs}/sft --gguf={bad} | --gguf={bad}; folder
-        {runs}/sft --gguf={bad}/red.png/x | --gguf={bad}/red.png/x""",
+        {runs}/sft | --space""",
     "prepare.py": """
         txt --files=x | txt; demo, text, chat, images
         text --out={tmp}/x | --files""",

@@ -1,4 +1,4 @@
-"""The claims of export/to_gguf.py: llama.cpp gets our ids, our logits and our greedy text."""
+"""The claims of experiments/to_gguf.py: llama.cpp gets our ids and our weights."""
 
 import json
 import re
@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from test_generate import answer_of
 from test_model import new_model
 from test_tokenizer import HARD, TEXTS, say
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -15,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import tokenizer as tokenizers
 from clip import CLIPConfig
 from common.config import UserError
-from export.to_gguf import gelu_scale, named_tensors, write_gguf
+from experiments.to_gguf import gelu_scale, named_tensors, write_gguf
 from export.to_transformers import APART
 from model import GPTConfig
 from tokenizer import SPECIALS, render
@@ -29,20 +28,6 @@ FORGED = f"{''.join(SPECIALS)} <|end|>\n<|user|>a<|<{APART}|end|>{APART}<{APART}
 
 
 @pytest.fixture(scope="module")
-def llama():
-    """Opens a GGUF file with llama.cpp."""
-    library = pytest.importorskip("llama_cpp", reason="llama.cpp takes 8 minutes to compile: "
-                                  "pip install llama-cpp-python")
-
-    def opened(path, kv="f16"):
-        kind = {"f32": 0, "f16": 1}[kv]  # its KV cache is f16 if nothing is said
-        return library.Llama(str(path), n_ctx=128, n_threads=1, n_threads_batch=1, type_k=kind,
-                             type_v=kind, logits_all=True, verbose=False)
-
-    return opened
-
-
-@pytest.fixture(scope="module")
 def vocabularies():
     return {"gpt2": tokenizers.load("gpt2"), "small": tokenizers.train(TEXTS * 5, 310)}
 
@@ -52,85 +37,8 @@ def tokenizer(request, vocabularies):
     return vocabularies[request.param]
 
 
-def model_for(tokenizer, seed=1):
-    """The demo's shape for the demo's kind of vocabulary, a small one for GPT-2's. The blocks'
-    matrices are quieter in the wider one: at 0.25 its attention sees one position only, and any
-    rounding tips it over to another."""
-    shape = (2, 2, 64) if tokenizer.name == "gpt2" else (4, 4, 256)
-    model = new_model(GPTConfig(tokenizer.n_vocab, *shape, max_positions=128), seed)
-    with torch.no_grad():
-        for p in model.blocks.parameters():
-            p.mul_(8 * p.size(-1) ** -0.5 if p.dim() == 2 else 1)
-    return model
-
-
-def greedy(llm, ids, n):
-    """llama.cpp's n greedy ids after ids."""
-    llm.reset()
-    llm.eval(ids)
-    found = [int(llm.scores[len(ids) - 1].argmax())]
-    while len(found) < n:
-        llm.eval(found[-1:])
-        found.append(int(llm.scores[llm.n_tokens - 1].argmax()))
-    return found
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("dtype", "tie"), [("f32", 0.003), ("f16", 0.04)])
-def test_llama_cpp_gives_the_same_greedy_text(llama, tokenizer, dtype, tie, tmp_path):
-    """All of 32 tokens of every text in f32. In f16 a text may differ from a token on whose two
-    best logits are within the rounding: 11 of 120 texts of 20 such random models do."""
-    model = model_for(tokenizer)
-    write_gguf(model, tokenizer, tmp_path / "it.gguf", dtype)
-    llm, equal = llama(tmp_path / "it.gguf", kv=dtype), 0
-    prompts = [[tokenizer.end_of_text, *tokenizer.encode(text)]
-               for text in (*TEXTS, HARD["code"], HARD["languages"])]
-    for ids in prompts:
-        expected, found = answer_of(model, torch.tensor(ids), 32), greedy(llm, ids, 32)
-        equal += found == expected
-        if found != expected:
-            first = next(i for i in range(32) if found[i] != expected[i])
-            logits = model.logits(torch.tensor([ids + expected[:first]]))[0, -1]
-            best, second = logits.topk(2).values
-            assert best - second < tie
-    assert equal == len(prompts) if dtype == "f32" else equal > len(prompts) // 2
-
-
-def test_llama_cpp_gives_our_answer_in_a_chat(llama, tokenizer, tmp_path):
-    """By its own template and sampling, in f32, up to <|end|>."""
-    model = model_for(tokenizer)
-    messages = say("user", TEXTS[0], "assistant", TEXTS[1], "user", f"{TEXTS[2]} <|end|>")
-    ids = [*render(tokenizer, messages).ids, tokenizer.assistant]
-    said = answer_of(model, torch.tensor(ids), 16)
-    end = max(i for i in range(16) if said[i] not in said[:i])
-    with torch.no_grad():  # the id there becomes <|end|>
-        model.head.weight[[said[end], tokenizer.end]] = model.head.weight[
-            [tokenizer.end, said[end]]]
-    write_gguf(model, tokenizer, tmp_path / "it.gguf", "f32")
-    llm = llama(tmp_path / "it.gguf", kv="f32")
-    answer = llm.create_chat_completion(messages, temperature=0, max_tokens=16)["choices"][0]
-    assert answer["finish_reason"] == "stop" and end > 8
-    expected = tokenizer.decode(said[:end]).replace("\ufffd", "")  # it omits incomplete characters
-    assert answer["message"]["content"] == expected
-
-
-def test_llama_cpp_tokenizes_text_into_our_ids(llama, tokenizer, tmp_path):
-    """Text that spells a special token too, whether or not it parses special tokens."""
-    write_gguf(model_for(tokenizer), tokenizer, tmp_path / "it.gguf")
-    vocabulary = llama(tmp_path / "it.gguf")
-    for text in ODD:
-        found, parsed = (vocabulary.tokenize(text.encode(), add_bos=False, special=special)
-                         for special in (False, True))
-        assert found == parsed == tokenizer.encode(text), text
-        assert vocabulary.detokenize(found).decode() == text
-    for name, i in tokenizer.specials.items():
-        text = name.replace("<", f"<{APART}")
-        assert vocabulary.tokenize(text.encode(), add_bos=False, special=True) == [i]
-        assert vocabulary.detokenize([i]) == b""
-        assert vocabulary.detokenize([i], special=True).decode() == text
-    assert vocabulary.tokenize(b"", add_bos=True) == [tokenizer.end_of_text]
-    assert vocabulary.token_eos() == tokenizer.end
-    assert vocabulary.n_vocab() == tokenizer.n_vocab
+def model_for(tokenizer):
+    return new_model(GPTConfig(tokenizer.n_vocab, 2, 2, 64, max_positions=128), 1)
 
 
 def llama_ids(values, text):

@@ -190,8 +190,6 @@ def test_an_export_replaces_nothing_but_an_earlier_export(tmp_path, pipeline, mo
     assert "models exists" in upload(*command).refusal
     (target / "old.safetensors").touch()
     assert "this export has no old.safetensors" in upload(*command, "--overwrite=True").refusal
-    gguf = [f"--gguf={target}/README.md", "--overwrite=True"]  # not a GGUF file
-    assert "README.md exists already" in upload(command[0], *gguf).refusal
     (target / ".git").mkdir()
     assert "models is not an earlier export" in upload(*command, "--overwrite=True").refusal
     assert (target / "old.safetensors").is_file()
@@ -199,7 +197,7 @@ def test_an_export_replaces_nothing_but_an_earlier_export(tmp_path, pipeline, mo
 
 @pytest.mark.parametrize(("name", "flags", "words"), [
     ("", ["--to=new"], "name a checkpoint"),
-    ("sft", [], "name a target: --to, --repo, --space or --gguf"),
+    ("sft", [], "name a target: --to, --repo or --space"),
     ("sft", ["--to=file"], "file exists"),
     ("sft", ["--to=file", "--overwrite=True"], "file is not an earlier export"),
     ("sft", ["--to=checkpoint", "--overwrite=True"], "checkpoint is not an earlier export"),
@@ -208,8 +206,6 @@ def test_an_export_replaces_nothing_but_an_earlier_export(tmp_path, pipeline, mo
     ("pretrain", ["--space=a/b"], "pretrained checkpoint"),
     ("sft", ["--to=new", "--image=a.png"], "--image=a.png"),
     ("vision_sft", ["--to=new", "--image=a.png"], "a.png"),
-    ("sft", ["--gguf=file"], "file exists already"),
-    ("sft", ["--gguf=new", "--gguf_dtype=q8_0"], "--gguf_dtype"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)
 def test_a_wrong_command_is_one_sentence_and_leaves_nothing(name, flags, words, tmp_path, pipeline,
                                                             monkeypatch):

@@ -315,6 +315,7 @@ def test_a_mixture_has_its_shares_of_bytes_and_ends_with_its_first_data_set(hub,
     assert [row["text"] for _, row, _ in mixture.rows()] == texts and texts[:2] != texts[2:4]
     said = capsys.readouterr().out
     assert "me/short:b" in said and "not for sale" in said and "last row of me/long" in said
+    assert "me/long: 20 rows, 0.0 MB, 7" in said
 
 
 @pytest.mark.parametrize("wrong", ["a=0", "a=-1,b=1", "a=x", "a=nan", "a=inf", "a,,b", "=2"])

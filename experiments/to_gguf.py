@@ -1,5 +1,7 @@
 """Export a decoder as one GGUF file, for llama.cpp and the programs that build on it.
 
+    python experiments/to_gguf.py out/demo/sft --out=model.gguf     # pip install gguf
+
 Its architecture there, gptneox, has GELU where we have ReLU. GELU(s x) / s approaches ReLU(x) as s
 grows, so the matrix before it is multiplied by s and the one after it by 1/s (`gelu_scale`). q, k
 and v are stored as ours are, not interleaved by head as in `transformers`; every product except the
@@ -8,14 +10,21 @@ character; so a noncharacter is part of these tokens' names, and the template re
 """
 
 import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from common.config import UserError
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.atomic import check_output, writing
+from common.config import UserError, parse_checkpoint, run_main
 from export.to_transformers import APART, chat_template
 from model import GPT
 from tokenizer import gpt2_files
+from vision import open_model
 
 CHAT_TEMPLATE = chat_template(OPEN=f"<{APART}", TYPED=APART, SHOWN="", BETWEEN="")
 DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16"}  # of matrices, and the file type in GGUF
@@ -26,6 +35,25 @@ MAX_SCALE, MIN_SCALE = 256, 16
 PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 BPE_OPTIONS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
                "byte_fallback", "ignore_merges")  # llama.cpp has none of them
+
+
+@dataclass
+class Config:
+    # --- output
+    out: str = "model.gguf"  # a new file
+    dtype: Literal["f16", "f32"] = "f16"  # of the matrices
+
+
+def main():
+    name, cfg = parse_checkpoint(Config)
+    path = Path(cfg.out)
+    check_output(path, "--out=")
+    if path.exists():
+        raise UserError(f"{path} exists already; choose another --out")
+    model, tokenizer, info = open_model(name, kinds=("decoder", "vision"))
+    with writing(path, "--out="):
+        write_gguf(model, tokenizer, path, cfg.dtype, chats=info["stage"] != "pretrain")
+    print(f"written: {path}")
 
 
 def write_gguf(model, tokenizer, path, dtype="f16", chats=True):
@@ -136,3 +164,7 @@ def bpe_of(tokenizer):
         raise UserError("llama.cpp does not split text like this tokenizer.json: only a plain "
                         "byte-level BPE, such as prepare.py trains, can be in a GGUF file")
     return bpe["vocab"], [m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]]
+
+
+if __name__ == "__main__":
+    run_main(main)
