@@ -61,7 +61,7 @@ class Stage:
             self.model = build_model(self.cfg, stage, folder, tokenizer, settings).train()
         with tempfile.TemporaryDirectory() as out:
             cfg = dataclasses.replace(self.cfg, out=out)
-            data = random_data(cfg, stage, self.model, tokenizer)
+            data = random_data(cfg, stage, self.model, tokenizer, n=512)
             self.samples = [data.batch(range(n)) for n in (2, 4)]
         self.units = per_step(dataclasses.asdict(cfg)) * cfg.max_steps
         self.rows = cfg.batch_pairs if self.is_clip else cfg.batch_tokens // cfg.context

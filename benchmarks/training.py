@@ -125,8 +125,8 @@ def build_model(cfg, stage, folder, tokenizer, settings=settings_of):
     return model
 
 
-def random_data(cfg, stage, model, tokenizer):
-    """A data set for a stage's loader."""
+def random_data(cfg, stage, model, tokenizer, n=8192):
+    """A data set for a stage's loader, of n chats: so many that rows fill up."""
     if stage == "pretrain":
         ids = np.random.default_rng(0).integers(0, tokenizer.n_vocab, 10**6, dtype=np.uint16)
         np.save(Path(cfg.out) / "train.npy", ids)
@@ -135,7 +135,7 @@ def random_data(cfg, stage, model, tokenizer):
                "vision_sft": 200}
     spec = (image_spec(model.config) if stage == "clip_pretrain"
             else getattr(model, "image_spec", None))
-    chats = RandomChats(tokenizer, lengths[stage], spec.size if spec else 0)
+    chats = RandomChats(tokenizer, lengths[stage], spec.size if spec else 0, n)
     if stage == "clip_pretrain":
         return Captions(chats, tokenizer, spec, cfg.context)
     return Packed([chats], cfg.context, tokenizer, spec)
@@ -146,7 +146,7 @@ class RandomChats:
 
     folder, has_images, manifest = "random chats", True, {}
 
-    def __init__(self, tokenizer, length, image_size=0, n=8192):  # so many that rows fill up
+    def __init__(self, tokenizer, length, image_size, n):
         self.tokenizer, self.length, self.n = tokenizer, length, n
         self.files = [jpeg(image_size, image_size)] if image_size else []
 

@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.training import (
     STAGES,
-    RandomChats,
     Training,
     build_model,
+    random_data,
     random_tokenizer,
     settings_of,
 )
@@ -124,7 +124,7 @@ def serve(model, tokenizer):
 
 def main(folder, capability, vocabulary, out):
     simulate(tuple(map(int, capability.split("."))))
-    RandomChats.__init__.__defaults__ = 0, 1024  # as many as fill the rows of a few steps
+    random_data.__defaults__ = (1024,)  # chats: as many as fill the rows of a few steps
     found, tokenizer = {}, load(vocabulary)
     large = random_tokenizer()
     with FakeTensorMode(allow_non_fake_inputs=True), Kernels(), WATCH:

@@ -1,6 +1,7 @@
 """bench.py times the steps of every stage, generation, and plans a whole pipeline."""
 
 import json
+import re
 
 import pytest
 from conftest import ROOT, STAGES, TINY, run
@@ -69,14 +70,38 @@ def test_the_first_token_about_an_image_is_timed(configs):
 
 
 @pytest.mark.parametrize("slow", [False, True])
-def test_a_plan_lists_every_stage_and_warns_on_slow_machines(slow, configs, monkeypatch):
-    monkeypatch.setattr("benchmarks.training.SLOW", 0.0 if slow else 1e9)
-    result = run("bench.py", "plan", configs, "--vocabulary=512")
+def test_a_plan_times_every_stage_and_warns_on_slow_machines(slow, configs, monkeypatch):
+    monkeypatch.setattr("benchmarks.plan.SLOW", 0.0 if slow else 1e9)
+    result = run("bench.py", "plan", configs, "--vocabulary=512", "--check=True")
     assert result.status == 0, result.err
-    lines = result.out.splitlines()
+    lines = result.out[result.out.rindex("clip_pretrain ") :].splitlines()
     assert [line.split()[0] for line in lines[:6]] == [*STAGES, "all"]
     assert [("STEPS=0.2 make demo" in line) for line in lines[6:]] == [True] * slow
-    assert all(" steps of" in line for line in lines[:5])
+    assert all(" steps of" in line and "(measured)" in line for line in lines[:5])
+
+
+@pytest.mark.slow
+def test_a_plan_computes_size_work_memory_and_price(tmp_path, monkeypatch):
+    """By hand for the reference's decoder; memory within a fifth of tests/gpu/recorded.json."""
+    monkeypatch.chdir(ROOT)
+    gpu = {"name": "X", "gpus": 8, "memory_gib": 80, "tflops": 300, "mfu": 0.5,
+           "dollars_per_hour": 16}
+    (tmp_path / "gpus.json").write_text(json.dumps([gpu, {**gpu, "name": "Y", "memory_gib": 1}]))
+    result = run("bench.py", "plan", "configs/full", "--gpu=X", f"--gpus={tmp_path}/gpus.json",
+                 f"--out={tmp_path}")
+    assert result.status == 0, result.err
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["gpus"]["Y"]["pretrain"] == {} and "does not fit" in result.out
+    pretrain, flop = found["gpus"]["X"]["pretrain"], 3.06e9 * 524_288 * 17_166
+    assert pretrain["seconds"] == pytest.approx(flop / (8 * 150e12), rel=0.01)
+    assert pretrain["dollars"] == pytest.approx(pretrain["seconds"] / 225)
+    assert found["flags"]["pretrain"] == "--micro_rows=64" and "| 522.12 |" in result.out
+    counted = json.loads((ROOT / "tests/gpu/recorded.json").read_text())["full, 9.0"]
+    assert pretrain["gb"] == pytest.approx(counted["pretrain"]["peak_gb"], rel=0.25)
+    larger, smaller = (run("bench.py", "plan", "configs/full", f"--budget={budget}").out
+                       for budget in (1000, 40))
+    layers = [int(re.search(r"--n_layer=(\d+)", out)[1]) for out in (larger, smaller)]
+    assert layers[0] == 24 > layers[1] > 4
 
 
 @pytest.mark.parametrize(("argv", "named"), [
@@ -84,6 +109,8 @@ def test_a_plan_lists_every_stage_and_warns_on_slow_machines(slow, configs, monk
     (("configs/full/nothing.py",), "vision_sft"),
     (("configs/full/sft.py", "--stepz=3"), "stepz"),
     (("plan", "configs/nowhere"), "configs/nowhere"),
+    (("plan", "configs/full", "--gpu=Z"), "A100 80 GB"),
+    (("plan", "configs/full", "--budget=ten"), "--budget=ten"),
 ])
 def test_mistakes_are_named(argv, named, monkeypatch):
     monkeypatch.chdir(ROOT)

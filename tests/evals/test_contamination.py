@@ -4,7 +4,6 @@ import json
 import random
 import types
 
-import numpy as np
 import pytest
 from conftest import encoded
 from PIL import Image
@@ -12,9 +11,8 @@ from test_conversation import TOKENIZER, new_model
 from test_tokenizer import say
 
 from common.checkpoint import write_json
-from common.config import seal
 from evals.runner import TaskRunner
-from experiments.contamination import hashes, overlaps, sentence, texts_in
+from experiments.contamination import overlaps, sentence
 from prep.convert import resized
 from prep.writers import write_chats, write_manifest, write_shards
 
@@ -104,17 +102,6 @@ def test_choices_and_references_count_but_short_texts_do_not(trained, tmp_path):
     assert "too short" in sentence(short)
 
 
-def test_every_window_of_every_shard_is_found(trained, monkeypatch):
-    """Also those that begin in one block and end in the next."""
-    monkeypatch.setattr("experiments.contamination.BLOCK", 100)
-    shards = [np.load(path) for path in sorted((trained.root / "text").glob("train*.npy"))]
-    wanted = np.unique(np.concatenate([hashes(ids) for ids in shards]))
-    assert len(shards) > 2 and len(wanted) > 0.9 * sum(map(len, shards))
-    other = wanted + np.uint64(1)
-    found = texts_in([trained.root / "text"], np.union1d(wanted, other), TOKENIZER)
-    assert found.tolist() == wanted.tolist()
-
-
 def test_planted_images_are_found_and_no_others(trained, tmp_path):
     """As the files that were prepared, or as prepare.py stores them."""
     files = {"a.png": picture("blue"), "b.png": stored(picture("green")),
@@ -131,14 +118,3 @@ def test_without_the_training_data_contamination_is_unknown(tmp_path):
                       {"settings": {"data": str(tmp_path / "x")}})
     assert found["texts"] is found["images"] is None and found["searched"] == []
     assert "unknown" in sentence(found)
-
-
-def test_texts_of_another_tokenizer_are_skipped_but_not_their_images(trained, tmp_path):
-    """As those of a CLIP with its own vocabulary."""
-    path = trained.root / "chats/manifest.json"
-    text = path.read_text().replace(TOKENIZER.fingerprint, "another")
-    path.write_text(json.dumps(seal(json.loads(text))))
-    (tmp_path / "a.png").write_bytes(picture("blue"))
-    runner = task_runner("pope", tmp_path, [question(trained.said[1], "a.png")])
-    found, = overlaps([runner], trained.info)
-    assert found["texts"] == 0 and found["images"] == 1

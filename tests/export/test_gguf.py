@@ -1,24 +1,18 @@
 """The claims of experiments/to_gguf.py: llama.cpp gets our ids and our weights."""
 
-import json
 import re
-import sys
 
 import pytest
-import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from test_model import new_model
 from test_tokenizer import HARD, TEXTS, say
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import tokenizer as tokenizers
-from clip import CLIPConfig
-from common.config import UserError
-from experiments.to_gguf import gelu_scale, named_tensors, write_gguf
+from experiments.to_gguf import write_gguf
 from export.to_transformers import APART
 from model import GPTConfig
 from tokenizer import SPECIALS, render
-from vision import VisionLanguageModel
 
 gguf = pytest.importorskip("gguf", reason="GGUF files are written by a package: pip install gguf")
 
@@ -88,42 +82,3 @@ def test_the_file_sets_what_llama_cpp_would_guess_wrong(vocabularies, tmp_path):
     types = {(len(tensor.shape), tensor.tensor_type.name) for tensor in reader.tensors}
     assert types == {(2, "F16"), (1, "F32")}
     assert [file.name for file in tmp_path.iterdir()] == ["it.gguf"]
-
-
-def test_scaling_for_the_gelu_is_exact(vocabularies):
-    """By powers of two, so that fp32 weights can be recovered."""
-    model = model_for(vocabularies["small"])
-    block = model.blocks[1]
-    with torch.no_grad():
-        block.mlp.up.weight.mul_(torch.logspace(-3, 2, len(block.mlp.up.weight))[:, None])
-    named, s = named_tensors(model), gelu_scale(block)
-    assert s.max() == 256 and s.min() < 64
-    assert torch.equal(named["blk.1.ffn_up.weight"] / s[:, None], block.mlp.up.weight)
-    assert torch.equal(named["blk.1.ffn_down.weight"] * s, block.mlp.down.weight)
-
-
-@torch.no_grad()
-def test_what_llama_cpp_cannot_open_is_refused(vocabularies, tmp_path, monkeypatch):
-    """A vision model, tokenizers that split text in other ways, numbers beyond f16."""
-    small = vocabularies["small"]
-    model = model_for(small)
-
-    def refused(match, model=model, tokenizer=small, dtype="f16"):
-        with pytest.raises(UserError, match=match):
-            write_gguf(model, tokenizer, tmp_path / "it.gguf", dtype)
-        assert not (tmp_path / "it.gguf").exists()
-
-    refused("text-only model", VisionLanguageModel(GPTConfig(small.n_vocab, 1, 2, 32, 64),
-                                                   CLIPConfig(32, 8, 32, 2, 2, 32, 1, 2)))
-    spaces = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
-              "use_regex": True}
-    for change in ({"normalizer": {"type": "Lowercase"}}, {"pre_tokenizer": None},
-                   {"pre_tokenizer": {"type": "Whitespace"}}, {"pre_tokenizer": spaces}):
-        other = tokenizers.from_json(json.dumps(json.loads(small.source) | change))
-        refused(r"this tokenizer\.json", tokenizer=other)
-    model.head.weight[3, 5] = 1e5
-    refused(r"output\.weight has numbers that f16 cannot")
-    model.blocks[1].mlp.up.weight[7] = 1e3
-    refused("too large for f16", dtype="f32")
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    refused("pip install gguf")
