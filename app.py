@@ -49,6 +49,7 @@ from common.config import UserError, parse_checkpoint, run_main
 from common.device import pick_device
 from common.images import fit, read_image
 from export.model_card import held_out_images
+from inference.attention_page import attention_page
 from inference.conversation import Conversation, EncodedImage, encode_images, open_for_chat
 from inference.engine import Engine
 from inference.generate import UNFINISHED, Generation, Sampler
@@ -96,6 +97,7 @@ class Session:
 
     files: set = field(default_factory=set)  # its uploads
     images: dict = field(default_factory=dict)  # sha256 of a file -> EncodedImage
+    last: Conversation | None = None  # with its answer, for the tab Look inside
 
 
 class App:
@@ -142,7 +144,7 @@ class App:
         conversation = await asyncio.to_thread(self.conversation, session, message, history, cfg)
         sampler = Sampler(cfg, self.engine.decoding.device)
         tokens = self.engine.generate(conversation, cfg.max_tokens, sampler)
-        ids = []
+        session.last, ids = conversation, conversation.turns[-1].answer
         async with contextlib.aclosing(tokens):
             async for token in tokens:
                 ids.append(token)
@@ -190,7 +192,7 @@ class App:
             with self.reading:
                 image = fit(read_image(data, name, max_pixels=int(cfg.upload_megapixels * 1e6)),
                             *self.model.image_spec[1:])
-            images[key] = EncodedImage(encode_images(self.model, [image])[0])
+            images[key] = EncodedImage(encode_images(self.model, [image])[0], image)
         return images[key]
 
     def close(self, name):
@@ -198,6 +200,16 @@ class App:
         session = self.sessions.pop(name, Session())
         for file in session.files.difference(*(s.files for s in self.sessions.values())):
             file.unlink(missing_ok=True)
+
+    async def look(self, request: gr.Request):
+        """What gradio calls for the tab Look inside: a page about the last answer."""
+        self.count("questions a minute", request, self.cfg.per_minute, 60)
+        session = self.sessions.get(request.session_hash)
+        if not session or not session.last:
+            raise UserError("First ask something")
+        page = await asyncio.to_thread(attention_page, session.last, self.info)
+        return (f'<iframe sandbox="allow-scripts" srcdoc="{html.escape(page)}" '
+                'title="attention" style="width: 100%; height: 75vh; border: 0"></iframe>')
 
     async def left(self, request: gr.Request):
         self.close(request.session_hash)
@@ -240,13 +252,18 @@ class App:
                       label="Longest answer, in tokens")]
         with Page(title=TITLE, analytics_enabled=False, fill_height=True,
                   delete_cache=(600, UPLOADS_KEPT)) as page:
-            gr.ChatInterface(
-                self.respond, multimodal=True, chatbot=chatbot, textbox=box, title=TITLE,
-                examples=[[example, *[None] * len(settings)] for example in self.examples(vision)],
-                run_examples_on_click=True, cache_examples=False, additional_inputs=settings,
-                additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
-                concurrency_limit=cfg.streams, flagging_mode="never", fill_height=True,
-                api_name="chat")
+            with gr.Tab("Chat", scale=1):
+                gr.ChatInterface(
+                    self.respond, multimodal=True, chatbot=chatbot, textbox=box, title=TITLE,
+                    examples=[[example, *[None] * len(settings)]
+                              for example in self.examples(vision)],
+                    run_examples_on_click=True, cache_examples=False, additional_inputs=settings,
+                    additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
+                    concurrency_limit=cfg.streams, flagging_mode="never", fill_height=True,
+                    api_name="chat")
+            with gr.Tab("Look inside") as tab:
+                inside = gr.HTML()
+                tab.select(self.look, None, inside, show_progress="hidden", api_name=False)
             gr.Markdown("**{stage}** after {step:,} steps: {parameters:,} parameters".format(
                 **self.info), elem_classes="about")
             page.unload(self.left)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from common.device import all_gather
 from common.images import MEAN, STD
@@ -287,6 +288,13 @@ def pulled(gradient, value, features):
     """A scalar equal to `value` whose gradient with respect to the features is `gradient`."""
     pull = sum((feature * g).sum() for feature, g in zip(features, gradient, strict=True))
     return value + (pull - pull.detach())
+
+
+def caption_ids(tokenizer, captions, context):
+    """Captions in the form that CLIP was trained on, as one tensor (captions, T)."""
+    rows = [torch.tensor([tokenizer.end_of_text, *tokenizer.encode(text)[: context - 2],
+                          tokenizer.end]) for text in captions]
+    return pad_sequence(rows, batch_first=True, padding_value=tokenizer.end)
 
 
 def normalise(pixels):

@@ -3,6 +3,7 @@
     python sample.py out/demo/pretrain --prompt='Mia has'                    # continues text
     python sample.py out/demo/vision_sft --image=FILE                        # chats about an image
     python sample.py out/demo/vision_sft --image=FILE --prompt='What do you see?'
+    python sample.py out/demo/vision_sft --image=FILE --prompt='What is red?' --show=attention
     python sample.py out/demo/vision_sft --input=rows.jsonl --output=answers.jsonl
     git log -3 | python sample.py out/full/sft --prompt=-                    # reads standard input
 """
@@ -13,14 +14,17 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
 
 with contextlib.suppress(ImportError):  # some builds of Python have none
     import readline  # noqa: F401 (line editing and history in input())
 
-from common.atomic import check_output
+from common.atomic import check_output, writing
 from common.config import UserError, parse, parse_checkpoint, run_main
 from common.device import pick_device
 from common.images import read_image
+from inference.attention_page import attention_page
 from inference.batch_inference import answer_file
 from inference.conversation import TEXT_ONLY, Conversation, has_vision, open_for_chat
 from inference.generate import Generation, Sampler, Sampling
@@ -39,6 +43,8 @@ class Config(Generation):
     input: str = ""  # a JSONL file of questions to answer: see docs/chat.md
     output: str = ""  # the JSONL file for their answers; resumes after the last completed batch
     batch: int = 64  # questions answered at once
+    show: Literal["", "attention"] = ""  # write a page: what the last answer's tokens looked at
+    page: str = "attention.html"  # the file for --show
 
     def __post_init__(self):
         super().__post_init__()
@@ -55,20 +61,21 @@ def main():
     for stream in sys.stdin, sys.stdout:  # bytes that are not UTF-8, or not encodable, end nothing
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    if cfg.output:
-        check_output(cfg.output, "--output=")
+    for setting in ["output"] * bool(cfg.output) + ["page"] * bool(cfg.show):
+        check_output(getattr(cfg, setting), f"--{setting}=")
     device = pick_device(cfg.device)
     images = [read_image(name) for name in cfg.image]
     cfg.precision = fastest_precision(device, cfg.precision)
     model, tokenizer, info = open_for_chat(name, device, cfg.precision)
     if cfg.input:
         return answer_file(model, tokenizer, info, cfg)
-    chat = Chat(Conversation(model, tokenizer), cfg, device)
+    chat = Chat(Conversation(model, tokenizer), cfg, device, info)
     chat.start_over(images)
     prompt = sys.stdin.read().strip() if cfg.prompt == "-" else cfg.prompt
     if info["stage"] == "pretrain":
-        if not prompt:
-            raise UserError("a pretrained checkpoint continues text: give it a --prompt")
+        if not prompt or cfg.show:
+            raise UserError("a pretrained checkpoint continues text: give it a --prompt, and no "
+                            "--show, which is for chats")
         print(prompt, end="", flush=True)
         show(chat.conversation.continue_text(prompt, cfg.max_tokens, chat.sampler))
     elif prompt:
@@ -94,8 +101,9 @@ class Chat:
     """A conversation in the terminal. A method do_NAME is the command /NAME; its docstring is what
     /help says."""
 
-    def __init__(self, conversation, cfg, device):
+    def __init__(self, conversation, cfg, device, info):
         self.conversation, self.cfg, self.device = conversation, cfg, device
+        self.info = info
         self.sampler = Sampler(cfg, device)
 
     def start_over(self, images):
@@ -113,6 +121,11 @@ class Chat:
         show(self.conversation.answer(self.cfg.max_tokens, self.sampler))
         if prefix and not self.conversation.turns[-1].answer:
             print("(no answer)")
+        if self.cfg.show:
+            page = attention_page(self.conversation, self.info)
+            with writing(self.cfg.page, "--page="):
+                Path(self.cfg.page).write_text(page, encoding="utf-8")
+            print(f"wrote {self.cfg.page}: open it in a browser")
 
     def run(self):
         """Answer questions and carry out commands until /quit or the end of the input."""

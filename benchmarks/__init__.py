@@ -1,6 +1,5 @@
-"""Timing, for bench.py: every figure is a median, and what is compared takes turns."""
+"""Timing, for bench.py."""
 
-import statistics
 import time
 
 REPEATS = 5  # measurements of which a figure is the median
@@ -12,12 +11,3 @@ def elapsed(function, *args):
     began = time.perf_counter()
     function(*args)
     return time.perf_counter() - began
-
-
-def in_turn(functions, repeats, warm):
-    """{name: median seconds} of functions that are called in turn, `warm` times uncounted."""
-    seconds = {name: [] for name in functions}
-    for _ in range(warm + repeats):
-        for name, function in functions.items():
-            seconds[name].append(elapsed(function))
-    return {name: statistics.median(times[warm:]) for name, times in seconds.items()}

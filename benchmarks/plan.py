@@ -22,7 +22,7 @@ from clip import normalise
 from common.atomic import writing
 from common.checkpoint import write_json
 from common.config import UserError, read_json
-from common.device import peak_memory_gb, pick_dtype, precision_name
+from common.device import peak_memory_gb, pick_dtype
 from common.report import table
 from model import LOGITS_AT_ONCE
 from train.log import duration, per_step
@@ -207,9 +207,8 @@ def check(folder, stages, tokenizer, settings):
         total += seconds * n_steps
         print(f"{stage.name:16s} {n_steps:6,} steps of {seconds * 1e3:5,.0f} ms (measured): "
               f"{duration(seconds * n_steps)}", flush=True)
-    machine = training.run.machine
-    print(f"{'all stages':16s} about {duration(total)} on {machine.name} in "
-          f"{precision_name(machine.dtype)}; evaluations add about a tenth", flush=True)
+    print(f"{'all stages':16s} about {duration(total)} on {training.run.machine.name}; evaluations "
+          "add about a tenth", flush=True)
     if total > SLOW:
         print("This machine is slower than any in docs/processors.md. STEPS=0.2 make demo trains "
               f"the same stages to lower scores in about {duration(0.2 * total)}.")

@@ -91,9 +91,6 @@ def step_speed(training, n_steps):
             "gpu_gb": gpu_gb, "host_gb": host_gb}
 
 
-# ---- models and random data ----------------------------------------------------------------------
-
-
 def settings_of(folder, stage):
     """The settings of a stage by its config in `folder`, or its defaults."""
     path = Path(folder) / f"{stage}.py"

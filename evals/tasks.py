@@ -154,7 +154,6 @@ def question_of(task, row, number=0):
     return question
 
 
-# ------------------------------------------------------------------------------------------- scores
 # Each function takes questions and the result of each, a generated text or what `likelihoods`
 # returns for its choices, and returns {name: Score}.
 

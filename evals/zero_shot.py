@@ -12,9 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from clip import contrast, normalise
+from clip import caption_ids, contrast, normalise
 from common.config import UserError
 from common.device import cores
 from common.images import ImageError, fit, read_image, to_pixels
@@ -79,13 +78,6 @@ def zero_shot(model, tokenizer, labelled, machine, batch=256):
     if total == 0:
         raise UserError(f"no image of --zero_shot={labelled.folder} is readable")
     return correct, total
-
-
-def caption_ids(tokenizer, captions, context):
-    """Captions in the form that CLIP was trained on, as one tensor (captions, T)."""
-    rows = [torch.tensor([tokenizer.end_of_text, *tokenizer.encode(text)[: context - 2],
-                          tokenizer.end]) for text in captions]
-    return pad_sequence(rows, batch_first=True, padding_value=tokenizer.end)
 
 
 @torch.no_grad()

@@ -13,11 +13,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import read_config, show
-from benchmarks import REPEATS, WARM, in_turn
+from benchmarks import REPEATS, WARM
 from benchmarks.training import STAGES, build_model, jpeg, tokenizer_of
 from common.config import run_main
 from common.device import PRECISIONS, precision_name, setup
 from common.images import read_image
+from experiments.in_turn import in_turn
 from export.to_transformers import their_model
 from inference.conversation import Conversation, decoder_of, ready_to_chat
 from inference.generate import Decoding, Sampler, Sampling, generate, pick

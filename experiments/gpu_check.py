@@ -22,9 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import benchmarks.training as bench
-from benchmarks import REPEATS, WARM, in_turn
+from benchmarks import REPEATS, WARM
 from common.config import UserError, one_line, parse, run_main
 from common.device import cudnn_attention, pick_device, pick_dtype, setup
+from experiments.in_turn import in_turn
 from inference.generate import Decoding
 from inference.quantized_linear import for_decoding
 from model import attend, takes_bounds

@@ -20,10 +20,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import pretrain
 from bench import show
-from benchmarks import REPEATS, WARM, in_turn
+from benchmarks import REPEATS, WARM
 from benchmarks.training import Training
 from common import device as system
 from common.config import UserError, run_main
+from experiments.in_turn import in_turn
 from tokenizer import gpt2
 
 

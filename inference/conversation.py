@@ -65,6 +65,7 @@ class EncodedImage:
     """An image's token embeddings, and the negative id that stands for each of its patches."""
 
     features: torch.Tensor  # (P, C)
+    picture: object = None  # the PIL image, for inference.attention_page
     id: int = field(default_factory=itertools.count(-1, -1).__next__)
 
 
@@ -109,8 +110,8 @@ class Conversation:
         if images and not has_vision(self.model):
             raise UserError(TEXT_ONLY)
         features = encode_images(self.model, images) if images else []
-        return self.fit([*self.turns, self.turn(text, list(map(EncodedImage, features)))],
-                        max_tokens)
+        encoded = list(map(EncodedImage, features, images))
+        return self.fit([*self.turns, self.turn(text, encoded)], max_tokens)
 
     def turn(self, text, images, answer=()):
         """A Turn of texts and of a list of EncodedImage; texts cannot contain special tokens."""

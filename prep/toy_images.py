@@ -80,8 +80,6 @@ def draw_scene(rng, pairs="train") -> Scene:
     return Scene(things, background, light, shifted(rng, light, 14), rng.randrange(2**32))
 
 
-# ---- painting -----------------------------------------------------------------------------------
-
 # Corners (x, y) in a square from -1 to 1, y points down; a star's outer and inner ones alternate.
 POLYGONS = WORDS["polygons"] | {"star": [
     (math.sin(math.pi * k / 5) * r, -math.cos(math.pi * k / 5) * r)
@@ -136,8 +134,6 @@ def paint(scene, size=64) -> Image.Image:
     return image.reduce(4)
 
 
-# ---- captions -----------------------------------------------------------------------------------
-
 SENTENCE_START = re.compile(r'(^"?|[.!?] "?|\." "?|[?!]" ")([a-z])')  # not in '"Where?" asked Mia'
 
 
@@ -191,8 +187,6 @@ def caption(rng, scene) -> str:
         parts[1] = f"{phrase(things[1], place=False)} {how} it"
     return grammar(rng.choice(WORDS["caption_openings"]) + listed(parts) + ".")
 
-
-# ---- questions ----------------------------------------------------------------------------------
 
 # Kinds of questions, and how often a chat asks each: more often what takes longest to learn
 # (docs/log.md). In validation and test all kinds are equally frequent.

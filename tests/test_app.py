@@ -447,6 +447,17 @@ def test_an_example_is_asked_by_a_click_and_again_by_retry(visit, brake, model):
     visitor.wait(*answer)
 
 
+def test_a_tab_shows_what_the_last_answer_looked_at(visit, model):
+    visitor = visit()
+    visitor.ask("What do you see?", scene(2))
+    visitor.wait_for_words(1, fewer_than=10**6)
+    visitor.page.wait_for_selector(".submit-button")
+    visitor.page.get_by_role("tab", name="Look inside").click()
+    inside = visitor.page.frame_locator("iframe")
+    inside.locator("#answer button").last.click()
+    assert inside.locator("#candidates tr").count() == 6 and inside.locator("#grid div").count()
+
+
 def test_uploads_are_deleted_when_their_page_is_closed(visit, server, model):
     visitor, before = visit(), set(app.UPLOADS.rglob("*.png"))
     visitor.ask(SEE, scene(77))

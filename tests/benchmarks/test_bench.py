@@ -48,25 +48,12 @@ def test_a_step_of_every_stage_is_timed(configs, stage):
     assert figures[f"{unit}_per_s"] == pytest.approx(rate, rel=1e-3)
 
 
-def test_a_vision_step_is_timed_beside_transformers(configs):
-    result = run("experiments/llava_speed.py", configs / "vision_pretrain.py", *SMALL[1:])
-    assert result.status == 0, result.err
-    figures = json.loads(result.out[result.out.rindex("\n{") :])
-    assert figures["times_transformers"] > 0 and figures["memory_of_transformers"] > 0
-
-
 def test_generation_is_timed_beside_transformers_and_gives_the_same_text(configs):
     cfg = bench.read_config([str(configs / "pretrain.py"), *SMALL[1:]], STAGES)
     figures = generation_speed.decode_speeds(*cfg, peer=True)
     assert figures["same_text"] and "first_token_image_ms" not in figures
     for name in "fp32", "transformers_fp32", "batch_1", "batch_3":
         assert figures[f"{name}_tok_per_s"] > 0
-
-
-def test_the_first_token_about_an_image_is_timed(configs):
-    cfg = bench.read_config([str(configs / "vision_sft.py"), "--device=cpu"], STAGES)
-    figures = generation_speed.decode_speeds(*cfg, peer=False)
-    assert figures["first_token_ms"] > 0 and figures["first_token_image_ms"] > 0
 
 
 @pytest.mark.parametrize("slow", [False, True])

@@ -79,29 +79,6 @@ def test_planted_texts_are_found_and_no_others(trained, tmp_path):
     assert sentence(together) == "5 of 20 texts found in the training data"
 
 
-def test_text_that_was_mixed_in_is_searched(trained, tmp_path):
-    """--replay is a folder of token shards, --text_data one of chats."""
-    runner = task_runner("pope", tmp_path, [question(trained.texts[4]), question(trained.said[1])])
-    for name, folder in ("replay", "text"), ("text_data", "chats"):
-        found, = overlaps([runner], {"settings": {name: str(trained.root / folder)}})
-        assert (found["texts"], found["searched"]) == (0.5, [str(trained.root / folder)])
-
-
-def test_choices_and_references_count_but_short_texts_do_not(trained, tmp_path):
-    text = trained.texts[5]
-    rows = [{"goal": "Hm?", "sol1": "no", "sol2": text, "label": 0},
-            {"goal": "Hm?", "sol1": "no", "sol2": "yes", "label": 0}]
-    captions = [{"image": "red.png", "captions": ["A ring.", text]},
-                {"image": "red.png", "captions": ["A ring."]}]
-    piqa, all_captions, short = overlaps(
-        [task_runner("piqa", tmp_path, rows), task_runner("captions", tmp_path, captions),
-         task_runner("captions", tmp_path, captions[1:])], trained.info)
-    assert (piqa["texts"], piqa["n_texts"], piqa["images"]) == (0.5, 2, None)
-    assert (all_captions["texts"], all_captions["n_texts"]) == (1, 1)
-    assert (short["texts"], short["n_texts"]) == (None, 0)
-    assert "too short" in sentence(short)
-
-
 def test_planted_images_are_found_and_no_others(trained, tmp_path):
     """As the files that were prepared, or as prepare.py stores them."""
     files = {"a.png": picture("blue"), "b.png": stored(picture("green")),
@@ -111,10 +88,3 @@ def test_planted_images_are_found_and_no_others(trained, tmp_path):
     rows = [question(image=name) for name in [*files, "gone.png", "a.png"]]
     found, = overlaps([task_runner("pope", tmp_path, rows)], trained.info)
     assert (found["images"], found["n_images"]) == (pytest.approx(3 / 5), 5)
-
-
-def test_without_the_training_data_contamination_is_unknown(tmp_path):
-    found, = overlaps([task_runner("pope", tmp_path, [question()])],
-                      {"settings": {"data": str(tmp_path / "x")}})
-    assert found["texts"] is found["images"] is None and found["searched"] == []
-    assert "unknown" in sentence(found)

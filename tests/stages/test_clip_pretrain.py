@@ -13,13 +13,13 @@ from test_distributed import ADAMW
 from test_stages import assert_close, assert_same_weights, weights
 
 import tokenizer as tokenizers
-from clip import contrast, feature_pulls, normalise
+from clip import caption_ids, contrast, feature_pulls, normalise
 from clip_pretrain import Config
 from common.config import UserError
 from common.device import Machine
 from common.images import to_pixels
 from data import Batch, Chats, ImageSpec
-from evals.zero_shot import Labelled, caption_ids, zero_shot
+from evals.zero_shot import Labelled, zero_shot
 from train.packing import Captions
 
 KEYS = torch.tensor([0, 1, 2, 3, 0, 4, 1, 1])  # equal captions in different micro-batches

@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -272,10 +271,3 @@ def test_compare_shows_runs_side_by_side(pipeline, tmp_path):
     assert not {"seed", "out", "context", "text_bits_per_byte_error"} & rows.keys()
     assert report.commands == [shlex.split(info["origins"][0]["command"]) for info in infos]
     assert report.html.tags.count("img") == 1 and (tmp_path / "both/loss.png").is_file()
-
-
-def test_runs_of_different_stages_can_be_compared(pipeline, tmp_path):
-    command = [sys.executable, "experiments/compare_runs.py",
-               *(pipeline.folder / stage for stage in STAGES), f"--out={tmp_path}"]
-    subprocess.run(command, cwd=ROOT, check=True)
-    assert ["stage", *STAGES] in Report(tmp_path).rows
