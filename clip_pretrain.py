@@ -45,6 +45,10 @@ class Config(TrainSettings):
     fit: Literal["pad", "crop"] = "pad"  # how images become square
 
     # --- optimization
+    # the rates by rule are those of decoders, too high for a CLIP (docs/recipe.md)
+    muon_lr: float = 0.02  # Muon's peak learning rate
+    momentum: float = 0.95  # Muon's momentum
+    lr: float = 3e-3  # AdamW's peak learning rate
     batch_pairs: int = 4096  # pairs of a step, in all processes together
     micro_pairs: int = 0  # pairs of a forward pass on one GPU, for its memory; 0 for its share
 

@@ -16,9 +16,6 @@ context = 40  # the longest caption has 35 tokens
 
 batch_pairs = 256
 max_steps = 220
-muon_lr = 0.02
-momentum = 0.95
-lr = 3e-3
 warmup = 0.05
 cooldown = 0.6
 eval_every = 110

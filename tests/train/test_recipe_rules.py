@@ -18,7 +18,7 @@ def test_length_batch_and_rates_follow_from_the_size():
 
 def test_each_stage_records_the_rates_that_followed(pipeline):
     settings = {stage: read_json(newest(pipeline.folder / stage) / "config.json")["settings"]
-                for stage in ("clip_pretrain", "sft", "vision_pretrain", "vision_sft")}
+                for stage in ("sft", "vision_pretrain", "vision_sft")}
     tuned, new = settings["sft"], settings["vision_pretrain"]
     assert tuned["muon_lr"] == new["muon_lr"] / 4 and tuned["lr"] == pytest.approx(new["lr"] / 6)
     assert all(found["momentum"] == 0.9 and found["lr"] > 0 for found in settings.values())
