@@ -33,10 +33,9 @@ SLOW = 45 * 60  # seconds: about twice what two cores of most laptops need (docs
 FILL = 0.9  # of a GPU's memory: the rest is for the libraries
 FRAGMENTS = {"cuda": 1.0, "cpu": 1.1}  # malloc's, of the activations (docs/performance.md)
 DEPTHS = range(24, 3, -2)  # tried for a budget; a decoder of L layers has width 64 * L
-# GB to download, assumed, by the names in the configs
 DOWNLOADS = {"hf://ShallowU/FineWeb-Edu-10B-Tokens-NPY": 20, "data/magpie": 4,
              "data/llava_captions": 7, "data/llava_instruct": 25,
-             "openai/clip-vit-large-patch14": 2, "openai/clip-vit-base-patch32": 1}
+             "openai/clip-vit-large-patch14": 2, "openai/clip-vit-base-patch32": 1}  # GB
 
 
 @dataclass
@@ -65,6 +64,7 @@ class Stage:
             self.samples = [data.batch(range(n)) for n in (2, 4)]
         self.units = per_step(dataclasses.asdict(cfg)) * cfg.max_steps
         self.rows = cfg.batch_pairs if self.is_clip else cfg.batch_tokens // cfg.context
+        self.micro = min(self.rows, getattr(cfg, "micro_rows", 0) or cfg.micro_pairs or self.rows)
         self.flop = self.model.flops(self.samples[1]) / 4 * self.rows * cfg.max_steps
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         muon = sum(p.numel() for name, p in trained if kind_of(name, p, cfg.optimizer) == "muon")
@@ -105,8 +105,7 @@ class Stage:
         return self.flop / (gpu["tflops"] * 1e12 * gpu["mfu"] * gpu["gpus"])
 
     def on(self, gpu):
-        """The largest micro-batch, memory, time and price on an entry of the table of GPUs; {} if
-        no row fits."""
+        """The largest micro-batch, memory, time and price on one of the GPUs; {} if none fits."""
         mine, seconds = self.rows // gpu["gpus"], self.seconds(gpu)
         for micro_rows in (mine // n for n in range(1, mine + 1) if mine % n == 0):
             needed = self.memory(micro_rows, torch.bfloat16, "cuda")
@@ -123,9 +122,8 @@ class Stage:
     def row(self, here):
         """A row of the first table; here: GB of this process before a step."""
         cfg, dtype = self.cfg, pick_dtype(torch.device("cpu"))
-        micro = cfg.micro_pairs or self.rows if self.is_clip else min(cfg.micro_rows, self.rows)
         needed = [self.parameters / 1e6, self.trained / 1e6, self.units / 1e6, self.flop / 1e15,
-                  3 * self.checkpoint / 1e9, here + self.memory(micro, dtype, "cpu") / 1e9]
+                  3 * self.checkpoint / 1e9, here + self.memory(self.micro, dtype, "cpu") / 1e9]
         named = [getattr(cfg, name, "") for name in ("data", "text_data", "clip")]
         return [self.name, f"{cfg.max_steps:,}", *(f"{number:,.2f}" for number in needed),
                 sum(DOWNLOADS.get(name, 0) for name in named)]
@@ -150,7 +148,7 @@ def plan(folder, cfg, tokenizer):
     flags = {stage.name: stage.flags(gpus[cfg.gpu], size) for stage in stages}
     text = "\n\n".join((
         table(["computed", "steps", "M parameters", "M trained", "M tokens or pairs", "PFLOP",
-               "GB of checkpoints", "GB on a CPU", "GB to download"],
+               "GB of checkpoints", "GB on a CPU", "GB to download (assumed)"],
               [stage.row(here) for stage in stages]),
         table(["assumed speeds and prices", *names],
               [[name, *map(cell, places.values())] for name, places in found.items()]),
@@ -204,10 +202,14 @@ def check(folder, stages, tokenizer, settings):
             training.take([0])
             seconds, n_steps = elapsed(training.take, [1]), stage.cfg.max_steps
             training.loader.close()
-        total += seconds * n_steps
-        print(f"{stage.name:16s} {n_steps:6,} steps of {seconds * 1e3:5,.0f} ms (measured): "
-              f"{duration(seconds * n_steps)}", flush=True)
-    print(f"{'all stages':16s} about {duration(total)} on {training.run.machine.name}; evaluations "
+        total, run = total + seconds * n_steps, training.run
+        mfu = stage.flop / n_steps / seconds / run.peak / run.ranks
+        print(f"{stage.name:16s} {n_steps:6,} steps of {seconds * 1e3:5,.0f} ms (measured, mfu "
+              f"{mfu:.0%}): {duration(seconds * n_steps)}", flush=True)
+        if gb := peak_memory_gb(run.device)[0]:
+            needed = stage.memory(stage.micro, run.machine.dtype, "cuda")
+            print(f"{gb:.1f} GB of GPU memory at most until now; computed {needed / 1e9:.1f}")
+    print(f"{'all stages':16s} about {duration(total)} on {run.machine.name}; evaluations "
           "add about a tenth", flush=True)
     if total > SLOW:
         print("This machine is slower than any in docs/processors.md. STEPS=0.2 make demo trains "

@@ -64,7 +64,7 @@ def test_a_plan_times_every_stage_and_warns_on_slow_machines(slow, configs, monk
     lines = result.out[result.out.rindex("clip_pretrain ") :].splitlines()
     assert [line.split()[0] for line in lines[:6]] == [*STAGES, "all"]
     assert [("STEPS=0.2 make demo" in line) for line in lines[6:]] == [True] * slow
-    assert all(" steps of" in line and "(measured)" in line for line in lines[:5])
+    assert all(" steps of" in line and "(measured, mfu" in line for line in lines[:5])
 
 
 @pytest.mark.slow
