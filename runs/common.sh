@@ -8,7 +8,8 @@
 #   CLIP                          of the hub, or a folder
 #   PLAN, PREPARE, PRETRAIN, SFT, VISION_PRETRAIN, VISION_SFT, EVAL   further flags of a program
 #   TASKS, IMAGES                 benchmarks to score at the end, for eval.py
-#   ORIGINAL                      checkpoint of the original project, to be scored beside ours
+#   ORIGINAL                      checkpoint of the original project, to be scored beside ours, also
+#                                 on the benchmarks TEXT_TASKS, such as hellaswag:FILE
 #   UPLOAD=NAME/MODEL, OPEN=1     push the result to the hub; open the page
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -101,6 +102,7 @@ finish() {
         [ -d "$OUT/original" ] || do_ python experiments/import_original.py "$ORIGINAL" --out="$OUT/original"
         for name in pretrain original; do
             do_ python eval.py "$OUT/$name" --data="$DATA" --device="$DEVICE" ${EVAL:-}
+            [ -z "${TEXT_TASKS:-}" ] || do_ python eval.py "$OUT/$name" --tasks="$TEXT_TASKS"
         done | tee "$OUT/beside_original.txt"
     fi
     [ -z "${UPLOAD:-}" ] || do_ python upload.py "$OUT/vision_sft" --repo="$UPLOAD"
