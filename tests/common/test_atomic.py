@@ -40,15 +40,14 @@ def test_an_output_is_checked_before_the_work_and_a_full_disk_is_a_sentence(tmp_
         append_rows("/dev/full", [{}])
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_work_survives_an_error_for_the_next_start(keep, tmp_path):
-    folder = NewFolder(tmp_path / "out", keep)
+def test_work_survives_an_error_for_the_next_start(tmp_path):
+    folder = NewFolder(tmp_path / "out")
     with pytest.raises(ValueError), folder as new:
         (new / "a").write_text("a")
         (folder.work / "rows").write_text("1")
         raise ValueError
-    with NewFolder(tmp_path / "out", keep) as new:
-        assert os.listdir(new) == ["a"] * keep
+    with NewFolder(tmp_path / "out") as new:
+        assert not os.listdir(new)
         assert (new.parent / "rows").read_text() == "1"
     assert os.listdir(tmp_path) == ["out"]
 
