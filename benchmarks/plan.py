@@ -1,8 +1,8 @@
 """What all stages of a folder of configs need, before anything is rented.
 
-Parameters, FLOP and memory are computed from tensors without content (PyTorch's FakeTensorMode): a
-micro-batch passes through the model of a stage, and what autograd keeps of it is counted. Time and
-dollars follow from the table of GPUs, whose shares of the peak (MFU) and prices are assumptions.
+Parameters, FLOP and memory are computed: a micro-batch of tensors without content (FakeTensorMode)
+passes through a stage's model, and what autograd keeps of it is counted. Time and dollars follow
+from the table of GPUs, whose shares of the peak (MFU) and prices are assumptions.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from train.log import duration, per_step
 from train.optim import kind_of
 from train.recipe import BY_RULE
 
+GPU = ("gpus", "memory_gib", "tflops", "mfu", "dollars_per_hour")  # figures of the table
 SLOW = 45 * 60  # seconds: about twice what two cores of most laptops need (docs/processors.md)
 FILL = 0.9  # of a GPU's memory: the rest is for the libraries
 FRAGMENTS = {"cuda": 1.0, "cpu": 1.1}  # malloc's, of the activations (docs/performance.md)
@@ -106,18 +107,17 @@ class Stage:
 
     def on(self, gpu):
         """The largest micro-batch, memory, time and price on one of the GPUs; {} if none fits."""
-        mine, seconds = self.rows // gpu["gpus"], self.seconds(gpu)
-        for micro_rows in (mine // n for n in range(1, mine + 1) if mine % n == 0):
+        for micro_rows in (self.rows // n for n in range(1, self.rows + 1) if self.rows % n == 0):
             needed = self.memory(micro_rows, torch.bfloat16, "cuda")
             if needed < FILL * gpu["memory_gib"] * 2**30:
-                return dict(micro_rows=micro_rows, gb=needed / 1e9, seconds=seconds,
-                            dollars=seconds / 3600 * gpu["dollars_per_hour"])
+                return dict(micro_rows=micro_rows, gb=needed / 1e9, seconds=self.seconds(gpu),
+                            dollars=self.seconds(gpu) / 3600 * gpu["dollars_per_hour"])
         return {}
 
     def flags(self, gpu, size):
         rows = {"micro_pairs" if self.is_clip else "micro_rows": self.on(gpu).get("micro_rows", 1)}
-        rows |= size if self.name == "pretrain" else {}
-        return " ".join(f"--{name}={value}" for name, value in rows.items())
+        return " ".join(f"--{name}={value}" for name, value in (
+            rows | size if self.name == "pretrain" else rows).items())
 
     def row(self, here):
         """A row of the first table; here: GB of this process before a step."""
@@ -131,7 +131,11 @@ class Stage:
 
 def plan(folder, cfg, tokenizer):
     """Print the plan of the configs in `folder`, and write plan.md and plan.json into cfg.out."""
-    gpus, here = {gpu["name"]: gpu for gpu in read_json(cfg.gpus)}, peak_memory_gb()[1]
+    try:
+        gpus = {gpu["name"]: {key: float(gpu[key]) for key in GPU} for gpu in read_json(cfg.gpus)}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{cfg.gpus}: {error!r}; a GPU has a name, and {', '.join(GPU)}") from None
+    here = peak_memory_gb()[1]
     if cfg.gpu not in gpus:
         raise UserError(f"--gpu={cfg.gpu!r} is not in {cfg.gpus}, which has {', '.join(gpus)}")
     names = [stage for stage in STAGES if (Path(folder) / f"{stage}.py").is_file()]
@@ -176,8 +180,7 @@ def settings_with(size, folder, stage):
 
 
 def within(budget, stages, gpu):
-    """Whether stages take at most a budget of dollars, or of hours (8h); without clip_pretrain, if
-    vision_pretrain takes another CLIP."""
+    """Whether stages cost at most so many dollars or hours (8h), clip_pretrain only if used."""
     used = {getattr(stage.cfg, "clip", "") for stage in stages}
     seconds = sum(stage.seconds(gpu) for stage in stages
                   if not stage.is_clip or stage.cfg.out in used)

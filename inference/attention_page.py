@@ -1,15 +1,16 @@
 """A page that shows what a model looked at: sample.py --show=attention, and a tab of app.py.
 
-For each token of an answer: how much each layer attended (mean over its heads) to the patches of
-the image and to the words before it, and the likeliest next tokens. For words of the conversation:
-the cosine between the image's patches and the word, in the CLIP that the model was trained from.
+For each token of an answer: how much each layer attended (mean over heads) to image patches and
+words before it, and the likeliest next tokens. For words: the cosine with patches in its CLIP.
 """
 
 import base64
 import contextlib
+import functools
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from model import rotate
 from vision import open_model
 
 SHOWN, CANDIDATES, WORDS = 96, 6, 24  # tokens of an answer, likeliest ones, words for CLIP
+open_clip = functools.cache(functools.partial(open_model, kinds=("clip",)))
 
 
 @torch.inference_mode()
@@ -29,12 +31,12 @@ def attention_page(conversation, info):
     """The HTML of the last answer of a Conversation; info: of the checkpoint, whose lineage names
     the CLIP. UserError if the answer is empty."""
     model, tokenizer = conversation.model, conversation.tokenizer
-    decoder, turn = decoder_of(model), conversation.turns[-1]
-    ids = conversation.ids()[: len(conversation.ids()) - max(0, len(turn.answer) - SHOWN)]
-    first = len(ids) - min(len(turn.answer), SHOWN)  # place of the answer's first token
-    if first == len(ids):
+    decoder, (*earlier, turn), layers = decoder_of(model), conversation.turns, []
+    answer = turn.answer[:SHOWN]  # a copy: more may come meanwhile
+    ids = [*conversation.ids([*earlier, replace(turn, answer=[])]), *answer]
+    first = len(ids) - len(answer)  # place of the answer's first token
+    if not answer:
         raise UserError("there is no answer to look into")
-    layers = []
     with contextlib.ExitStack() as hooks:
         for block in decoder.blocks:
             hooks.enter_context(block.attention.register_forward_pre_hook(
@@ -75,7 +77,7 @@ def clip_words(info, image, words):
     folders = [line["folder"] for line in info.get("lineage", [])
                if line["stage"] == "clip_pretrain"]
     try:
-        clip, tokenizer, _ = open_model(*folders, kinds=("clip",))
+        clip, tokenizer, _ = open_clip(*folders)
     except (UserError, TypeError):
         return []
     config, tower = clip.config, clip.vision_model

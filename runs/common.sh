@@ -109,3 +109,11 @@ finish() {
     echo "done: $OUT/report.html; to talk to it: python sample.py $OUT/vision_sft"
     [ -z "${OPEN:-}" ] || do_ python app.py "$OUT/vision_sft"
 }
+
+run_all() {  # flags of the plan
+    check_machine
+    make_plan "$@"
+    prepare_all
+    train_all
+    finish
+}

@@ -5,8 +5,4 @@
 # Text comes from the hub while it trains. Stopped or killed, the same command goes on.
 run=full configs=configs/full GPUS=${GPUS:-8} GPU=${GPU:-8 x A100 80 GB}
 source "$(dirname "$0")/common.sh"
-check_machine
-make_plan
-prepare_all
-train_all
-finish
+run_all

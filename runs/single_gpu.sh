@@ -5,8 +5,4 @@
 #   BUDGET=8h bash runs/single_gpu.sh                   # hours; other settings: runs/common.sh
 run=single_gpu configs=configs/full GPU=${GPU:-A100 40 GB}
 source "$(dirname "$0")/common.sh"
-check_machine
-make_plan --budget="${BUDGET:-10}"
-prepare_all
-train_all
-finish
+run_all --budget="${BUDGET:-10}"

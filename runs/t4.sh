@@ -5,8 +5,4 @@
 run=t4 configs=configs/t4 GPU=${GPU:-T4}
 MAX_CHATS=${MAX_CHATS:-150000}
 source "$(dirname "$0")/common.sh"
-check_machine
-make_plan
-prepare_all
-train_all
-finish
+run_all

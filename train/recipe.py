@@ -1,8 +1,5 @@
 """What follows from the size of a decoder: tokens and batch of its pretraining, and the learning
-rates of all stages.
-
-The rules are fits over several sizes and lengths: docs/recipe.md has the measurements.
-"""
+rates of all stages. docs/recipe.md has the measurements, and how far they reach."""
 
 BY_RULE = -1  # the value of a setting that is to be filled in
 RATES = ("muon_lr", "momentum", "lr")
