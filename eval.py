@@ -49,6 +49,7 @@ class Config:
 
     # --- report
     report: str = ""  # folder for report.md and report.json of the pipeline; empty for none
+    original: str = ""  # another pretrained decoder, beside ours in the report, with --tasks too
     started: float = 0.0  # Unix time when the pipeline started, for its total time
 
     # --- hardware
@@ -63,7 +64,9 @@ def main():
         if folder := getattr(cfg, setting):
             check_output(folder, f"--{setting}=", folder=True)
     machine = setup(cfg.device)
-    if cfg.tasks:
+    if cfg.original and not cfg.report:
+        raise UserError("--original is for --report, which has both decoders side by side")
+    if cfg.tasks and not cfg.original:
         return benchmarks(name, cfg, machine)
     if not cfg.zero_shot:  # which may be all that there is for a CLIP
         check_kind(cfg.data, "several")
@@ -79,8 +82,11 @@ def main():
             raise UserError(f"{line['folder']} was trained again after {name} was trained from it, "
                             "so its scores are not of this pipeline; train the later stages again")
     splits = ["val", "test"] if (Path(cfg.data) / "chats" / "test").is_dir() else ["val"]
-    report(name, cfg, {split: score_split(names, cfg, machine, split)
-                       for split in splits})
+    by_split = {split: score_split(names, cfg, machine, split) for split in splits}
+    beside = {decoder: score_split([decoder], cfg, machine, "val")
+              | (benchmarks(decoder, cfg, machine) if cfg.tasks else {})
+              for decoder in ([names[0], cfg.original] if cfg.original else [])}
+    report(name, cfg, by_split, beside)
 
 
 def score_split(names, cfg, machine, split):
@@ -99,7 +105,7 @@ def score_split(names, cfg, machine, split):
 
 
 def benchmarks(name, cfg, machine):
-    """Score the tasks of --tasks; prints the scores, and writes eval.json into --out."""
+    """{label: Score} of the tasks of --tasks; prints them, and writes eval.json into --out."""
     model, tokenizer, info = open_for_chat(name, machine.device)
     found = {}
     for task, runner in runners_of(cfg, model, tokenizer, info, cfg.out).items():
@@ -119,12 +125,15 @@ def benchmarks(name, cfg, machine):
         with writing(cfg.out, "--out="):
             write_json(Path(cfg.out) / "eval.json", {
                 "checkpoint": info["folder"], "sha256": info["sha256"], "tasks": found})
+    return {f"{task}/{label}": Score(*score, result["chance"] if label.startswith("acc") else None)
+            for task, result in found.items() for label, score in result["scores"].items()}
 
 
-def report(name, cfg, by_split):
+def report(name, cfg, by_split, beside):
     """Write report.md, .html and .json: scores, time, price, curves, conversations about images.
 
     by_split: {split: {label: Score}}; with a test split, names of validation scores get val_.
+    beside: {checkpoint: {label: Score}} of decoders to be compared.
     """
     folder, info = Path(cfg.report), checkpoint.read(name)[0]
     stages = [*info.get("lineage", []), info]
@@ -151,6 +160,11 @@ def report(name, cfg, by_split):
         sections[title] = [table(["score", "value", "±", "guessing"], [
             [label, f"{found.value:.4g}", *("" if x is None else f"{x:.2g}" for x in found[1:])]
             for label, found in scores.items()])]
+    if beside:
+        labels = dict.fromkeys(label for found in beside.values() for label in found)
+        sections["Pretrained decoders side by side"] = [table(["score", *beside], [
+            [label, *("{:.4f} ± {:.4f}".format(*found[label][:2]) if label in found else ""
+                      for found in beside.values())] for label in labels])]
     sections["Lineage"] = [lineage_table(stages)]
     if info["kind"] == "vision":
         sections["Conversations about new images"] = sample_blocks(conversations(name, cfg))

@@ -92,9 +92,9 @@ def show(pieces):
     try:
         for piece in pieces:
             print(piece.translate(UNPRINTABLE) if terminal else piece, end="", flush=True)
+        print()
     except KeyboardInterrupt:
-        print(" ...", end="")
-    print()
+        print(" ...")
 
 
 class Chat:
@@ -102,8 +102,7 @@ class Chat:
     /help says."""
 
     def __init__(self, conversation, cfg, device, info):
-        self.conversation, self.cfg, self.device = conversation, cfg, device
-        self.info = info
+        self.conversation, self.cfg, self.device, self.info = conversation, cfg, device, info
         self.sampler = Sampler(cfg, device)
 
     def start_over(self, images):

@@ -123,16 +123,17 @@ def build_model(cfg, stage, folder, tokenizer, settings=settings_of):
 
 
 def random_data(cfg, stage, model, tokenizer, n=8192):
-    """A data set for a stage's loader, of n chats: so many that rows fill up."""
+    """A data set for a loader: n chats, about as long as those of the config's data if prepared."""
     if stage == "pretrain":
         ids = np.random.default_rng(0).integers(0, tokenizer.n_vocab, 10**6, dtype=np.uint16)
         np.save(Path(cfg.out) / "train.npy", ids)
         return Text(cfg.out, "train", cfg.context, tokenizer.n_vocab)
-    lengths = {"clip_pretrain": 30, "sft": cfg.context // 5, "vision_pretrain": 40,
-               "vision_sft": 200}
+    offsets = Path(cfg.data) / "train" / "offsets.npy"
+    length = (np.diff(np.load(offsets)).mean() if offsets.is_file() else
+              {"clip_pretrain": 30, "sft": cfg.context // 5, "vision_pretrain": 40}.get(stage, 200))
     spec = (image_spec(model.config) if stage == "clip_pretrain"
             else getattr(model, "image_spec", None))
-    chats = RandomChats(tokenizer, lengths[stage], spec.size if spec else 0, n)
+    chats = RandomChats(tokenizer, length, spec.size if spec else 0, n)
     if stage == "clip_pretrain":
         return Captions(chats, tokenizer, spec, cfg.context)
     return Packed([chats], cfg.context, tokenizer, spec)
@@ -158,7 +159,7 @@ class RandomChats:
 
     def chat(self, i):
         rng, t = np.random.default_rng(i), self.tokenizer
-        half = int(self.length * rng.uniform(0.4, 1.6)) // 2
+        half = int((self.length - 4) * rng.uniform(0.4, 1.6)) // 2
         ids = rng.integers(0, t.end_of_text, 2 * half + 4)
         ids[[0, 1, half, half + 1, -1]] = t.end_of_text, t.user, t.end, t.assistant, t.end
         if self.files:

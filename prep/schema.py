@@ -6,39 +6,20 @@ A ValueError says why a row cannot be used.
 import base64
 import json
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from tokenizer import END_OF_TEXT, IMAGE_MARK
 
 ENDS = re.compile(r"\A(\s*<\|endoftext\|>)+|(<\|endoftext\|>\s*)+\Z")
 
-# What is in a column, by its name in any case; of several columns of a kind the first is read.
-COLUMNS = {kind: names.split() for kind, names in {
-    "turns": "conversations conversation messages dialogue dialog turns texts chat qa_pairs",
-    "history": "history",  # [[question, answer], ...] before the question
-    "system": "system system_prompt system_message",
-    "question": "instruction question prompt query problem user",
-    "input": "input context",  # what the question is about
-    "answer": "response output completion solution multiple_choice_answer answer answers caption "
-              "captions assistant",
-    "label": "label",
-    "text": "text txt comment",  # the question of an answer, or what is said about an image
-    "image": "image images image_path image_paths image_file image_files image_name image_url "
-             "image_urls image_bytes img img_path imgs picture photo jpg jpeg png webp",
-    "file": "file_name filename file path url",  # an image where it is called like one
-}.items()}
-METADATA = frozenset(" ".join((  # columns with text that belongs into no turn
-    "id ids idx index uid uuid key hash __key__ __url__ source sources dataset origin subset split",
-    "url urls license category type task task_name task_category domain tags model lang language",
-    "date dump created timestamp path file_path file file_name filename generator",
-    "input_quality llama_guard_2 min_similar_uuid")).split())
-ROLES = {name: role for role, names in {
-    "system": "system developer",
-    "user": "user human prompter",
-    "assistant": "assistant gpt chatgpt bing bard model bot ai chatbot",
-    "result": "tool function observation ipython tool_response function_response",
-    "call": "function_call tool_call",
-}.items() for name in names.split()}
+# Names of columns and roles in any case, by what is in them. Of several columns of a kind the first
+# is read; "text" is the question of an answer, or what is said about an image; a "file" is an image
+# where it is called like one; "metadata" have text that belongs into no turn.
+WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+COLUMNS = {kind: names.split() for kind, names in WORDS["columns"].items()}
+METADATA = frozenset(WORDS["metadata"].split())
+ROLES = {name: role for role, names in WORDS["roles"].items() for name in names.split()}
 ROLE_KEYS, TEXT_KEYS = ("from", "role", "speaker"), ("value", "content", "text")
 TURN_KEYS = {*ROLE_KEYS, *TEXT_KEYS, "weight", "tool_calls", "tool_call_id", "name", "markdown"}
 BASE64 = re.compile(  # of a JPEG, PNG, GIF, WebP or TIFF, or of anything in a data: URL

@@ -92,19 +92,16 @@ train_all() {
 }
 
 finish() {
-    local text=$TEXT
+    local text=$TEXT beside=()
     case $TEXT in hf://*) text=${TEXT#hf://} text=data/hub/${text//\//--} ;; esac
     [ -e "$DATA/text" ] || [ ! -d "$text" ] || ln -s "$(realpath "$text")" "$DATA/text"
-    do_ python eval.py "$OUT/vision_sft" --data="$DATA" --report="$OUT" --device="$DEVICE" ${EVAL:-}
-    [ -z "${TASKS:-}" ] ||
-        do_ python eval.py "$OUT/vision_sft" --tasks="$TASKS" --image_root="${IMAGES:-}" --out="$OUT"
     if [ -n "${ORIGINAL:-}" ]; then
         [ -d "$OUT/original" ] || do_ python experiments/import_original.py "$ORIGINAL" --out="$OUT/original"
-        for name in pretrain original; do
-            do_ python eval.py "$OUT/$name" --data="$DATA" --device="$DEVICE" ${EVAL:-}
-            [ -z "${TEXT_TASKS:-}" ] || do_ python eval.py "$OUT/$name" --tasks="$TEXT_TASKS"
-        done | tee "$OUT/beside_original.txt"
+        beside=(--original="$OUT/original" --tasks="${TEXT_TASKS:-}")
     fi
+    do_ python eval.py "$OUT/vision_sft" --data="$DATA" --report="$OUT" --device="$DEVICE" ${EVAL:-} ${beside[@]+"${beside[@]}"}
+    [ -z "${TASKS:-}" ] ||
+        do_ python eval.py "$OUT/vision_sft" --tasks="$TASKS" --image_root="${IMAGES:-}" --out="$OUT"
     [ -z "${UPLOAD:-}" ] || do_ python upload.py "$OUT/vision_sft" --repo="$UPLOAD"
     echo "done: $OUT/report.html; to talk to it: python sample.py $OUT/vision_sft"
     [ -z "${OPEN:-}" ] || do_ python app.py "$OUT/vision_sft"

@@ -1,12 +1,13 @@
 """The scripts as programs: --help, one sentence for a mistake, answers, scores."""
 
 import dataclasses
-import importlib.util
+import importlib
 import inspect
 import json
 import re
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -173,10 +174,15 @@ def test_a_mistake_gets_one_sentence_that_names_it(mistake, pipeline, bad, tmp_p
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb"), reason="wandb is installed here")
-def test_a_tracker_that_is_not_installed(pipeline, tmp_path):
-    argv = (*pipeline.flags("pretrain"), f"--out={tmp_path}/run", "--tracker=wandb")
-    assert "pip install wandb" in run("pretrain.py", *argv).refusal
+def test_a_tracker_gets_settings_and_metrics(pipeline, tmp_path, monkeypatch):
+    argv = ("pretrain.py", *pipeline.flags("pretrain"), f"--out={tmp_path}/run", "--tracker=wandb")
+    tracker = Mock()
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    assert run(*argv, "--lr=-1").status == 0
+    assert tracker.init.call_args.kwargs["config"]["lr"] > 0  # what the rule gave
+    assert "val_loss" in tracker.init().log.call_args.args[0]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "pip install wandb" in run(*argv).refusal
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

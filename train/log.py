@@ -32,16 +32,20 @@ MEANING = {"loss": "training loss", "val_loss": "validation loss",
 class Log:
     """The metrics of one run. Only the main process prints and writes."""
 
-    def __init__(self, folder, enabled=True, tracker="none", settings=None):
+    def __init__(self, folder, enabled=True):
         self.folder, self.enabled = Path(folder), enabled
-        self.rows, self.behind = [], False  # behind: whether some rows are not on the disk
-        self.tracker = None
-        if enabled and tracker != "none":  # trackio or wandb, which share their interface
+        # behind: whether some rows are not on the disk
+        self.rows, self.behind, self.tracker = [], False, None
+
+    def track(self, tracker, settings):
+        """Show the metrics of a run with these settings in a tracker too."""
+        if self.enabled and tracker != "none":  # trackio or wandb, which share their interface
             try:
                 module = __import__(tracker)
             except ImportError:
                 raise UserError(f"--tracker={tracker}: first pip install {tracker}") from None
-            self.tracker = module.init(project="nanogpt-vision", name=str(folder), config=settings)
+            self.tracker = module.init(project="nanogpt-vision", name=str(self.folder),
+                                       config=settings)
 
     def resume(self, step):
         """Keep the rows up to `step`; those after it will be logged again."""

@@ -53,7 +53,7 @@ class Run:
         self.settings = dataclasses.asdict(cfg)
         self.unit = "img" if stage == "clip_pretrain" else "tok"
         self.per_step = per_step(self.settings)  # units of a step, in all processes together
-        self.log = Log(self.folder, self.machine.is_main, cfg.tracker, self.settings)
+        self.log = Log(self.folder, self.machine.is_main)
         self.metrics, self.notes, self.origins = {}, [], []
         self.first_step, self.saved, self.evaluated, self.reason = 0, None, None, ""
         self.began = time.time()  # of the complete run: earlier on resuming, for the cost
@@ -105,6 +105,7 @@ class Run:
         info: kind, model configuration and lineage, for config.json."""
         self.model, self.optimizer, self.tokenizer, self.info = model, optimizer, tokenizer, info
         self.settings.update(dataclasses.asdict(self.cfg))  # rates by rule are known now
+        self.log.track(self.cfg.tracker, self.settings)
         state = self._load_newest()  # may change the precision
         self.fp16 = torch.amp.GradScaler(self.device.type,
                                          enabled=self.machine.dtype == torch.float16)

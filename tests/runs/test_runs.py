@@ -166,12 +166,15 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(project, hub, tmp_path):
         for wanted in f"== python {stage}.py", line:
             status = read_until(process, wanted, kill=wanted == line)
         assert status == -signal.SIGKILL
-    torch.save(held(Original()), tmp_path / "original.pt")
-    said = finished(start(project, "runs/full.sh", hub, GPUS="1",
-                          ORIGINAL=str(tmp_path / "original.pt")))
+    original, words = tmp_path / "original.pt", tmp_path / "words.jsonl"
+    torch.save(held(Original()), original)
+    words.write_text('{"text": "The dog barks"}\n{"text": "The cat sleeps"}')
+    said = finished(start(project, "runs/full.sh", hub, GPUS="1", ORIGINAL=str(original),
+                          TEXT_TASKS=f"lambada:{words}"))
     assert "out/full/sft is finished" in said
-    beside = (project / "out/full/beside_original.txt").read_text()
-    assert len(re.findall("^text_val_loss ", beside, re.MULTILINE)) == 2
+    for label in "text_val_loss", "lambada/acc":
+        assert re.search(rf"\| {label} (\| [\d.]+ ± [\d.]+ ){{2}}\|",
+                         (project / "out/full/report.md").read_text())
     one, other = weights(project, "whole"), weights(project, "full")
     assert all(one[name].equal(other[name]) for name in one)
 
