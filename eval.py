@@ -81,8 +81,8 @@ def main():
         if checkpoint.read(line["folder"])[0]["sha256"] != line["sha256"]:
             raise UserError(f"{line['folder']} was trained again after {name} was trained from it, "
                             "so its scores are not of this pipeline; train the later stages again")
-    splits = ["val", "test"] if (Path(cfg.data) / "chats" / "test").is_dir() else ["val"]
-    by_split = {split: score_split(names, cfg, machine, split) for split in splits}
+    by_split = {split: score_split(names, cfg, machine, split) for split in ("val", "test")
+                if split == "val" or (Path(cfg.data) / "chats" / "test").is_dir()}
     beside = {decoder: score_split([decoder], cfg, machine, "val")
               | (benchmarks(decoder, cfg, machine) if cfg.tasks else {})
               for decoder in ([names[0], cfg.original] if cfg.original else [])}

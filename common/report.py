@@ -135,8 +135,7 @@ def page_of(title, text, images):
     renderer = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = renderer.parse(text)
     inline = [child for token in tokens for child in token.children or ()]
-    links = (token for token in inline if token.type == "image")
-    for link, image in zip(links, images, strict=True):
+    for link, image in zip((t for t in inline if t.type == "image"), images, strict=True):
         kind = "jpeg" if image.name.endswith(".jpg") else "png"
         link.attrs["src"] = f"data:image/{kind};base64,{base64.b64encode(image.data).decode()}"
     body = renderer.renderer.render(tokens, renderer.options, {})

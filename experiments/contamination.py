@@ -1,6 +1,7 @@
 """Which questions and images of a benchmark are in the data that a model was trained on.
 
     python experiments/contamination.py out/full/vision_sft --tasks=pope:coco_pope.json
+    python experiments/contamination.py out/full/sft --tasks=... --data=data/expanded
 
 A text is found by any 16 consecutive tokens, an image by its bytes, as they are or as prepare.py
 stores them. Not found are paraphrases, shorter texts and images in another crop. It takes 4 minutes
@@ -40,22 +41,27 @@ class Config:
     image_root: str = ""  # folder, zip or tar with their images
     items: int = 1000  # maximum number of items per task
 
+    # --- training data
+    data: str = ""  # comma-separated data folders; empty for all that the checkpoint is trained on
+
 
 def main():
     name, cfg = parse_checkpoint(Config)
     model, tokenizer, info = open_for_chat(name, pick_device("cpu"))
     runners = runners_of(cfg, model, tokenizer, info, out="")
-    for task, overlap in zip(runners, overlaps(list(runners.values()), info), strict=True):
+    folders = list(map(Path, filter(None, cfg.data.split(","))))
+    for task, overlap in zip(runners, overlaps(list(runners.values()), info, folders), strict=True):
         print(f"{task}: {sentence(overlap)}")
 
 
-def overlaps(runners, info):
+def overlaps(runners, info, folders=()):
     """{"texts": share, "images": share, "n_texts", "n_images": of how many, "searched": folders}
     of each TaskRunner; a share is None where there is nothing to search for or in.
 
-    info: of the checkpoint, as checkpoint.read returns it.
+    info: of the checkpoint, as checkpoint.read returns it; its data folders are searched, or else
+    `folders`.
     """
-    folders = data_folders(info)
+    folders = folders or data_folders(info)
     texts = [[windows_of(runner, question) for question in runner.questions] for runner in runners]
     wanted = np.unique(np.concatenate([NONE, *(found for some in texts for found in some)]))
     seen = texts_in(folders, wanted, runners[0].tokenizer) if len(wanted) else NONE

@@ -111,6 +111,17 @@ class Records:
         the ids where there is no image; what is equal has equal keys)."""
         return (value for value, in self.db.execute(f"SELECT {name} FROM records ORDER BY number"))
 
+    def show_parts(self):
+        """Print what comes from each of several data sets, whose rows have names like NAME:1."""
+        first = f"{MAX_IMAGES} * records.number"
+        parts = self.db.execute(
+            "SELECT rtrim(name, '0123456789'), count(DISTINCT name), sum(length(ids)) / 2, sum(("
+            f"SELECT count(*) FROM images WHERE number BETWEEN {first} AND {first} + "
+            f"{MAX_IMAGES - 1})) FROM records GROUP BY 1").fetchall()
+        for name, rows, tokens, images in parts:
+            print(f"{name[:-1]}: {rows:,} rows used, {tokens:,} tokens "
+                  f"({tokens / sum(part[2] for part in parts):.0%}), {images:,} images")
+
 
 def in_order(job, items, workers=None):
     """Yield job(item) of all items, in order, computed in threads ahead of time."""
@@ -239,4 +250,6 @@ def read_all(work, cfg, sources, tokenizer, make, limit, workers=None, archives=
             shutil.rmtree(work)  # nothing in it is worth keeping
             hint = "; is --image_root right?" if "a missing image" in left_out else ""
             raise UserError(f"{sources['rows'].name} holds no row that can be used{hint}")
+        if hasattr(sources["rows"], "parts"):  # a Mixture
+            found["rows"].show_parts()
         yield found, {"left_out": left_out.table(), "unused": unused.table()}

@@ -13,9 +13,8 @@ from tokenizer import END_OF_TEXT, IMAGE_MARK
 
 ENDS = re.compile(r"\A(\s*<\|endoftext\|>)+|(<\|endoftext\|>\s*)+\Z")
 
-# Names of columns and roles in any case, by what is in them. Of several columns of a kind the first
-# is read; "text" is the question of an answer, or what is said about an image; a "file" is an image
-# where it is called like one; "metadata" have text that belongs into no turn.
+# Names of columns and roles, in any case. Of several columns of a kind the first is read; a "text"
+# asks or is said about an image, a "file" may be one, and text of "metadata" belongs into no turn.
 WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 COLUMNS = {kind: names.split() for kind, names in WORDS["columns"].items()}
 METADATA = frozenset(WORDS["metadata"].split())

@@ -84,10 +84,7 @@ def pieces(text):
 
 
 class Dataset:
-    """The rows of a data set of the Hugging Face Hub, streamed, or of a local folder of one.
-
-    name: of the hub may be NAME@REVISION.
-    """
+    """Streamed rows of a data set of the hub (NAME or NAME@REVISION), or a local folder of one."""
 
     total = 0  # bytes: unknown
 
@@ -100,16 +97,15 @@ class Dataset:
         import datasets  # which itself retries a failing connection for minutes
 
         datasets.disable_progress_bars()
+        name, _, revision = (self.name, "", "") if Path(self.name).exists() else (
+            self.name.partition("@"))
         try:
-            name, revision = self.name, None
-            if not Path(name).exists():
-                name, _, revision = name.partition("@")
             data = datasets.load_dataset(name, self.subset or None, split=self.split,
                                          revision=revision or None, streaming=True)
             if data.features and "Image(" in repr(data.features):
                 data = data.decode(False)  # images as bytes
             for number, row in enumerate(data, 1):
-                yield f"{self.name}:{number}", row, size_of(row)
+                yield f"{self.name}:{self.subset}".rstrip(":") + f":{number}", row, size_of(row)
         except Exception as error:  # the exception types depend on the file format and HTTP client
             raise failure(f"cannot read the data set {self.name} (subset {self.subset or 'none'}, "
                           f"split {self.split})", error) from None
@@ -126,7 +122,6 @@ NAMED = {
 class Mixture:
     """Rows of several data sets in turn, so that each has its weight's share of the bytes. It ends
     with the first data set that ends."""
-
     total = 0
 
     def __init__(self, parts, weights):
@@ -135,19 +130,13 @@ class Mixture:
         self.identity = [list(weights), *(part.identity for part in parts)]
 
     def rows(self):
-        parts, rows = [part.rows() for part in self.parts], [0] * len(self.parts)
-        sizes, found = [0] * len(rows), True
-        try:
-            while found:
-                i = min(range(len(sizes)), key=lambda i: sizes[i] / self.weights[i])
-                if found := next(parts[i], None):
-                    rows[i], sizes[i] = rows[i] + 1, sizes[i] + found[2]
-                    yield found
-            print(f"the mixture ends with the last row of {self.parts[i].name}")
-        finally:  # also when no more rows are wanted
-            for part, n, size in zip(self.parts, rows, sizes, strict=True):
-                print(f"{part.name}:{part.subset}".rstrip(":") + f": {n:,} rows, "
-                      f"{size / 1e6:,.1f} MB, {size / max(1, sum(sizes)):.0%}")
+        parts, sizes, found = [part.rows() for part in self.parts], [0] * len(self.parts), True
+        while found:
+            i = min(range(len(sizes)), key=lambda i: sizes[i] / self.weights[i])
+            if found := next(parts[i], None):
+                sizes[i] += found[2]
+                yield found
+        print(f"the mixture ends with the last row of {self.parts[i].name}")
 
 
 def data_set(cfg):

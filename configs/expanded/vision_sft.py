@@ -1,7 +1,7 @@
 """Further public instruction sets for the reference size, with their images inside.
 
-prepare.py prints rows, bytes and share of each set; `python prepare.py check data/expanded` counts
-tokens and images, and experiments/contamination.py the overlap with benchmarks:
+prepare.py prints the rows, tokens, images and share of each set. What of a benchmark is in them:
+`python experiments/contamination.py out/full/sft --data=data/expanded --tasks=NAME:FILE`.
 
     python prepare.py images --out=data/expanded --min_rating=relevance:4 --dataset='\
 HuggingFaceM4/FineVision:LLaVA_Instruct_150K=4,HuggingFaceM4/FineVision:sharegpt4v(coco)=2,\

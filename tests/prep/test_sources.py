@@ -303,7 +303,7 @@ def test_a_revision_of_a_data_set_of_the_hub(hub, tmp_path, monkeypatch):
 
 
 def test_a_mixture_has_its_shares_of_bytes_and_ends_with_its_first_data_set(hub, monkeypatch,
-                                                                            capsys):
+                                                                            capsys, tmp_path):
     hub.repos["datasets", "me/long"] = {"a.jsonl": lines([{"text": "l" * 900}] * 20).encode()}
     hub.repos["datasets", "me/short"] = {"README.md": CARD, "a.jsonl": b'{"text": "no"}',
                                          "b.jsonl": lines([{"text": "s" * 90}] * 90).encode()}
@@ -315,7 +315,9 @@ def test_a_mixture_has_its_shares_of_bytes_and_ends_with_its_first_data_set(hub,
     assert [row["text"] for _, row, _ in mixture.rows()] == texts and texts[:2] != texts[2:4]
     said = capsys.readouterr().out
     assert "me/short:b" in said and "not for sale" in said and "last row of me/long" in said
-    assert "me/long: 20 rows, 0.0 MB, 7" in said
+    said = run("prepare.py", "text", "--dataset=me/long=3,Shorts=1", f"--out={tmp_path}/mix",
+               "--vocabulary=300").out
+    assert "me/long: 20 rows used, " in said and "me/short:b: 6" in said and ", 0 images" in said
 
 
 @pytest.mark.parametrize("wrong", ["a=0", "a=-1,b=1", "a=x", "a=nan", "a=inf", "a,,b", "=2"])
