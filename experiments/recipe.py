@@ -306,6 +306,17 @@ def parts(**factors):
     return patch
 
 
+def head_muon(factor):
+    """The decoder's output matrix by Muon too, at another rate."""
+    def patch(pretrain):
+        from train import optim
+        kind_of = optim.kind_of
+        optim.kind_of = lambda name, p, optimizer: (
+            "muon" if name == "head.weight" else kind_of(name, p, optimizer))
+        parts(**{"head.weight": factor})(pretrain)
+    return patch
+
+
 def both(*patches):
     def patch(pretrain):
         for one in patches:
@@ -356,6 +367,12 @@ TRIALS = {
     "mlp_x1.4": ([], parts(mlp=1.4)), "attention_x1.4": ([], parts(attention=1.4)),
     "bigram_polar": ([], both(bigram(), polar_express)), "bigram_half": ([], bigram(0.5)),
     "unigram_polar": ([], both(initial(unigram), polar_express)),
+    "batch_x0.5_muon_0.028": (["--batch_tokens=2048", "--muon_lr=0.028", "--lr=4.2e-3"], None),
+    "batch_x0.5_momentum_0.93": (["--batch_tokens=2048", "--muon_lr=0.028", "--lr=4.2e-3",
+                                  "--embedding_lr=0.07", "--momentum=0.93"], None),
+    "head_muon": ([], head_muon(1)), "head_muon_x0.3": ([], head_muon(0.3)),
+    "head_muon_x0.1": ([], head_muon(0.1)),
+    "embedding_x2_momentum_0.85": (["--embedding_lr=0.2", "--momentum=0.85"], None),
     "batch_x0.5": (["--batch_tokens=2048"], None), "batch_x2": (["--batch_tokens=8192"], None),
 }
 # AdamW as in the project that this one started from (configs/recipe_reference), and as in nanoGPT
