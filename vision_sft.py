@@ -47,6 +47,20 @@ class Config(TrainSettings):
     workers: int = -1  # processes that decode images; -1: as many as there are spare cores
 
 
+def sources_of(cfg, tokenizer):
+    """Training data: chats about images, and shares of text-only chats and of plain text."""
+    sources = [Chats(cfg.data, "train")]
+    if cfg.text_data:
+        check_tokenizer(cfg.text_data, tokenizer)
+        n = round(len(sources[0]) * cfg.text_share)
+        sources.append(Share(Chats(cfg.text_data, "train"), n, cfg.seed))
+    if cfg.replay:
+        check_tokenizer(cfg.replay, tokenizer)
+        documents = Documents(cfg.replay, "train", cfg.context // 4, tokenizer)
+        sources.append(Share(documents, round(len(sources[0]) * cfg.replay_share), cfg.seed))
+    return sources
+
+
 def main():
     cfg = parse(Config)
     check_kind(cfg.data, "images")
@@ -61,16 +75,9 @@ def main():
 
     # Data: chats about images, text-only chats, plain text
     check_tokenizer(cfg.data, tokenizer)
-    sources, val_text = [Chats(cfg.data, "train")], None
+    sources, val_text = sources_of(cfg, tokenizer), None
     if cfg.text_data:
-        check_tokenizer(cfg.text_data, tokenizer)
-        texts = Chats(cfg.text_data, "train")
-        sources.append(Share(texts, round(len(sources[0]) * cfg.text_share), cfg.seed))
         val_text = Packed([Chats(cfg.text_data, "val")], cfg.context, tokenizer)
-    if cfg.replay:
-        check_tokenizer(cfg.replay, tokenizer)
-        documents = Documents(cfg.replay, "train", cfg.context // 4, tokenizer)
-        sources.append(Share(documents, round(len(sources[0]) * cfg.replay_share), cfg.seed))
     train = Packed(sources, cfg.context, tokenizer, model.image_spec)
     val = Chats(cfg.data, "val")
     ablation = ImageAblation(val, cfg.val_chats, cfg.context, tokenizer, model.image_spec)

@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import elapsed
-from benchmarks.training import STAGES, Training, build_model, random_data, settings_of
+from benchmarks.training import STAGES, Training, build_model, settings_of, training_data
 from clip import normalise
 from common.atomic import writing
 from common.checkpoint import write_json
@@ -61,7 +61,7 @@ class Stage:
             self.model = build_model(self.cfg, stage, folder, tokenizer, settings).train()
         with tempfile.TemporaryDirectory() as out:
             cfg = dataclasses.replace(self.cfg, out=out)
-            data = random_data(cfg, stage, self.model, tokenizer, n=512)
+            data = training_data(cfg, stage, self.model, tokenizer, n=512)
             self.samples = [data.batch(range(n)) for n in (2, 4)]
         self.units = per_step(dataclasses.asdict(cfg)) * cfg.max_steps
         self.rows = cfg.batch_pairs if self.is_clip else cfg.batch_tokens // cfg.context
@@ -201,7 +201,8 @@ def check(folder, stages, tokenizer, settings):
     total = 0.0
     for stage in stages:
         with contextlib.redirect_stdout(io.StringIO()):
-            training = Training(stage.cfg, stage.name, folder, tokenizer, settings)
+            training = Training(stage.cfg, stage.name, folder,
+                                None if Path(stage.cfg.data).is_dir() else tokenizer, settings)
             training.take([0])
             seconds, n_steps = elapsed(training.take, [1]), stage.cfg.max_steps
             training.loader.close()

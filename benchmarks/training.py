@@ -1,7 +1,7 @@
 """The speed of a training step of any stage.
 
-Models have initial weights. The data are random, but go through the same code as real ones: packed
-into rows, images decoded. The sizes of a stage's other parts come from the configs beside its own.
+Models have initial weights. Chats and images are those of the config if prepared, else random. The
+sizes of a stage's other parts come from the configs beside its own.
 """
 
 import dataclasses
@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import vision_sft
 from benchmarks import REPEATS, WARM, elapsed
 from clip import CLIP, feature_pulls, normalise
 from common.config import parse
 from common.device import peak_memory_gb, precision_name
 from common.images import read_image
-from data import Text, check_kind, check_tokenizer
+from data import Chats, Text, check_tokenizer
 from model import GPT
 from tokenizer import SPECIALS, Tokenizer, gpt2
 from train.optim import make_optimizer
@@ -34,7 +35,7 @@ STAGES = ("clip_pretrain", "pretrain", "sft", "vision_pretrain", "vision_sft")  
 
 class Training:
     """Training steps of `stage`; the sizes of its other parts come from the configs in `folder`,
-    read by settings(folder, stage)."""
+    read by settings(folder, stage). With a tokenizer the data are random."""
 
     def __init__(self, cfg, stage, folder, tokenizer=None, settings=None):
         self.out = tempfile.TemporaryDirectory()
@@ -42,10 +43,12 @@ class Training:
         self.run = run = Run(cfg, stage)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)  # nothing needs saving
+        folders = [getattr(cfg, name, "") for name in ("data", "text_data", "replay")]
+        random = tokenizer or not all(Path(name).is_dir() for name in folders if name)
         tokenizer = tokenizer or tokenizer_of(cfg)
         model = build_model(cfg, stage, folder, tokenizer, settings or settings_of)
         self.model = model.to(run.device).train()
-        self.dataset = random_data(cfg, stage, self.model, tokenizer)
+        self.dataset = training_data(cfg, stage, self.model, tokenizer, 8192 if random else 0)
         if stage == "clip_pretrain":
             rows, micro_rows = cfg.batch_pairs, cfg.micro_pairs or cfg.batch_pairs // run.ranks
         else:
@@ -104,10 +107,7 @@ def random_tokenizer(vocabulary=50304):
 
 def tokenizer_of(cfg):
     """The tokenizer of the config's data if they are prepared, else GPT-2's."""
-    if not Path(cfg.data).exists():
-        return gpt2()
-    check_kind(cfg.data, "text", "chats", "images")
-    return check_tokenizer(cfg.data)
+    return check_tokenizer(cfg.data) if Path(cfg.data).exists() else gpt2()
 
 
 def build_model(cfg, stage, folder, tokenizer, settings=settings_of):
@@ -122,21 +122,21 @@ def build_model(cfg, stage, folder, tokenizer, settings=settings_of):
     return model
 
 
-def random_data(cfg, stage, model, tokenizer, n=8192):
-    """A data set for a loader: n chats, about as long as those of the config's data if prepared."""
+def training_data(cfg, stage, model, tokenizer, n=8192):
+    """A data set for a stage's loader, of so many random chats; 0 for the config's own data."""
     if stage == "pretrain":
         ids = np.random.default_rng(0).integers(0, tokenizer.n_vocab, 10**6, dtype=np.uint16)
         np.save(Path(cfg.out) / "train.npy", ids)
         return Text(cfg.out, "train", cfg.context, tokenizer.n_vocab)
-    offsets = Path(cfg.data) / "train" / "offsets.npy"
-    length = (np.diff(np.load(offsets)).mean() if offsets.is_file() else
-              {"clip_pretrain": 30, "sft": cfg.context // 5, "vision_pretrain": 40}.get(stage, 200))
+    length = {"clip_pretrain": 30, "sft": cfg.context // 5, "vision_pretrain": 40}.get(stage, 200)
     spec = (image_spec(model.config) if stage == "clip_pretrain"
             else getattr(model, "image_spec", None))
-    chats = RandomChats(tokenizer, length, spec.size if spec else 0, n)
+    sources = ([RandomChats(tokenizer, length, spec.size if spec else 0, n)] if n
+               else vision_sft.sources_of(cfg, tokenizer) if stage == "vision_sft"
+               else [Chats(cfg.data, "train")])
     if stage == "clip_pretrain":
-        return Captions(chats, tokenizer, spec, cfg.context)
-    return Packed([chats], cfg.context, tokenizer, spec)
+        return Captions(sources[0], tokenizer, spec, cfg.context)
+    return Packed(sources, cfg.context, tokenizer, spec)
 
 
 class RandomChats:
@@ -159,7 +159,7 @@ class RandomChats:
 
     def chat(self, i):
         rng, t = np.random.default_rng(i), self.tokenizer
-        half = int((self.length - 4) * rng.uniform(0.4, 1.6)) // 2
+        half = int(self.length * rng.uniform(0.4, 1.6)) // 2
         ids = rng.integers(0, t.end_of_text, 2 * half + 4)
         ids[[0, 1, half, half + 1, -1]] = t.end_of_text, t.user, t.end, t.assistant, t.end
         if self.files:

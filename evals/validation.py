@@ -199,17 +199,12 @@ def clip_scores(model, tokenizer, cfg, machine, split):
 def retrieval(images, texts, keys, clusters=None):
     """Recall at 1, 5 and 10 from image features (N, E) to text features (N, E) and back. Captions
     with equal keys (N) are correct for each other's images."""
-    keys = np.array(keys)
-    matches = keys[:, None] == keys
+    matches, n = np.equal.outer(keys, keys), len(keys)
     similarity, found = (images @ texts.T).float().cpu().numpy(), {}
     for way, scores in ("image_to_text", similarity), ("text_to_image", similarity.T):
         ranks = retrieval_ranks(scores, matches)
         for k in 1, 5, 10:
-            chance = np.mean([recall_by_chance(len(keys), int(n), k) for n in matches.sum(1)])
+            chance = np.mean([1 - math.comb(n - correct, k) / max(1, math.comb(n, k))
+                              for correct in matches.sum(1).tolist()])  # of k drawn at random
             found[f"clip_{way}_r{k}"] = score(ranks < k, chance=float(chance), clusters=clusters)
     return found
-
-
-def recall_by_chance(n, correct, k):
-    """The probability that k of n drawn at random contain one of the `correct` ones."""
-    return 1 - math.comb(n - correct, k) / math.comb(n, k) if k < n else 1.0

@@ -4,13 +4,16 @@
     OMP_NUM_THREADS=1 python experiments/ablations.py 3x128 640 --seeds=1,2,3    # all variants
     OMP_NUM_THREADS=1 python experiments/ablations.py 2x96 640 base rms_norm swi_glu
     python experiments/ablations.py table
+    python experiments/ablations.py plot 3x128 320     # docs/ablations.png, from out/trials
 
 Runs are those of experiments/recipe.py, with the recipe of configs/recipe: each is a row of
 docs/ablations.csv. A variant replaces modules of a new model.GPT in a few lines; model.py has no
 switch. Where a variant has fewer parameters than the base, its MLP is wider by as many.
 """
 
+import json
 import math
+import statistics
 import sys
 from pathlib import Path
 
@@ -100,6 +103,8 @@ class Attention(nn.Module):
         self.kv = (nn.Linear(C, kv, bias=False) if not latent else nn.Sequential(
             nn.Linear(C, latent, bias=False), nn.LayerNorm(latent),
             nn.Linear(latent, kv, bias=False)))
+        # Muon orthogonalises the matrices of keys and of values separately, as in model.Attention
+        (self.kv[-1] if latent else self.kv).weight.stacked = 2
         # called an embedding, so that AdamW trains it
         self.distance_embedding = (nn.Parameter(torch.zeros(self.H, 32)) if positions == "t5"
                                    else None)
@@ -197,7 +202,35 @@ def patch(variant):
     return patched
 
 
+def plot(size, steps):
+    """Training losses minus those of the base with the same seed, over the steps: the mean over
+    seeds."""
+    import matplotlib.pyplot as plt
+    curves = {}  # (variant, seed) -> {step: loss}
+    for variant in VARIANTS:
+        for path in recipe.ROOT.glob(f"out/trials/{size}_{steps}_{variant}_[0-9]_*/log.jsonl"):
+            seed = path.parent.name.removeprefix(f"{size}_{steps}_{variant}_").split("_")[0]
+            rows = map(json.loads, path.read_text().splitlines())
+            curves[variant, seed] = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
+    for number, variant in enumerate(name for name in VARIANTS if name != "base"):
+        both = [(curve, curves["base", seed]) for (name, seed), curve in curves.items()
+                if name == variant and ("base", seed) in curves]
+        if both:
+            shared = sorted(set.intersection(*(set(c) & set(base) for c, base in both)))
+            mean = [statistics.mean(c[s] - base[s] for c, base in both) for s in shared]
+            axes[number % 2].plot(shared, mean, label=variant)
+    for ax in axes:
+        ax.axhline(0, color="black", lw=0.5)
+        ax.set(xlabel="step", ylim=(-0.15, 0.4))
+        ax.legend(fontsize=8)
+    axes[0].set(ylabel="training loss minus that of the base, nats per token")
+    figure.savefig(recipe.ROOT / "docs/ablations.png", dpi=90)
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "plot":
+        sys.exit(plot(*sys.argv[2:]))
     recipe.TRIALS = {name: (flags, patch(variant)) for name, (flags, variant) in VARIANTS.items()}
     recipe.__file__ = __file__  # what a trial's own process runs
     recipe.main()

@@ -134,7 +134,7 @@ class Step:
 
     def __init__(self, folder, stage):
         self.cfg, self.count = cfg, count = bench.settings_of(folder, stage), Count()
-        bench.random_data.__defaults__ = (1024,)  # chats: as many as fill the rows
+        bench.training_data.__defaults__ = (1024,)  # chats: as many as fill the rows
         small = dataclasses.replace(one_micro_batch(cfg), compile=False, device="cuda:0")
         small.workers = 0
         with (mock.patch("model.head_loss", count.inside(model.head_loss, "head")),

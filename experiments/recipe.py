@@ -371,7 +371,8 @@ TRIALS = {
     "batch_x0.5_momentum_0.93": (["--batch_tokens=2048", "--muon_lr=0.028", "--lr=4.2e-3",
                                   "--embedding_lr=0.07", "--momentum=0.93"], None),
     "head_muon": ([], head_muon(1)), "head_muon_x0.3": ([], head_muon(0.3)),
-    "head_muon_x0.1": ([], head_muon(0.1)),
+    "head_muon_x0.1": ([], head_muon(0.1)), "head_muon_x3": ([], head_muon(3)),
+    "head_muon_x2": ([], head_muon(2)),
     "embedding_x2_momentum_0.85": (["--embedding_lr=0.2", "--momentum=0.85"], None),
     "batch_x0.5": (["--batch_tokens=2048"], None), "batch_x2": (["--batch_tokens=8192"], None),
 }
@@ -411,7 +412,7 @@ def one(size, steps, trial, seed, flags):
     run.Run.save = lambda self, step: None
     sys.argv = ["pretrain.py", str(ROOT / f"configs/{recipe}/pretrain.py"), f"--n_layer={layers}",
                 f"--n_embd={width}", f"--n_head={HEADS[int(width)]}", f"--max_steps={steps}",
-                "--eval_every=0", "--log_every=100", f"--seed={seed}", "--resume=False",
+                "--eval_every=0", "--log_every=20", f"--seed={seed}", "--resume=False",
                 f"--out=out/trials/{size}_{steps}_{trial}_{seed}_{os.getpid()}", *own, *flags]
     began = time.process_time()
     pretrain.main()

@@ -21,7 +21,7 @@ from benchmarks.training import (
     STAGES,
     Training,
     build_model,
-    random_data,
+    training_data,
     random_tokenizer,
     settings_of,
 )
@@ -124,7 +124,7 @@ def serve(model, tokenizer):
 
 def main(folder, capability, vocabulary, out):
     simulate(tuple(map(int, capability.split("."))))
-    random_data.__defaults__ = (1024,)  # chats: as many as fill the rows of a few steps
+    training_data.__defaults__ = (1024,)  # chats: as many as fill the rows of a few steps
     found, tokenizer = {}, load(vocabulary)
     large = random_tokenizer()
     with FakeTensorMode(allow_non_fake_inputs=True), Kernels(), WATCH:

@@ -15,7 +15,7 @@ from common.config import UserError
 from common.device import Machine
 from common.images import to_pixels
 from data import Batch
-from evals.validation import recall_by_chance, retrieval
+from evals.validation import retrieval
 from evals.zero_shot import caption_choice, contrastive_loss, features_of
 from vision import read_transformers_clip
 
@@ -218,9 +218,10 @@ def test_an_untrained_model_chooses_by_chance_and_a_perfect_one_correctly():
         assert score.chance == pytest.approx(expected)
         deviation = (expected * (1 - expected) / 256) ** 0.5
         assert score.value == pytest.approx(expected, abs=3 * deviation)
-    assert recall_by_chance(4, 2, 1) == pytest.approx(1 / 2)
-    assert recall_by_chance(4, 2, 2) == pytest.approx(5 / 6)
-    assert recall_by_chance(4, 1, 9) == 1
+    for n, keys, chances in ((12, [*range(6)] * 2, [1 / 6, 15 / 22, 65 / 66]),  # 2 are correct
+                             (4, range(4), [1 / 4, 1, 1])):  # of the likeliest 1, 5 and 10
+        found = retrieval(torch.eye(n), torch.eye(n), keys)
+        assert [score.chance for score in found.values()] == pytest.approx(chances * 2)
 
 
 def test_the_validation_loss_is_the_loss_of_batches_as_large_as_in_training():

@@ -34,8 +34,7 @@ class Log:
 
     def __init__(self, folder, enabled=True):
         self.folder, self.enabled = Path(folder), enabled
-        # behind: whether some rows are not on the disk
-        self.rows, self.behind, self.tracker = [], False, None
+        self.rows, self.behind, self.tracker = [], False, None  # behind: not all are on the disk
 
     def track(self, tracker, settings):
         """Show the metrics of a run with these settings in a tracker too."""

@@ -10,7 +10,7 @@ from conftest import STAGES, TINY, newest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from benchmarks.training import build_model, random_data, settings_of
+from benchmarks.training import build_model, settings_of, training_data
 from clip import contrast, normalise
 from data import Batch, Documents
 from model import GPT, GPTConfig
@@ -46,7 +46,7 @@ def test_the_flops_of_every_stage_are_those_that_run(stage, tmp_path):
     tokenizer, cfg = Tokenizer("random", None, None, 8000, ""), settings_of(tmp_path, stage)
     cfg.out = tmp_path
     model = build_model(cfg, stage, tmp_path, tokenizer).train()
-    batch = random_data(cfg, stage, model, tokenizer).batch(range(8))
+    batch = training_data(cfg, stage, model, tokenizer).batch(range(8))
     assert model.flops(batch) == pytest.approx(counted(model, batch), rel=0.02)
 
 
