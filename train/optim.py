@@ -54,7 +54,7 @@ class Muon(torch.optim.Optimizer):
         updates = torch.stack(nesterov).view(-1, shape[0] // stacked, math.prod(shape[1:]))
         updates = orthogonalise_distributed(updates, self.dtype)
         rows, columns = updates.shape[-2:]
-        updates = updates.view(len(params), *shape) * (-lr * max(1, rows / columns) ** 0.5)
+        updates = updates.reshape(len(params), *shape) * (-lr * max(1, rows / columns) ** 0.5)
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_add_(params, list(updates.unbind()))
 
