@@ -4,7 +4,8 @@
     OMP_NUM_THREADS=1 python experiments/ablations.py 3x128 640 --seeds=1,2,3    # all variants
     OMP_NUM_THREADS=1 python experiments/ablations.py 2x96 640 base rms_norm swi_glu
     python experiments/ablations.py table
-    python experiments/ablations.py plot 3x128 320     # docs/ablations.png, from out/trials
+    python experiments/ablations.py plot 3x128 320    # docs/ablations.png, from out/trials
+    python experiments/ablations.py sizes 3x128       # parameters, activations
 
 Runs are those of experiments/recipe.py, with the recipe of configs/recipe: each is a row of
 docs/ablations.csv. A variant replaces modules of a new model.GPT in a few lines; model.py has no
@@ -24,7 +25,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import recipe
 
-from model import GPT, init_weights, rotate
+from model import GPT, GPTConfig, init_weights, rotary_tables, rotate
 
 recipe.RESULTS = recipe.ROOT / "docs/ablations.csv"
 
@@ -161,6 +162,15 @@ def learned_positions(net):
     return net
 
 
+def rope_theta(theta):
+    def variant(net):
+        c = net.config
+        tables = rotary_tables(c.n_embd // c.n_head, c.max_positions + 1, theta)
+        net.rotary_cos, net.rotary_sin = tables
+        return net
+    return variant
+
+
 def output_std(std):
     def change(block, config):
         for layer in block.attention.out, block.mlp.down:
@@ -188,10 +198,12 @@ VARIANTS = {  # name: (flags, variant)
     "qk_norm": ([], attention(qk_norm=True)),
     "no_positions": ([], attention(positions="none")),
     "learned_positions": ([], learned_positions), "t5_positions": ([], attention(positions="t5")),
+    "rope_theta_1000": ([], rope_theta(1e3)), "rope_theta_100": ([], rope_theta(100)),
     "outputs_0.02": ([], output_std(0.02)),  # instead of zero
     "embeddings_0.02": ([], quiet_embeddings),  # instead of 1, at the same rate
     "embeddings_0.02_lr_6e-3": (["--embedding_lr=0.006"], quiet_embeddings),
     "adamw": (["--optimizer=adamw", "--lr=4e-3"], lambda net: net),
+    "adamw_2e-3": (["--optimizer=adamw", "--lr=2e-3"], lambda net: net),
     "adamw_8e-3": (["--optimizer=adamw", "--lr=8e-3"], lambda net: net),
 }
 
@@ -200,6 +212,26 @@ def patch(variant):
     def patched(pretrain):
         pretrain.GPT = lambda config: variant(GPT(config))
     return patched
+
+
+def sizes(size):
+    """Print each variant's parameters, and the bytes that its blocks keep for the gradient of 16
+    rows of 256 tokens in bf16."""
+    layers, width = map(int, size.split("x"))
+    for name, (_, variant) in VARIANTS.items():
+        net = variant(GPT(GPTConfig(4096, layers, recipe.HEADS[width], width, 256)))
+        found = {p.untyped_storage().data_ptr(): 0 for p in net.parameters()}
+
+        def keep(tensor, found=found):
+            storage = tensor.untyped_storage()
+            found.setdefault(storage.data_ptr(), storage.nbytes())
+            return tensor
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            out = net.hidden(net.token_embedding(torch.zeros(16, 256, dtype=torch.long)))
+        del out
+        parameters = sum(p.numel() for p in net.parameters())
+        print(f"{name:24s} {parameters:10,} parameters, {sum(found.values()) / 1e6:6.1f} MB")
 
 
 def plot(size, steps):
@@ -229,8 +261,8 @@ def plot(size, steps):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "plot":
-        sys.exit(plot(*sys.argv[2:]))
+    if sys.argv[1] in ("plot", "sizes"):
+        sys.exit({"plot": plot, "sizes": sizes}[sys.argv[1]](*sys.argv[2:]))
     recipe.TRIALS = {name: (flags, patch(variant)) for name, (flags, variant) in VARIANTS.items()}
     recipe.__file__ = __file__  # what a trial's own process runs
     recipe.main()

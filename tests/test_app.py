@@ -1,5 +1,4 @@
-"""app.py and inference/engine.py: streaming, several visitors in one batch, limits, hostile
-requests."""
+"""app.py and inference/engine.py: streaming, visitors in one batch, limits, hostile requests."""
 
 import asyncio
 import contextlib
@@ -82,8 +81,7 @@ class Talk:
         for file, image in zip(files, images, strict=True):  # as gradio stores them
             image.save(file)
         cfg = dataclasses.replace(self.held.cfg, **self.sampling)
-        message = {"text": text, "files": files}
-        pieces = self.held.answer(self.name, message, self.history, cfg)
+        pieces = self.held.answer(self.name, {"text": text, "files": files}, self.history, cfg)
         answer = [piece async for piece in pieces][-1]
         self.history += say("user", [*({"path": file} for file in files), text],
                             "assistant", html.escape(answer))
@@ -139,11 +137,14 @@ def test_a_turn_prefills_only_its_new_tokens_and_encodes_no_image_twice(model, h
     assert lengths[3:] == [n_new] * 3 and n_new < lengths[0] and images == [1] * 3
 
 
-def test_a_question_without_an_answer_does_not_count(model, held):
-    talk, turns = Talk(held), [(SEE, scene(0)), (MORE,)]
-    talk(*turns)
+def test_a_refused_question_and_one_without_an_answer_do_not_count(model, held):
+    talk, turns = Talk(held), [(SEE, scene(0)), (MORE,), (AGAIN,)]
+    found = talk(turns[0])
+    with pytest.raises(UserError, match=r"\d+ tokens .* context is 512"):
+        talk((SEE * 200,))
+    found += talk(turns[1])
     talk.history += say("user", "Is anybody there?")
-    assert talk((AGAIN,)) == expected(model, *turns, (AGAIN,))[-1:]
+    assert [*found, *talk(turns[2])] == expected(model, *turns)
 
 
 def test_the_prompt_has_the_answer_that_the_page_shows(model, held):
@@ -173,14 +174,6 @@ def test_a_new_image_starts_a_new_conversation_and_a_full_context_drops_turns(mo
     turns = [("What is it? " * 12, *[scene(0)] * (i == 0)) for i in range(6)]
     assert Talk(held)(*turns) == expected(model, *turns)
     assert "context is full" in capsys.readouterr().out
-
-
-def test_after_a_refused_question_the_conversation_goes_on(model, held):
-    talk = Talk(held)
-    before = talk(("Hi",), ("Yes",))
-    with pytest.raises(UserError, match=r"\d+ tokens .* context is 512"):
-        talk((SEE * 200,))
-    assert [*before, *talk((AGAIN,))] == expected(model, ("Hi",), ("Yes",), (AGAIN,))
 
 
 class Broken(Sampler):
@@ -352,9 +345,9 @@ class Visitor:
         self.page.wait_for_selector(".submit-button")
         self.page.wait_for_selector("textarea:enabled")
 
-    def wait_for_words(self, n, fewer_than=LONGEST):
+    def wait_for_words(self, n):
         """The last answer, as soon as it has n words; it must not be complete yet."""
-        return self.until(lambda found: found and n <= len(found[-1]) < fewer_than)[-1]
+        return self.until(lambda found: found and n <= len(found[-1]) < LONGEST)[-1]
 
 
 @pytest.fixture
@@ -374,7 +367,7 @@ def visit(browser, server):
         assert visitor.addresses and not elsewhere
 
 
-def test_an_answer_streams_and_the_next_one_knows_the_image(visit, brake, model):
+def test_answers_stream_and_know_the_image_also_after_undo_retry_and_clear(visit, brake, model):
     visitor, seen = visit(), []
     brake.hold()
     visitor.ask(SEE, scene(0))
@@ -386,8 +379,22 @@ def test_an_answer_streams_and_the_next_one_knows_the_image(visit, brake, model)
     visitor.wait(first)
     assert len(set(map(len, seen))) == 4 and len(seen[0]) < LONGEST / 2
     assert all(words == first.split()[: len(words)] for words in seen)
+    third = expected(model, (SEE, scene(0)), (AGAIN,), page=True)[1]
+    visitor.ask(AGAIN)
+    visitor.wait(first, third)
+    visitor.press("Undo")
+    visitor.wait(first)
     visitor.ask(MORE)
     visitor.wait(first, second)
+    brake.hold()
+    visitor.press("Retry")
+    visitor.wait_for_words(1)
+    brake.open()
+    visitor.wait(first, second)
+    visitor.press("Clear")
+    visitor.wait()
+    visitor.ask(MORE)
+    visitor.wait(*expected(model, (MORE,)))
 
 
 def test_stop_ends_an_answer_and_the_conversation_goes_on(visit, server, brake, model):
@@ -410,29 +417,6 @@ def test_stop_ends_an_answer_and_the_conversation_goes_on(visit, server, brake, 
     visitor.wait(" ".join(stopped), "".join(conversation.ask(MORE, (), LONGEST)))
 
 
-def test_undo_retry_and_clear(visit, brake, model):
-    visitor = visit()
-    first, second = expected(model, (SEE, scene(0)), (MORE,), page=True)
-    third = expected(model, (SEE, scene(0)), (AGAIN,), page=True)[1]
-    visitor.ask(SEE, scene(0))
-    visitor.wait(first)
-    visitor.ask(AGAIN)
-    visitor.wait(first, third)
-    visitor.press("Undo")
-    visitor.wait(first)
-    visitor.ask(MORE)
-    visitor.wait(first, second)
-    brake.hold()
-    visitor.press("Retry")
-    visitor.wait_for_words(1)
-    brake.open()
-    visitor.wait(first, second)
-    visitor.press("Clear")
-    visitor.wait()
-    visitor.ask(MORE)
-    visitor.wait(*expected(model, (MORE,)))
-
-
 def test_an_example_is_asked_by_a_click_and_again_by_retry(visit, brake, model):
     visitor, answer = visit(), expected(model, (app.QUESTIONS[1], scene(41)))
     visitor.page.get_by_text(app.QUESTIONS[1]).click()
@@ -447,42 +431,32 @@ def test_an_example_is_asked_by_a_click_and_again_by_retry(visit, brake, model):
     visitor.wait(*answer)
 
 
-def test_a_tab_shows_what_the_last_answer_looked_at(visit, model):
-    visitor = visit()
-    visitor.ask("What do you see?", scene(2))
-    visitor.wait_for_words(1, fewer_than=10**6)
-    visitor.page.wait_for_selector(".submit-button")
-    visitor.page.get_by_role("tab", name="Look inside").click()
-    inside = visitor.page.frame_locator("iframe")
-    inside.locator("#answer button").last.click()
-    assert inside.locator("#candidates tr").count() == 6 and inside.locator("#grid div").count()
-
-
-def test_uploads_are_deleted_when_their_page_is_closed(visit, server, model):
+def test_a_tab_shows_what_an_answer_looked_at_and_uploads_are_deleted_with_their_page(visit, model):
     visitor, before = visit(), set(app.UPLOADS.rglob("*.png"))
     visitor.ask(SEE, scene(77))
     visitor.wait(*expected(model, (SEE, scene(77))))
     added = set(app.UPLOADS.rglob("*.png")) - before
     assert len(added) == 1
+    visitor.page.get_by_role("tab", name="Look inside").click()
+    inside = visitor.page.frame_locator("iframe")
+    inside.locator("#answer button").last.click()
+    assert inside.locator("#candidates tr").count() == 6 and inside.locator("#grid div").count()
     visitor.page.close()
     until(lambda: not added & set(app.UPLOADS.rglob("*.png")), PATIENCE)
 
 
-def test_an_error_is_shown_and_the_page_takes_the_next_question(visit, model):
-    visitor = visit()
+def test_an_error_and_markup_are_shown_as_text_and_the_page_takes_the_next_question(
+        visit, model, monkeypatch):
+    """Gradio would make elements of markup in an answer, of images from elsewhere, too."""
+    visitor, (answer,) = visit(), expected(model, (MORE,))
     visitor.ask("x" * 5000)
     visitor.page.get_by_text("5,000 characters").wait_for()
     visitor.ask(MORE)
-    visitor.wait(*expected(model, (MORE,)))
-
-
-def test_markup_in_an_answer_is_shown_as_text(visit, model, monkeypatch):
-    """Gradio would make elements of it, of images from elsewhere, too."""
+    visitor.wait(answer)
     said = "<img src=nowhere> a<b & &lt; <script>alert(1)</script>"
     monkeypatch.setattr(model[1], "decode", lambda ids: said)
-    visitor = visit()
     visitor.ask("<img src=nowhere>")
-    visitor.wait(said)
+    visitor.wait(answer, said)
     assert not visitor.page.query_selector(".bot.message img")
 
 
@@ -495,16 +469,16 @@ class Client:
         self.chat = next(fn["id"] for fn in config if fn["api_name"] == "chat")
         self.others = [fn["id"] for fn in config if not fn["queue"]]
 
-    def join(self, message, sampling=(0, 1, 1, 3), name=""):
+    def join(self, message, sampling=(0, 1, 1, 3)):
         """Queue a question: (the session's name, the response)."""
-        name = name or secrets.token_hex(8)
+        name = secrets.token_hex(8)
         body = dict(data=[message, None, *sampling], fn_index=self.chat, session_hash=name)
         return name, self.http.post("/gradio_api/queue/join", content=json.dumps(body),
                                     headers={"content-type": "application/json"})
 
-    def ask(self, message, *args, **more):
+    def ask(self, message, *sampling):
         """The answer, or the text of the warning or error."""
-        name, response = self.join(message, *args, **more)
+        name, response = self.join(message, *sampling)
         return self.listen(name) if response.status_code == 200 else told(response)
 
     def listen(self, name):
@@ -519,7 +493,7 @@ class Client:
                     return warning or (output["data"][0] if event["success"] else output["error"])
         raise AssertionError("no answer")
 
-    def show(self, *files, text=SEE):
+    def show(self, *files):
         """Upload files (data, name), and ask about them."""
         paths = []
         for data, *name in files:
@@ -528,7 +502,7 @@ class Client:
             if response.status_code != 200:
                 return told(response)
             paths += response.json()
-        return self.ask({"text": text, "files": list(map(file, paths))})
+        return self.ask({"text": SEE, "files": list(map(file, paths))})
 
 
 def told(response):

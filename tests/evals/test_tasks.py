@@ -3,7 +3,9 @@
 import gzip
 import json
 import random
+import re
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -50,19 +52,7 @@ GOOD = {"hellaswag": HELLASWAG, "arc": AI2, "piqa": PIQA, "lambada": LAMBADA, "g
         "pope": POPE, "vqa": VQA, "captions": CAPTION, "mmstar": MMSTAR, "scienceqa": SCIENCE,
         "exact": OWN, "text": {"text": "ring " * 300}}
 WORDS = ["red", "blue", "ring", "star", "big", "small", "cold", "ice", "heat", "man", "shovel"]
-
-TASK = """task: local
-dataset_path: json
-dataset_kwargs: {data_files: {validation: FILE}}
-output_type: multiple_choice
-validation_split: validation
-process_docs: !function utils.process_docs
-doc_to_text: "{{query}}"
-doc_to_target: "{{label}}"
-doc_to_choice: "choices"
-metric_list: [{metric: acc}, {metric: acc_norm}]
-"""
-
+YES, NO = [[-1.0, True, 1], [-2.0, False, 1]], [[-3.0, False, 1], [-2.0, True, 1]]
 
 def some(rng, low, high):
     return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
@@ -88,16 +78,12 @@ def text_model(context=256):
 
 def uniform_model(context=256):
     """A model that finds all tokens equally likely."""
-    model = GPT(config(context)).eval()
-    with torch.no_grad():
-        model.head.weight.zero_()
-    return model
+    return with_weights(GPT(config(context)), likely=[])
 
 
 @pytest.mark.parametrize("name, row, expected", [
     ("hellaswag", HELLASWAG, (  # as lm_eval's preprocess makes it, spaces included
-        "Removing ice: [header] A man is outside. He is cold. He shovels. The man".replace(
-            "[header] ", " ").replace(":  ", ": "),
+        "Removing ice: A man is outside. He is cold. He shovels. The man",
         ["sits down.", "is. gone.", "walks.", "scrapes ice."], "scrapes ice.", [])),
     ("arc", AI2, ("Question: What melts ice?\nAnswer:", ["cold", "heat"], "heat", [])),
     ("arc", HUB, ("Question: What melts ice?\nAnswer:", ["cold", "heat", "snow"], "snow", [])),
@@ -190,8 +176,7 @@ def test_own_files_in_any_format_of_the_data(row, prompt, answer, tmp_path):
     ("winogrande", b"{}", new_model, "no task winogrande: hellaswag, arc, "),
     ("pope", json.dumps(POPE).encode(), text_model, "text-only"),
     ("hellaswag", json.dumps(HELLASWAG).encode(), lambda: text_model(64),
-     "row 0: longer than the context"),
-])
+     "row 0: longer than the context")])
 def test_what_cannot_be_asked_is_one_sentence(name, text, model, why, tmp_path):
     if text is not None:
         (tmp_path / "rows.json").write_bytes(text)
@@ -205,8 +190,7 @@ def test_json_lists_and_files_of_the_hub_are_read_like_lines(tmp_path, monkeypat
     for name, text in {"rows.json": a_list, "list.jsonl": a_list, "lines.json": lines}.items():
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
-    monkeypatch.setattr("common.archives.fetched",
-                        lambda pattern: [f"{tmp_path}/rows.json"])
+    monkeypatch.setattr("common.archives.fetched", lambda pattern: [f"{tmp_path}/rows.json"])
     for path in *map(str, tmp_path.iterdir()), "hf://owner/name/rows.json":
         assert len(TaskRunner("piqa", path, text_model(), TOKENIZER).questions) == 2
 
@@ -235,19 +219,17 @@ def synthetic(name, rng, n):
 def test_an_untrained_model_scores_chance(name, tmp_path):
     """As initialised, where it uses the last token alone, and with weights that mix all tokens."""
     torch.manual_seed(1)
-    models = [VisionLanguageModel(config(256), SIGHT).eval(), new_model()]
     rows = synthetic(name, random.Random(5), 300)
     for i, row in enumerate(row for row in rows if row.get("image")):  # each its own image
         (tmp_path / f"{i}.png").symlink_to(tmp_path / row["image"])
         row["image"] = f"{i}.png"
     chance = {"piqa": 1 / 2, "pope": 1 / 2}.get(name, 1 / 4)
-    for model in models:
+    for model in VisionLanguageModel(config(256), SIGHT).eval(), new_model():
         result = task_runner(name, tmp_path, rows, model).run()
         assert result["n"] == 300 and result["chance"] == pytest.approx(chance)
-        for label, (value, error) in result["scores"].items():
-            if label in ("acc", "acc_norm", "auroc"):
-                guess = 0.5 if label == "auroc" else chance
-                assert abs(value - guess) <= 3 * error < 0.15, label
+        for label in {"acc", "acc_norm", "auroc"} & result["scores"].keys():
+            value, error = result["scores"][label]
+            assert abs(value - chance) <= 3 * error < 0.15, label
 
 
 def test_closed_forms_for_a_model_that_finds_all_tokens_equally_likely(tmp_path):
@@ -255,8 +237,7 @@ def test_closed_forms_for_a_model_that_finds_all_tokens_equally_likely(tmp_path)
     model = uniform_model()
     rows = [{"text": f"{some(rng, 3, 9)} ring"} for _ in range(30)]
     found = task_runner("lambada", tmp_path, rows, model).run()["scores"]
-    n = len(TOKENIZER.encode(" ring"))
-    assert found["perplexity"][0] == pytest.approx(V**n, rel=1e-4)
+    assert found["perplexity"][0] == pytest.approx(V ** len(TOKENIZER.encode(" ring")), rel=1e-4)
     rows = [{"prompt": some(rng, 3, 9), "response": some(rng, 1, 9)} for _ in range(30)]
     found = task_runner("likelihood", tmp_path, rows, model).run()["scores"]
     assert found["nats"][0] == pytest.approx(log_V, rel=1e-5)
@@ -288,26 +269,21 @@ def test_every_token_of_the_texts_is_predicted_once(T):
 def test_a_text_has_the_loss_of_its_prepared_shards(tmp_path):
     rng, model = random.Random(3), text_model(512)
     texts = [some(rng, 20, 90) for _ in range(40)]
-    (tmp_path / "text").mkdir()
-    write_shards(tmp_path / "text", "val", [[TOKENIZER.end_of_text, *TOKENIZER.encode(text)]
-                                            for text in texts])
-    write_manifest(tmp_path / "text", "text", TOKENIZER)
+    write_shards(tmp_path, "val", [[TOKENIZER.end_of_text, *TOKENIZER.encode(text)]
+                                   for text in texts])
+    write_manifest(tmp_path, "text", TOKENIZER)
     machine = Machine(torch.device("cpu"), torch.float32)
-    expected = text_loss(model, TOKENIZER, tmp_path / "text", 6, machine)
-    rows = [{"text": text} for text in texts]
-    found = task_runner("text", tmp_path, rows, model, items=6).run()
+    expected = text_loss(model, TOKENIZER, tmp_path, 6, machine)
+    found = task_runner("text", tmp_path, [{"text": text} for text in texts], model, items=6).run()
     assert found["n"] == 6 and found["chance"] is None
     for name, label in ("nats", "text_val_loss"), ("bits_per_byte", "text_bits_per_byte"):
         value, error = found["scores"][name]
         assert value == pytest.approx(expected[label].value, rel=1e-5)
         assert error == pytest.approx(expected[label].error, rel=0.3)
     # Every token is one byte, a third of a character: bits per byte are bits per token.
-    write_shards(tmp_path / "text", "val", [[0, *TOKENIZER.encode("語" * 900)]])
-    found = text_loss(uniform_model(), TOKENIZER, tmp_path / "text", 9, machine)
+    write_shards(tmp_path, "val", [[0, *TOKENIZER.encode("語" * 900)]])
+    found = text_loss(uniform_model(), TOKENIZER, tmp_path, 9, machine)
     assert found["text_bits_per_byte"].value == pytest.approx(np.log2(TOKENIZER.n_vocab), rel=1e-5)
-
-
-YES, NO = [[-1.0, True, 1], [-2.0, False, 1]], [[-3.0, False, 1], [-2.0, True, 1]]
 
 
 @pytest.mark.parametrize("name, rows, answers, expected", [
@@ -321,8 +297,7 @@ YES, NO = [[-1.0, True, 1], [-2.0, False, 1]], [[-3.0, False, 1], [-2.0, True, 1
     ("captions", [CAPTION | {"captions": ["a red ring on a table"]},
                   CAPTION | {"captions": ["a blue star in the sky"]}],
      ["a red ring on a table", "a cold man sees ice"],  # BLEU: 7, 5, 4 and 3 of 11, 9, 7 and 5
-     {"cider": 5, "bleu4": (7 / 11 * 5 / 9 * 4 / 7 * 3 / 5) ** 0.25 * np.exp(1 - 12 / 11)}),
-])
+     {"cider": 5, "bleu4": (7 / 11 * 5 / 9 * 4 / 7 * 3 / 5) ** 0.25 * np.exp(1 - 12 / 11)})])
 def test_scores_by_hand(name, rows, answers, expected):
     questions = [question_of(TASKS[name], row | {"image": f"{i}.png"})
                  for i, row in enumerate(rows)]
@@ -383,8 +358,7 @@ def test_mismatched_images_score_like_none_and_the_correct_ones_everything(tmp_p
         red = rng.random() < 0.5
         color = (250, 0, rng.randrange(50)) if red else (rng.randrange(50), 0, 250)
         Image.new("RGB", (32, 32), color).save(tmp_path / f"{number}.png")
-        rows.append({"text": "Is it red?", "label": "yes" if red else "no",
-                     "image": f"{number}.png"})
+        rows.append({"text": "Is it red?", "label": ["no", "yes"][red], "image": f"{number}.png"})
     correct = task_runner("pope", tmp_path, rows, model).run()
     assert correct["scores"]["acc"][0] == correct["scores"]["auroc"][0] == 1
     assert correct["text_only"]["auroc"][0] == 0.5
@@ -426,10 +400,11 @@ def test_hellaswag_picks_what_lm_eval_picks(tmp_path, monkeypatch):
              "endings": [f"{some(rng, 1, 9)}[substeps] {some(rng, 1, 5)}." for _ in range(4)]}
             for i in range(20)]
     file = written(tmp_path, rows)
-    utils = Path(next(iter(lm_eval.__path__))) / "tasks/hellaswag/utils.py"
+    task = Path(next(iter(lm_eval.__path__))) / "tasks/hellaswag/hellaswag.yaml"
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/utils.py").write_text(utils.read_text())
-    (tmp_path / "tasks/local.yaml").write_text(TASK.replace("FILE", file))
+    (tmp_path / "tasks/local.yaml").write_text(
+        f"include: {task}\ntask: local\ntag: []\ndataset_path: json\ntraining_split: null\n"
+        f"dataset_kwargs: {{data_files: {{validation: {file}}}}}\n")
     write_folder(model, TOKENIZER, "pretrain", tmp_path / "export")
     samples = lm_eval.simple_evaluate(
         HFLM(str(tmp_path / "export"), device="cpu", batch_size=4, add_bos_token=True),
@@ -452,66 +427,53 @@ def test_hellaswag_picks_what_lm_eval_picks(tmp_path, monkeypatch):
 def test_a_stopped_run_resumes_and_asks_nothing_twice(name, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "PART", 4)
     monkeypatch.setattr(tasks, "RESAMPLES", 5)
-    rows = synthetic("pope", random.Random(4), 10)
-    for number, row in enumerate(rows):
-        row["label"] = "yes" if number in (3, 4, 5, 6) else "no"
+    rows = [row | {"label": "yes" if 3 <= number < 7 else "no"}
+            for number, row in enumerate(synthetic("pope", random.Random(4), 10))]
     rows[1]["image"], rows[2]["image"] = "gone.png", "broken.png"
     (tmp_path / "broken.png").write_bytes(b"no image")
     rows[9]["text"] = "too long " * 99
     complete = task_runner(name, tmp_path, rows)
     result = complete.run()
-    counts, stopped = [], task_runner(name, tmp_path, rows, out=str(tmp_path / "out"))
-
-    def stop(n):
-        counts.append(n)
-        if sum(counts) == 8:
-            raise KeyboardInterrupt
-
+    stopped = task_runner(name, tmp_path, rows, out=str(tmp_path / "out"))
+    stop = Mock(side_effect=[None, None, KeyboardInterrupt])
     with pytest.raises(KeyboardInterrupt):
         stopped.run(stop)
+    assert stop.mock_calls == [call(0), call(4), call(4)]
     with open(stopped.file, "a") as file:
         file.write('{"answer": [[')  # killed while writing
-    for asked in [8, 9], []:  # the rest, then nothing
-        resumed, numbers = task_runner(name, tmp_path, rows, out=str(tmp_path / "out")), []
-        ask = resumed.ask
-        resumed.ask = lambda some, ask=ask, numbers=numbers: numbers.extend(some) or ask(some)
-        assert resumed.run() == result and numbers == asked
+    for asked in [call(range(8, 10))], []:  # the rest, then nothing
+        resumed = task_runner(name, tmp_path, rows, out=str(tmp_path / "out"))
+        resumed.ask = Mock(wraps=resumed.ask)
+        assert resumed.run() == result and resumed.ask.mock_calls == asked
         assert resumed.left_out == complete.left_out
-        gone, broken, too_long = resumed.left_out
-        assert gone.startswith("row 1: ") and "gone.png" in gone
-        assert broken.startswith("row 2: ") and "broken.png" in broken
-        assert too_long == "row 9: longer than the context"
+        assert re.fullmatch(r"row 1: .*gone\.png.*\nrow 2: .*broken\.png.*\n"
+                            "row 9: longer than the context", "\n".join(resumed.left_out))
         assert len(stopped.file.read_text().splitlines()) == 11
 
 
-def test_answers_of_another_checkpoint_or_to_other_questions_are_refused(tmp_path):
-    rows, out = synthetic("piqa", random.Random(4), 5), str(tmp_path / "out")
-    task_runner("piqa", tmp_path, rows, out=out, checkpoint="a").run()
-    for other, checkpoint in (rows, "b"), (rows[:4], "a"):
-        with pytest.raises(UserError, match="of another checkpoint"):
-            task_runner("piqa", tmp_path, other, out=out, checkpoint=checkpoint).run()
+def test_answers_of_another_model_or_to_other_questions_are_refused(tmp_path, monkeypatch):
+    """Of another checkpoint or in another precision; other texts, labels or images."""
+    def acc(images, rows=(POPE,), checkpoint="x"):
+        return TaskRunner("pope", written(tmp_path, rows), new_model(), TOKENIZER, 9,
+                          str(tmp_path / images), str(tmp_path / "out"),
+                          checkpoint).run()["scores"]["acc"]
 
-
-def test_answers_about_other_images_or_in_another_precision_are_refused(tmp_path, monkeypatch):
-    def acc(name):
-        return TaskRunner("pope", path, new_model(), TOKENIZER, 9, str(tmp_path / name),
-                          str(tmp_path / "out")).run()["scores"]["acc"]
-
-    path = written(tmp_path, [POPE])
     for color, name in ((RED, "a"), (BLUE, "b"), (None, "empty")):
         (tmp_path / name).mkdir()
         if color:
             color.save(tmp_path / name / "red.png")
     with pytest.raises(UserError, match="no image is readable"):
         acc("empty")
-    with pytest.raises(UserError, match="choose another name, or remove it"):
+    refusal = "of another checkpoint, .* other questions; choose another name, or remove it"
+    with pytest.raises(UserError, match=refusal):
         acc("a")
     (tmp_path / "out" / "pope.rows.jsonl").unlink()
     assert acc("a") == acc("a")
-    with pytest.raises(UserError, match="choose another name, or remove it"):
-        acc("b")
+    for other in ("b",), ("a", [POPE | {"label": "yes"}]), ("a", [POPE], "y"):
+        with pytest.raises(UserError, match=refusal):
+            acc(*other)
     monkeypatch.setattr(runner, "pick_dtype", lambda device: torch.float16)
-    with pytest.raises(UserError, match="choose another name, or remove it"):
+    with pytest.raises(UserError, match=refusal):
         acc("a")
 
 
