@@ -6,6 +6,7 @@
     python experiments/ablations.py table
     python experiments/ablations.py plot 3x128 320    # docs/ablations.png, from out/trials
     python experiments/ablations.py sizes 3x128       # parameters, activations
+    python experiments/ablations.py markdown          # the table of docs/ablations.md
 
 Runs are those of experiments/recipe.py, with the recipe of configs/recipe: each is a row of
 docs/ablations.csv. A variant replaces modules of a new model.GPT in a few lines; model.py has no
@@ -14,8 +15,10 @@ switch. Where a variant has fewer parameters than the base, its MLP is wider by 
 
 import json
 import math
+import operator
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -215,23 +218,60 @@ def patch(variant):
 
 
 def sizes(size):
-    """Print each variant's parameters, and the bytes that its blocks keep for the gradient of 16
-    rows of 256 tokens in bf16."""
+    """Print each variant's parameters, the bytes that its blocks keep for the gradient of 16 rows
+    of 256 tokens in bf16, and the time of that forward and backward pass relative to the base (seven
+    rounds over all variants, the median ratio)."""
     layers, width = map(int, size.split("x"))
+    ids, nets, times = torch.zeros(16, 256, dtype=torch.long), {}, {}
     for name, (_, variant) in VARIANTS.items():
-        net = variant(GPT(GPTConfig(4096, layers, recipe.HEADS[width], width, 256)))
+        nets[name] = variant(GPT(GPTConfig(4096, layers, recipe.HEADS[width], width, 256)))
+
+    def blocks_of(net, keep=lambda tensor: tensor):
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            return net.hidden(net.token_embedding(ids))
+
+    for _ in range(8):
+        for name, net in nets.items():
+            began = time.perf_counter()
+            blocks_of(net).float().sum().backward()
+            times.setdefault(name, []).append(time.perf_counter() - began)
+    for name, net in nets.items():
         found = {p.untyped_storage().data_ptr(): 0 for p in net.parameters()}
 
         def keep(tensor, found=found):
             storage = tensor.untyped_storage()
             found.setdefault(storage.data_ptr(), storage.nbytes())
             return tensor
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with hooks, torch.autocast("cpu", torch.bfloat16):
-            out = net.hidden(net.token_embedding(torch.zeros(16, 256, dtype=torch.long)))
+        out = blocks_of(net, keep)
         del out
-        parameters = sum(p.numel() for p in net.parameters())
-        print(f"{name:24s} {parameters:10,} parameters, {sum(found.values()) / 1e6:6.1f} MB")
+        ratios = map(operator.truediv, times[name][1:], times["base"][1:])
+        print(f"{name:24s} {sum(p.numel() for p in net.parameters()):10,} parameters, "
+              f"{sum(found.values()) / 1e6:6.1f} MB, {statistics.median(ratios):.2f}")
+
+
+def markdown():
+    """Print the table of docs/ablations.md: the loss of each variant relative to the base with the
+    same seed, as a mean and for all seeds."""
+    found = {}  # (size, variant) -> {seed: loss}
+    for row in recipe.rows():
+        found.setdefault((row["size"], row["trial"]), {})[row["seed"]] = float(row["val_loss"])
+    sizes = list(dict.fromkeys(size for size, _ in found))
+    print("| variant |", " | ".join(f"{size}: loss | seeds" for size in sizes), "|")
+    print("|---" * (1 + 2 * len(sizes)) + "|")
+    for variant in VARIANTS:
+        cells = [f"`{variant}`"]
+        for size in sizes:
+            base, own = found.get((size, "base"), {}), found.get((size, variant), {})
+            differences = [own[seed] - base[seed] for seed in sorted(own) if seed in base]
+            if variant == "base" and base:
+                cells += [f"{statistics.mean(base.values()):.3f}",
+                          ", ".join(f"{loss:.3f}" for loss in base.values())]
+            else:
+                cells += ([f"{statistics.mean(differences):+.3f}",
+                           ", ".join(f"{d:+.3f}" for d in differences)] if differences
+                          else ["", ""])
+        print("|", " | ".join(cells), "|")
 
 
 def plot(size, steps):
@@ -261,8 +301,8 @@ def plot(size, steps):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] in ("plot", "sizes"):
-        sys.exit({"plot": plot, "sizes": sizes}[sys.argv[1]](*sys.argv[2:]))
+    if sys.argv[1] in ("plot", "sizes", "markdown"):
+        sys.exit(globals()[sys.argv[1]](*sys.argv[2:]))
     recipe.TRIALS = {name: (flags, patch(variant)) for name, (flags, variant) in VARIANTS.items()}
     recipe.__file__ = __file__  # what a trial's own process runs
     recipe.main()
