@@ -219,8 +219,8 @@ def patch(variant):
 
 def sizes(size):
     """Print each variant's parameters, the bytes that its blocks keep for the gradient of 16 rows
-    of 256 tokens in bf16, and the time of that forward and backward pass relative to the base (seven
-    rounds over all variants, the median ratio)."""
+    of 256 tokens in bf16, and the time of that forward and backward pass relative to the base: the
+    median ratio of seven rounds over all variants."""
     layers, width = map(int, size.split("x"))
     ids, nets, times = torch.zeros(16, 256, dtype=torch.long), {}, {}
     for name, (_, variant) in VARIANTS.items():
