@@ -81,6 +81,16 @@ def usual(vocabulary, tmp_path):
     return f"--tokenizer={vocabulary}", f"--out={tmp_path}/out"
 
 
+@pytest.mark.parametrize(("texts", "share"), [(["the fox ran " * 50], "0.0001"),
+                                              (["one fox", "two foxes"], "0.9")])
+def test_a_tiny_or_large_share_leaves_something_in_both_splits(texts, share, usual, tmp_path):
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    prepared("text", f"--files={tmp_path}/*.txt", *usual, f"--val_share={share}")
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["train_tokens"] > 0 < manifest["val_tokens"]
+
+
 KINDS = "captions", "scenes"
 TEXTS = ["The fox ran.", "Füchse 🦊 laufen.\n\nSehr schnell.", "  spaces  and\ttabs \n",
          "Nobody can type a <|endoftext|> or a <|user|>.", "x" * 5000]
