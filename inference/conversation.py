@@ -190,7 +190,7 @@ def embed(model, tokenizer, rows, features=None):
 
 def expand_images(model, tokenizer, ids):
     """The ids of a rendered chat as the model reads them: P times <|image|> for an image."""
-    patches = model.clip_config.n_patches if has_vision(model) else 1
+    patches = model.image_spec.n_patches if has_vision(model) else 1
     return [i for token in ids for i in [token] * (patches if token == tokenizer.image else 1)]
 
 
