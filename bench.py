@@ -31,8 +31,8 @@ def main():
     argv = sys.argv[1:]
     if argv[:1] == ["plan"]:
         folder, cfg = parse_checkpoint(plan.Config, argv[1:], "configs/demo", "plan FOLDER")
-        if cfg.vocabulary <= len(SPECIALS):
-            raise UserError(f"--vocabulary must be above {len(SPECIALS)}")
+        if not len(SPECIALS) < cfg.vocabulary <= 65536:
+            raise UserError(f"--vocabulary must be above {len(SPECIALS)} and at most 65536")
         return plan.plan(folder, cfg, random_tokenizer(cfg.vocabulary))
     own = ("--help", "--steps=")
     bench = parse(Config, [flag for flag in argv if flag.startswith(own)], "CONFIG")

@@ -35,8 +35,7 @@ from train.log import duration, price
 class Config:
     # --- data
     data: str = "data/demo"  # folder with text/, chats/, captions/, scenes/, whichever apply
-    # the split to score; a report has both if there is a test split. Tune on val only: after
-    # choices were made on it, a test set measures nothing
+    # tune on val only: a test set by which choices were made measures nothing. A report has both
     split: Literal["val", "test"] = "val"
     items: int = 1000  # maximum number of items per score
     zero_shot: str = ""  # folder of images, one subfolder per class, for a CLIP; empty for none
@@ -64,9 +63,10 @@ def main():
         if folder := getattr(cfg, setting):
             check_output(folder, f"--{setting}=", folder=True)
     machine = setup(cfg.device)
-    if cfg.original and not cfg.report:
-        raise UserError("--original is for --report, which has both decoders side by side")
-    if cfg.tasks and not cfg.original:
+    if (cfg.original and (cfg.out or not cfg.report)) or (
+            cfg.tasks and cfg.report and not cfg.original):
+        raise UserError("--original goes with --report, not --out; --report with --tasks needs it")
+    if cfg.tasks and not cfg.report:
         return benchmarks(name, cfg, machine)
     if not cfg.zero_shot:  # which may be all that there is for a CLIP
         check_kind(cfg.data, "several")
@@ -74,8 +74,13 @@ def main():
         return score_split([name], cfg, machine, cfg.split)
     info = checkpoint.read(name)[0]
     name = info["folder"]  # a run may save a newer one meanwhile
+    kinds = ["clip_pretrain", *["pretrain"] * (Path(cfg.data) / "text").is_dir()]
     scored = {line["stage"]: line for line in [*info.get("lineage", []), info]
-              if line["stage"] in ("pretrain", "clip_pretrain") or line is info}
+              if line["stage"] in kinds or line is info}
+    if cfg.original:
+        checkpoint.read(cfg.original, ("decoder",))
+        if "pretrain" not in scored:
+            raise UserError(f"--original: {name} has no pretrained decoder, or {cfg.data} no text")
     names = [line["folder"] for line in scored.values()]
     for line in scored.values():
         if checkpoint.read(line["folder"])[0]["sha256"] != line["sha256"]:
@@ -85,7 +90,7 @@ def main():
                 if split == "val" or (Path(cfg.data) / "chats" / "test").is_dir()}
     beside = {decoder: score_split([decoder], cfg, machine, "val")
               | (benchmarks(decoder, cfg, machine) if cfg.tasks else {})
-              for decoder in ([names[0], cfg.original] if cfg.original else [])}
+              for decoder in ([scored["pretrain"]["folder"], cfg.original] if cfg.original else [])}
     report(name, cfg, by_split, beside)
 
 
@@ -133,7 +138,7 @@ def report(name, cfg, by_split, beside):
     """Write report.md, .html and .json: scores, time, price, curves, conversations about images.
 
     by_split: {split: {label: Score}}; with a test split, names of validation scores get val_.
-    beside: {checkpoint: {label: Score}} of decoders to be compared.
+    beside: the same of checkpoints of decoders to be compared.
     """
     folder, info = Path(cfg.report), checkpoint.read(name)[0]
     stages = [*info.get("lineage", []), info]

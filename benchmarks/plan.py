@@ -34,9 +34,7 @@ SLOW = 45 * 60  # seconds: about twice what two cores of most laptops need (docs
 FILL = 0.9  # of a GPU's memory: the rest is for the libraries
 FRAGMENTS = {"cuda": 1.0, "cpu": 1.1}  # malloc's, of the activations (docs/performance.md)
 DEPTHS = range(24, 3, -2)  # tried for a budget; a decoder of L layers has width 64 * L
-DOWNLOADS = {"hf://ShallowU/FineWeb-Edu-10B-Tokens-NPY": 20, "data/magpie": 4,
-             "data/llava_captions": 7, "data/llava_instruct": 25,
-             "openai/clip-vit-large-patch14": 2, "openai/clip-vit-base-patch32": 1}  # GB
+DOWNLOADS = read_json(Path(__file__).with_name("downloads.json"))  # GB
 
 
 @dataclass
@@ -44,8 +42,7 @@ class Config:
     # --- plan
     gpu: str = "8 x A100 80 GB"  # the entry of the table of GPUs that the flags are for
     gpus: str = str(Path(__file__).with_name("gpus.json"))  # table of GPUs, speeds and prices
-    # dollars, or hours like 8h, of all stages on --gpu: plans the largest decoder for it
-    budget: str = ""
+    budget: str = ""  # dollars, or hours like 8h, on --gpu: plans the largest decoder for it
     vocabulary: int = 50304  # number of the tokenizer's ids
     out: str = ""  # folder for plan.md and plan.json; empty for none
     check: bool = False  # also time one step of each stage on this machine
@@ -133,6 +130,8 @@ def plan(folder, cfg, tokenizer):
     """Print the plan of the configs in `folder`, and write plan.md and plan.json into cfg.out."""
     try:
         gpus = {gpu["name"]: {key: float(gpu[key]) for key in GPU} for gpu in read_json(cfg.gpus)}
+        if any(min(gpu.values()) < 0 or 0 in list(gpu.values())[:-1] for gpu in gpus.values()):
+            raise ValueError("a figure that is not above 0")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{cfg.gpus}: {error!r}; a GPU has a name, and {', '.join(GPU)}") from None
     here = peak_memory_gb()[1]
@@ -147,7 +146,7 @@ def plan(folder, cfg, tokenizer):
         if not cfg.budget or within(cfg.budget, stages, gpus[cfg.gpu]):
             break
     else:
-        raise UserError(f"--budget={cfg.budget} on {cfg.gpu} is too small for {DEPTHS[-1]} layers")
+        raise UserError(f"--budget={cfg.budget} is too small for {cfg.gpu} (if free: hours, 8h)")
     found = {name: {stage.name: stage.on(gpu) for stage in stages} for name, gpu in gpus.items()}
     flags = {stage.name: stage.flags(gpus[cfg.gpu], size) for stage in stages}
     text = "\n\n".join((
@@ -181,12 +180,12 @@ def settings_with(size, folder, stage):
 
 def within(budget, stages, gpu):
     """Whether stages cost at most so many dollars or hours (8h), clip_pretrain only if used."""
-    used = {getattr(stage.cfg, "clip", "") for stage in stages}
-    seconds = sum(stage.seconds(gpu) for stage in stages
-                  if not stage.is_clip or stage.cfg.out in used)
+    clips = {getattr(stage.cfg, "clip", "") for stage in stages}
+    used = [stage for stage in stages if not stage.is_clip or stage.cfg.out in clips]
     per_hour = 1 if budget.endswith("h") else gpu["dollars_per_hour"]
     try:
-        return seconds / 3600 * per_hour <= float(budget.removesuffix("h"))
+        cost = sum(stage.seconds(gpu) for stage in used) / 3600 * per_hour
+        return 0 < cost <= float(budget.removesuffix("h")) and all(stage.on(gpu) for stage in used)
     except ValueError:
         raise UserError(f"--budget={budget}: dollars like 10, or hours like 8h") from None
 

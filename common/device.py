@@ -108,7 +108,6 @@ class Machine:
             dist.barrier()
 
     def leave(self):
-        """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
 

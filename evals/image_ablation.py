@@ -123,5 +123,4 @@ def ignored_images_warning(losses):
         return ""
     return ("warning: the model ignores images: the correct image lowers the validation loss by "
             f"only {mismatched:.3f} nats per token against a mismatched one and {text_only:.3f} "
-            "against none. Train longer or with a higher learning rate; prepare.py check shows "
-            "whether images and texts match")
+            "against none. Train longer, with a higher rate; prepare.py check shows the data")

@@ -23,7 +23,7 @@ The same command goes on from there: bash $script" >&2' EXIT
 
 # Run a program and wait; a request to stop this script is passed on to it, and it saves.
 do_() { doing="$*"; printf '\n== %s\n' "$doing"; "$@" & child=$!; wait "$child"; }
-trap 'kill -TERM "$child" 2> /dev/null; wait "$child"; exit 75' TERM INT
+trap 'kill -TERM "$child" 2> /dev/null || :; wait "$child" || :; exit 75' TERM INT
 fail() { echo "error: $1" >&2; exit 1; }
 
 check_machine() {
@@ -34,14 +34,19 @@ check_machine() {
     gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
     [ "$DEVICE" = cpu ] || [ "$gpus" -ge "$GPUS" ] ||
         fail "this machine has $gpus CUDA GPUs, not $GPUS: set GPUS=$gpus, or DEVICE=cpu for a try in small"
+    [ -z "${ORIGINAL:-}" ] || [ -e "$ORIGINAL" ] || fail "there is no ORIGINAL=$ORIGINAL"
     [ -z "${UPLOAD:-}" ] || hf auth whoami > /dev/null 2>&1 ||
         fail "UPLOAD=$UPLOAD needs an access token that may write: export HF_TOKEN=hf_... or run hf auth login"
 }
 
 # Size, time and price of all stages, and the micro-batches that fit the GPU; made once
 make_plan() {
-    grep -qsF "Flags for $GPU:" "$OUT/plan.md" ||
-        do_ python bench.py plan "$configs" --gpu="$GPU" --out="$OUT" "$@" ${PLAN:-}
+    local wanted="$configs $GPU $* ${PLAN:-}"
+    [ "$(cat "$OUT/plan.args" 2> /dev/null)" != "$wanted" ] || return 0
+    [ ! -d "$OUT/pretrain" ] || [ ! -f "$OUT/plan.args" ] ||
+        fail "$OUT was planned with other settings ($(cat "$OUT/plan.args")); choose another OUT"
+    do_ python bench.py plan "$configs" --gpu="$GPU" --out="$OUT" "$@" ${PLAN:-}
+    echo "$wanted" > "$OUT/plan.args"
 }
 planned() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))["flags"][sys.argv[2]])' "$OUT/plan.json" "$1"; }
 

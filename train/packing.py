@@ -138,9 +138,8 @@ def check_stored(chats, spec):
         raise UserError(f"the images in {chats.folder} were padded to squares, and this CLIP needs "
                         "them cropped; prepare them with --fit=short")
     if stored["size"] < spec.size:
-        raise UserError(f"the images in {chats.folder} were stored at {stored['size']} pixels, "
-                        f"and this CLIP needs {spec.size}; prepare them with "
-                        f"--image_size={spec.size}")
+        raise UserError(f"the images in {chats.folder} were stored at {stored['size']} pixels, too "
+                        f"few for this CLIP; prepare them with --image_size={spec.size}")
 
 
 def pack(lengths, T, seed, window=4096):
