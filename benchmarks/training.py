@@ -1,7 +1,6 @@
 """The speed of a training step of any stage.
 
-Models have initial weights. Chats and images are those of the config if prepared, else random. The
-sizes of a stage's other parts come from the configs beside its own.
+Models are untrained; chats and images are the config's own if they are prepared, else random.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ from clip import CLIP, feature_pulls, normalise
 from common.config import parse
 from common.device import peak_memory_gb, precision_name
 from common.images import read_image
-from data import Chats, Text, check_tokenizer
+from data import Chats, Text, check_kind, check_tokenizer
 from model import GPT
 from tokenizer import SPECIALS, Tokenizer, gpt2
 from train.optim import make_optimizer
@@ -107,7 +106,8 @@ def random_tokenizer(vocabulary=50304):
 
 def tokenizer_of(cfg):
     """The tokenizer of the config's data if they are prepared, else GPT-2's."""
-    return check_tokenizer(cfg.data) if Path(cfg.data).exists() else gpt2()
+    return gpt2() if not Path(cfg.data).exists() else (
+        check_kind(cfg.data, "text", "chats", "images") or check_tokenizer(cfg.data))
 
 
 def build_model(cfg, stage, folder, tokenizer, settings=settings_of):

@@ -63,7 +63,7 @@ class Guard:
         if self.in_a_row >= MAX_IN_A_ROW:
             raise UserError(
                 f"training diverged: the last {self.in_a_row:.0f} steps were skipped. Look at the "
-                "rows named above, lower --lr and --muon_lr, or try --precision=fp32; the command "
+                "rows named above, lower the learning rates, or try --precision=fp32; the command "
                 "resumes from the newest checkpoint, or the one before if you delete its folder")
 
     def state_dict(self):
