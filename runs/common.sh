@@ -39,17 +39,13 @@ check_machine() {
         fail "UPLOAD=$UPLOAD needs an access token that may write: export HF_TOKEN=hf_... or run hf auth login"
 }
 
-# Size, time and price of all stages, and the micro-batches that fit the GPU; made once for a GPU.
-# By a budget the plan sets the size of the decoder, too, which must stay once it is trained.
+# Size, time and price of all stages, and the micro-batches that fit the GPU; made again when GPU or
+# BUDGET change. A decoder that is trained already keeps its size.
 make_plan() {
-    local size="$configs $* ${PLAN:-}" old
-    case $size in *--budget=*) size="$size on $GPU" ;; esac
-    old=$(cat "$OUT/plan.args" 2> /dev/null || :)
-    [ "$old" != "$GPU: $size" ] || return 0
-    [ ! -d "$OUT/pretrain" ] || [ -z "$old" ] || [ "${old#*: }" = "$size" ] ||
-        fail "$OUT was planned for $old, now it is $GPU: $size; choose another OUT"
+    local wanted="$configs $GPU $* ${PLAN:-}"
+    [ "$(cat "$OUT/plan.args" 2> /dev/null)" != "$wanted" ] || return 0
     do_ python bench.py plan "$configs" --gpu="$GPU" --out="$OUT" "$@" ${PLAN:-}
-    echo "$GPU: $size" > "$OUT/plan.args"
+    echo "$wanted" > "$OUT/plan.args"
 }
 planned() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))["flags"][sys.argv[2]])' "$OUT/plan.json" "$1"; }
 

@@ -182,7 +182,7 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(project, hub, tmp_path):
 def test_what_is_missing_ends_a_run_in_one_sentence(project, hub):
     """No token, no GPU, a gated data set, no network, a full disk; and it says how to go on."""
     (project / "out/full").mkdir(parents=True)
-    (project / "out/full/plan.args").write_text("8 x A100 80 GB: configs/full  ")
+    (project / "out/full/plan.args").write_text("configs/full 8 x A100 80 GB  ")
 
     def said(**settings):
         text = finished(start(project, "runs/full.sh", hub, GPUS="1", **settings), status=1)
