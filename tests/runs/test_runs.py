@@ -218,7 +218,7 @@ def test_the_guide_works_as_it_is_written(project, hub, tmp_path):
     (tmp_path / "photo.jpg").write_bytes(jpeg(3))
     (tmp_path / "token").write_text(fake_hub.WRITER + "\n")
     process = start(tmp_path / "empty", tmp_path / "guide.sh", hub, GPUS="1", CAPTIONS="521K",
-                    PLAN="--budget=9999h", stdin=open(tmp_path / "token"), PATH=f"{tmp_path}:{PATH}")  # noqa: SIM115
+                    PLAN="--budget=999h", stdin=open(tmp_path / "token"), PATH=f"{tmp_path}:{PATH}")  # noqa: SIM115
     said = finished(process)
     out = tmp_path / "empty/nanoGPT-vision/out"
     for name in "full", "single_gpu", "t4":
