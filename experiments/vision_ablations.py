@@ -25,12 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import recipe
+from recipe import ROOT, rows
+
 import vision
 from vision import VisionTower
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs/vision_ablations.csv"
+RESULTS = recipe.RESULTS = ROOT / "docs/vision_ablations.csv"
 HEAD = ("steps", "variant", "seed", "loss", "loss_mismatched", "exact", "cpu_seconds")
 PARENTS = "out/vision_ablations"
 
@@ -124,13 +126,6 @@ def one(steps, variant, seed):
     marks = exact_answers(model, tokenizer, Chats("data/demo/scenes", "val"), 1000, "correct")[""]
     return (losses["val_loss"], losses["val_loss_mismatched_image"],
             statistics.mean(mark for mark, _ in marks), seconds)
-
-
-def rows():
-    if not RESULTS.is_file():
-        return []
-    with open(RESULTS, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def table():
