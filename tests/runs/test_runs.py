@@ -158,24 +158,26 @@ def read_until(process, start, kill):
     return process.wait() if kill else line
 
 
-def test_a_run_killed_twice_ends_as_one_that_was_not(project, hub, tmp_path):
-    said = finished(start(project, "runs/full.sh", hub, GPUS="1", OUT="out/whole"))
+@pytest.mark.parametrize("run", ["full", "single_gpu", "t4"])
+def test_a_run_killed_twice_ends_as_one_that_was_not(project, hub, tmp_path, run):
+    script = f"runs/{run}.sh"
+    said = finished(start(project, script, hub, GPUS="1", OUT="out/whole"))
     assert "1 rows: a missing image (chat.json:25)" in said  # counted before training
     for stage, line in ("pretrain", "step     1"), ("vision_sft", "step     1"):
-        process = start(project, "runs/full.sh", hub, GPUS="1")
+        process = start(project, script, hub, GPUS="1")
         for wanted in f"== python {stage}.py", line:
             status = read_until(process, wanted, kill=wanted == line)
         assert status == -signal.SIGKILL
     original, words = tmp_path / "original.pt", tmp_path / "words.jsonl"
     torch.save(held(Original()), original)
     words.write_text('{"text": "The dog barks"}\n{"text": "The cat sleeps"}')
-    said = finished(start(project, "runs/full.sh", hub, GPUS="1", ORIGINAL=str(original),
+    said = finished(start(project, script, hub, GPUS="1", ORIGINAL=str(original),
                           TEXT_TASKS=f"lambada:{words}"))
-    assert "out/full/sft is finished" in said
+    assert f"out/{run}/sft is finished" in said
     for label in "text_val_loss", "lambada/acc":
         assert re.search(rf"\| {label} (\| [\d.]+ ± [\d.]+ ){{2}}\|",
-                         (project / "out/full/report.md").read_text())
-    one, other = weights(project, "whole"), weights(project, "full")
+                         (project / f"out/{run}/report.md").read_text())
+    one, other = weights(project, "whole"), weights(project, run)
     assert all(one[name].equal(other[name]) for name in one)
 
 
