@@ -32,7 +32,8 @@ from train.recipe import BY_RULE
 GPU = ("gpus", "memory_gib", "tflops", "mfu", "dollars_per_hour")  # figures of the table
 SLOW = 45 * 60  # seconds: about twice what two cores of most laptops need (docs/processors.md)
 FILL = 0.9  # of a GPU's memory: the rest is for the libraries
-FRAGMENTS = {"cuda": 1.0, "cpu": 1.1}  # malloc's, of the activations (docs/performance.md)
+BUFFERS = {"cuda": 2, "cpu": 1}  # of logits, and malloc's share of the activations:
+FRAGMENTS = {"cuda": 1.0, "cpu": 1.1}  # docs/performance.md
 DEPTHS = range(24, 3, -2)  # tried for a budget; a decoder of L layers has width 64 * L
 DOWNLOADS = read_json(Path(__file__).with_name("downloads.json"))  # GB
 
@@ -97,7 +98,7 @@ class Stage:
         logits = 0 if self.is_clip else min(LOGITS_AT_ONCE[kind], self.model.config.vocab_size
                                             * self.samples[1].targets.numel() * micro_rows / 4)
         return (4 * self.trained + self.checkpoint + FRAGMENTS[kind] * kept
-                + 2 * dtype.itemsize * logits)
+                + BUFFERS[kind] * dtype.itemsize * logits)
 
     def seconds(self, gpu):
         return self.flop / (gpu["tflops"] * 1e12 * gpu["mfu"] * gpu["gpus"])
@@ -117,7 +118,7 @@ class Stage:
             rows | size if self.name == "pretrain" else rows).items())
 
     def row(self, here):
-        """A row of the first table; here: GB of this process before a step."""
+        """A row of the first table; here: GB of a process before its first step."""
         cfg, dtype = self.cfg, pick_dtype(torch.device("cpu"))
         needed = [self.parameters / 1e6, self.trained / 1e6, self.units / 1e6, self.flop / 1e15,
                   3 * self.checkpoint / 1e9, here + self.memory(self.micro, dtype, "cpu") / 1e9]
@@ -134,7 +135,7 @@ def plan(folder, cfg, tokenizer):
             raise ValueError("a figure that is not above 0")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{cfg.gpus}: {error!r}; a GPU has a name, and {', '.join(GPU)}") from None
-    here = peak_memory_gb()[1]
+    here = peak_memory_gb()[1] + 0.32  # kernels, and what malloc keeps (docs/performance.md)
     if cfg.gpu not in gpus:
         raise UserError(f"--gpu={cfg.gpu!r} is not in {cfg.gpus}, which has {', '.join(gpus)}")
     names = [stage for stage in STAGES if (Path(folder) / f"{stage}.py").is_file()]
