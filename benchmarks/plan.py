@@ -135,7 +135,7 @@ def plan(folder, cfg, tokenizer):
             raise ValueError("a figure that is not above 0")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{cfg.gpus}: {error!r}; a GPU has a name, and {', '.join(GPU)}") from None
-    here = peak_memory_gb()[1] + 0.32  # kernels, and what malloc keeps (docs/performance.md)
+    here = peak_memory_gb()[1] + 0.3  # kernels, and what malloc keeps (docs/performance.md)
     if cfg.gpu not in gpus:
         raise UserError(f"--gpu={cfg.gpu!r} is not in {cfg.gpus}, which has {', '.join(gpus)}")
     names = [stage for stage in STAGES if (Path(folder) / f"{stage}.py").is_file()]
