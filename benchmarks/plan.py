@@ -31,9 +31,8 @@ from train.recipe import BY_RULE
 
 GPU = ("gpus", "memory_gib", "tflops", "mfu", "dollars_per_hour")  # figures of the table
 SLOW = 45 * 60  # seconds: about twice what two cores of most laptops need (docs/processors.md)
-FILL = 0.9  # of a GPU's memory: the rest is for the libraries
-BUFFERS = {"cuda": 2, "cpu": 1}  # of logits, and malloc's share of the activations:
-FRAGMENTS = {"cuda": 1.0, "cpu": 1.1}  # docs/performance.md
+TOO_BIG = "does not fit"  # instead of a micro-batch; runs/common.sh looks for it
+BUFFERS, FRAGMENTS = {"cuda": 2, "cpu": 1}, {"cuda": 1.0, "cpu": 1.1}  # of logits; of activations
 DEPTHS = range(24, 3, -2)  # tried for a budget; a decoder of L layers has width 64 * L
 DOWNLOADS = read_json(Path(__file__).with_name("downloads.json"))  # GB
 
@@ -107,15 +106,15 @@ class Stage:
         """The largest micro-batch, memory, time and price on one of the GPUs; {} if none fits."""
         for micro_rows in (self.rows // n for n in range(1, self.rows + 1) if self.rows % n == 0):
             needed = self.memory(micro_rows, torch.bfloat16, "cuda")
-            if needed < FILL * gpu["memory_gib"] * 2**30:
+            if needed < 0.9 * gpu["memory_gib"] * 2**30:  # the rest is for the libraries
                 return dict(micro_rows=micro_rows, gb=needed / 1e9, seconds=self.seconds(gpu),
                             dollars=self.seconds(gpu) / 3600 * gpu["dollars_per_hour"])
         return {}
 
     def flags(self, gpu, size):
-        rows = {"micro_pairs" if self.is_clip else "micro_rows": self.on(gpu).get("micro_rows", 1)}
+        rows = {"micro_pairs" if self.is_clip else "micro_rows": self.on(gpu).get("micro_rows")}
         return " ".join(f"--{name}={value}" for name, value in (
-            rows | size if self.name == "pretrain" else rows).items())
+            rows | size if self.name == "pretrain" else rows).items()) if self.on(gpu) else TOO_BIG
 
     def row(self, here):
         """A row of the first table; here: GB of a process before its first step."""
@@ -193,7 +192,7 @@ def within(budget, stages, gpu):
 
 def cell(place):
     return ("{}, ${dollars:.2f}, {micro_rows} rows, {gb:.0f} GB".format(
-        duration(place["seconds"]), **place) if place else "does not fit")
+        duration(place["seconds"]), **place) if place else TOO_BIG)
 
 
 def check(folder, stages, tokenizer, settings):

@@ -42,10 +42,15 @@ check_machine() {
 # Size, time and price of all stages, and the micro-batches that fit the GPU; made again when GPU or
 # BUDGET change. A decoder that is trained already keeps its size.
 make_plan() {
-    local wanted="$configs $GPU $* ${PLAN:-}"
-    [ "$(cat "$OUT/plan.args" 2> /dev/null)" != "$wanted" ] || return 0
-    do_ python bench.py plan "$configs" --gpu="$GPU" --out="$OUT" "$@" ${PLAN:-}
-    echo "$wanted" > "$OUT/plan.args"
+    local wanted="$configs $GPU $* ${PLAN:-}" name
+    [ "$(cat "$OUT/plan.args" 2> /dev/null)" = "$wanted" ] || {
+        do_ python bench.py plan "$configs" --gpu="$GPU" --out="$OUT" "$@" ${PLAN:-}
+        echo "$wanted" > "$OUT/plan.args"
+    }
+    for name in pretrain sft vision_pretrain vision_sft; do
+        [ -f "$OUT/$name/report.md" ] || [ "$(planned "$name")" != "does not fit" ] ||
+            fail "$name does not fit GPU='$GPU', even row by row; $OUT/plan.md shows what it fits"
+    done
 }
 planned() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))["flags"][sys.argv[2]])' "$OUT/plan.json" "$1"; }
 

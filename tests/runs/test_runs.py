@@ -185,6 +185,8 @@ def test_what_is_missing_ends_a_run_in_one_sentence(project, hub):
     """No token, no GPU, a gated data set, no network, a full disk; and it says how to go on."""
     (project / "out/full").mkdir(parents=True)
     (project / "out/full/plan.args").write_text("configs/full 8 x A100 80 GB  ")
+    flags = dict.fromkeys(("pretrain", "sft", "vision_pretrain", "vision_sft"), "")
+    (project / "out/full/plan.json").write_text(json.dumps({"flags": flags}))
 
     def said(**settings):
         text = finished(start(project, "runs/full.sh", hub, GPUS="1", **settings), status=1)
@@ -194,6 +196,10 @@ def test_what_is_missing_ends_a_run_in_one_sentence(project, hub):
 
     assert "HF_TOKEN" in said(UPLOAD="some/model")
     assert "this machine has 0 CUDA GPUs, not 1" in said(DEVICE="auto")
+    toy = dict(name="toy", gpus=1, memory_gib=4, tflops=1, mfu=0.5, dollars_per_hour=1)
+    (project / "toy.json").write_text(json.dumps([toy]))
+    text = said(GPU="toy", PLAN="--gpus=toy.json", OUT="out/toy")
+    assert "pretrain does not fit GPU='toy'" in text
     hub.gated.add("Magpie-Align/Magpie-Phi3-Pro-1M-v0.1")
     assert "ask for access" in said()
     hub.gated.clear()
