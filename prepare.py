@@ -3,7 +3,7 @@
     python prepare.py demo                                    # the toy world, into data/demo
     python prepare.py text --files='books/*.jsonl' --out=data/books
     python prepare.py text --dataset=FineWeb-Edu=2,ClimbMix=1 --max_documents=100000
-    python prepare.py chat --dataset=Magpie-Align/Magpie-Phi3-Pro-1M-v0.1 --out=data/magpie
+    python prepare.py chat --dataset=Magpie-Align/Magpie-Phi3-Pro-1M-v0.1 --out=data/public/chats
     python prepare.py images --files=llava.json --image_root=images.zip --out=data/captions
     python prepare.py check llava.json --image_root=images.zip  # before paying for a GPU
 

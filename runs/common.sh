@@ -1,6 +1,8 @@
 # What full.sh, single_gpu.sh and t4.sh share. Settings are environment variables:
 #   OUT, DATA                     folders of the results and of the prepared data
 #   GPUS                          GPUs of stages 1 and 2 (the others take one); DEVICE=cpu without
+#   GPU, BUDGET                   entry of benchmarks/gpus.json to plan for; single_gpu.sh: dollars, 8h
+#   ONLY=pretrain                 end after stage 1, the one that needs many GPUs
 #   TEXT                          token shards: hf://OWNER/NAME, or a folder
 #   CHATS, CAPTIONS, QUESTIONS    data sets of the hub; CAPTIONS also 595K or 521K, QUESTIONS also
 #                                 coco, LLaVA's own file, with COCO=train2017.zip
@@ -19,7 +21,7 @@ TEXT=${TEXT:-hf://ShallowU/FineWeb-Edu-10B-Tokens-NPY}
 CHATS=${CHATS:-Magpie-Align/Magpie-Phi3-Pro-1M-v0.1} CAPTIONS=${CAPTIONS:-595K}
 QUESTIONS=${QUESTIONS:-HuggingFaceM4/FineVision:LLaVA_Instruct_150K}
 trap 'status=$?; [ $status = 0 ] || echo "$run ended with status $status at: $doing
-The same command goes on from there: bash $script" >&2' EXIT
+The same command with the same settings goes on from there: bash $script" >&2' EXIT
 
 # Run a program and wait; a request to stop this script is passed on to it, and it saves.
 do_() { doing="$*"; printf '\n== %s\n' "$doing"; "$@" & child=$!; wait "$child"; }
@@ -28,8 +30,13 @@ fail() { echo "error: $1" >&2; exit 1; }
 
 check_machine() {
     python -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "Python 3.10 or newer is needed; python is $(python --version 2>&1)"
-    python -c 'import torch, transformers, datasets, tiktoken' 2> /dev/null ||
-        do_ python -m pip install --quiet -r requirements.txt
+    python - 2> /dev/null << 'END' || do_ python -m pip install --quiet -r requirements.txt
+from importlib.metadata import version
+from packaging.requirements import Requirement
+for wanted in (Requirement(line.split("#")[0]) for line in open("requirements.txt")):
+    assert wanted.specifier.contains(version(wanted.name), prereleases=True)
+END
+    [ "$DEVICE" != cpu ] || GPUS=1
     local gpus
     gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
     [ "$DEVICE" = cpu ] || [ "$gpus" -ge "$GPUS" ] ||
@@ -40,15 +47,19 @@ check_machine() {
 }
 
 # Size, time and price of all stages, and the micro-batches that fit the GPU; made again when GPU or
-# BUDGET change. A decoder that is trained already keeps its size.
+# BUDGET change, but never the size of a decoder whose training has begun.
 make_plan() {
-    local wanted="$configs $GPU $* ${PLAN:-}" name
-    [ "$(cat "$OUT/plan.args" 2> /dev/null)" = "$wanted" ] || {
+    local wanted="$configs $GPU $* ${PLAN:-}" name flags
+    [ -f "$OUT/plan.json" ] && [ "$(cat "$OUT/plan.args" 2> /dev/null)" = "$wanted" ] || {
+        [ $# = 0 ] || ! compgen -G "$OUT/pretrain/step_*" > /dev/null ||
+            fail "$OUT/pretrain was planned for '$(cat "$OUT/plan.args")', not '$wanted': go on with those settings, or set OUT for a new run"
+        rm -f "$OUT/plan.args"
         do_ python bench.py plan "$configs" --gpu="$GPU" --out="$OUT" "$@" ${PLAN:-}
         echo "$wanted" > "$OUT/plan.args"
     }
     for name in pretrain sft vision_pretrain vision_sft; do
-        [ -f "$OUT/$name/report.md" ] || [ "$(planned "$name")" != "does not fit" ] ||
+        flags=$(planned "$name")
+        [ -f "$OUT/$name/report.md" ] || [ "$flags" != "does not fit" ] ||
             fail "$name does not fit GPU='$GPU', even row by row; $OUT/plan.md shows what it fits"
     done
 }
@@ -57,7 +68,15 @@ planned() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))["fla
 prepare() {  # FOLDER, kind and flags of prepare.py
     local folder=$DATA/$1 kind=$2
     shift 2
-    [ -d "$folder" ] || do_ python prepare.py "$kind" --out="$folder" "$@" ${PREPARE:-}
+    local wanted="$* ${PREPARE:-}"
+    if [ -d "$folder" ]; then
+        [ ! -f "$folder.args" ] || [ "$(cat "$folder.args")" = "$wanted" ] ||
+            fail "$folder was prepared with '$(cat "$folder.args")', not '$wanted': delete it, or set DATA to another folder"
+        return
+    fi
+    mkdir -p "$DATA"
+    echo "$wanted" > "$folder.args"
+    do_ python prepare.py "$kind" --out="$folder" "$@" ${PREPARE:-}
 }
 
 prepare_all() {
@@ -79,7 +98,7 @@ prepare_all() {
 }
 
 stage() {  # NAME and flags; a finished stage is left as it is
-    local name=$1 more launch=python
+    local name=$1 more launch=python flags
     shift
     [ ! -f "$OUT/$name/report.md" ] || { echo "$OUT/$name is finished"; return; }
     more=$(tr '[:lower:]' '[:upper:]' <<< "$name")
@@ -88,9 +107,10 @@ stage() {  # NAME and flags; a finished stage is left as it is
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
     case $name in pretrain | sft) [ "$GPUS" -le 1 ] ||
         launch="torchrun --standalone --nproc_per_node=$GPUS --max-restarts=3" ;; esac
-    # shellcheck disable=SC2046,SC2086
+    flags=$(planned "$name")
+    # shellcheck disable=SC2086
     do_ $launch $name.py "$configs/$name.py" --out="$OUT/$name" --device="$DEVICE" \
-        $(planned "$name") "$@" ${!more:-}
+        $flags "$@" ${!more:-}
 }
 
 train_all() {
@@ -102,16 +122,26 @@ train_all() {
 
 finish() {
     local text=$TEXT beside=()
-    case $TEXT in hf://*) text=${TEXT#hf://} text=data/hub/${text//\//--} ;; esac
-    [ -e "$DATA/text" ] || [ ! -d "$text" ] || ln -s "$(realpath "$text")" "$DATA/text"
+    case $TEXT in hf://*)  # the validation text is missing where stage 1 came from another machine
+        text=${TEXT#hf://} text=${text#datasets/} text=${text%/}
+        local folder=data/hub/${text//\//--}
+        compgen -G "$folder/*val*" > /dev/null ||
+            do_ hf download "$text" --repo-type=dataset --include='*val*' --local-dir="$folder"
+        text=$folder ;;
+    esac
+    [ -e "$DATA/text" ] || [ ! -d "$text" ] || ln -sfn "$(realpath "$text")" "$DATA/text"
     if [ -n "${ORIGINAL:-}" ]; then
-        [ -d "$OUT/original" ] || do_ python experiments/import_original.py "$ORIGINAL" --out="$OUT/original"
+        compgen -G "$OUT/original/step_*/manifest.json" > /dev/null || do_ python \
+            experiments/import_original.py "$ORIGINAL" --out="$OUT/original" --overwrite=True
         beside=(--original="$OUT/original" --tasks="${TEXT_TASKS:-}")
     fi
     do_ python eval.py "$OUT/vision_sft" --data="$DATA" --report="$OUT" --device="$DEVICE" ${EVAL:-} ${beside[@]+"${beside[@]}"}
     [ -z "${TASKS:-}" ] ||
-        do_ python eval.py "$OUT/vision_sft" --tasks="$TASKS" --image_root="${IMAGES:-}" --out="$OUT"
-    [ -z "${UPLOAD:-}" ] || do_ python upload.py "$OUT/vision_sft" --repo="$UPLOAD"
+        do_ python eval.py "$OUT/vision_sft" --tasks="$TASKS" --image_root="${IMAGES:-}" --out="$OUT" --device="$DEVICE"
+    [ -z "${UPLOAD:-}" ] || [ "$(cat "$OUT/uploaded" 2> /dev/null)" = "$UPLOAD" ] || {
+        do_ python upload.py "$OUT/vision_sft" --repo="$UPLOAD"
+        echo "$UPLOAD" > "$OUT/uploaded"
+    }
     echo "done: $OUT/report.html; to talk to it: python sample.py $OUT/vision_sft"
     [ -z "${OPEN:-}" ] || do_ python app.py "$OUT/vision_sft"
 }
@@ -119,6 +149,7 @@ finish() {
 run_all() {  # flags of the plan
     check_machine
     make_plan "$@"
+    if [ "${ONLY:-}" = pretrain ]; then stage pretrain --data="$TEXT"; return; fi
     prepare_all
     train_all
     finish

@@ -6,6 +6,12 @@ cd "$(dirname "$0")/.."
 started=$(date +%s)
 steps() { awk -v share="${STEPS:-1}" '/^max_steps/ {print int($3 * share + 0.5)}' "configs/demo/$1.py"; }
 
+if [ "$(cat out/demo/steps 2> /dev/null || echo "${STEPS:-1}")" != "${STEPS:-1}" ]; then
+    echo "error: out/demo was trained with STEPS=$(cat out/demo/steps), not ${STEPS:-1}; delete or rename it to begin again" >&2
+    exit 2
+fi
+mkdir -p out/demo && echo "${STEPS:-1}" > out/demo/steps
+
 echo "== python bench.py plan configs/demo --check=True"
 python bench.py plan configs/demo --vocabulary=1024 --check=True
 [ -f data/demo/manifest.json ] || { echo && echo "== python prepare.py demo" && python prepare.py demo; }

@@ -1,7 +1,7 @@
 """CLIP ViT-L/14 from scratch. In most cases OpenAI's weights are the better start."""
 
 out = "out/full/clip_pretrain"
-data = "data/llava_captions"
+data = "data/public/captions"
 
 image_size = 224
 patch_size = 14

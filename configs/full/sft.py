@@ -2,7 +2,7 @@
 
 out = "out/full/sft"
 init_from = "out/full/pretrain"
-data = "data/magpie"
+data = "data/public/chats"
 
 context = 1024
 batch_tokens = 131_072

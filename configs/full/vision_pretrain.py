@@ -3,7 +3,7 @@
 out = "out/full/vision_pretrain"
 init_from = "out/full/sft"
 clip = "openai/clip-vit-large-patch14"
-data = "data/llava_captions"
+data = "data/public/captions"
 
 context = 2048  # seven captions of 290 positions; 1024 would hold three and waste a sixth
 batch_tokens = 131_072

@@ -2,8 +2,8 @@
 
 out = "out/full/vision_sft"
 init_from = "out/full/vision_pretrain"
-data = "data/llava_instruct"
-text_data = "data/magpie"
+data = "data/public/scenes"
+text_data = "data/public/chats"
 
 context = 2048
 batch_tokens = 65_536

@@ -1,7 +1,7 @@
 """CLIP ViT-B/32 from scratch, for training every weight; about eight hours on a T4, computed."""
 
 out = "out/t4/clip_pretrain"
-data = "data/llava_captions"
+data = "data/t4/captions"
 
 image_size = 224
 patch_size = 32

@@ -2,7 +2,7 @@
 
 out = "out/t4/sft"
 init_from = "out/t4/pretrain"
-data = "data/magpie"  # prepare.py chat --max_chats=150000 is enough
+data = "data/t4/chats"  # prepare.py chat --max_chats=150000 is enough
 
 context = 1024
 batch_tokens = 65_536

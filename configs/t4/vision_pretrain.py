@@ -3,7 +3,7 @@
 out = "out/t4/vision_pretrain"
 init_from = "out/t4/sft"
 clip = "openai/clip-vit-base-patch32"
-data = "data/llava_captions"
+data = "data/t4/captions"
 
 context = 1024
 batch_tokens = 32_768

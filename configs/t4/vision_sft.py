@@ -2,8 +2,8 @@
 
 out = "out/t4/vision_sft"
 init_from = "out/t4/vision_pretrain"
-data = "data/llava_instruct"
-text_data = "data/magpie"
+data = "data/t4/scenes"
+text_data = "data/t4/chats"
 
 context = 1024
 batch_tokens = 32_768

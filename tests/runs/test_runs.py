@@ -171,6 +171,7 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(project, hub, tmp_path, run
     original, words = tmp_path / "original.pt", tmp_path / "words.jsonl"
     torch.save(held(Original()), original)
     words.write_text('{"text": "The dog barks"}\n{"text": "The cat sleeps"}')
+    shutil.rmtree(project / "data/hub")  # as on another machine
     said = finished(start(project, script, hub, GPUS="1", ORIGINAL=str(original),
                           TEXT_TASKS=f"lambada:{words}"))
     assert f"out/{run}/sft is finished" in said
@@ -191,7 +192,7 @@ def test_what_is_missing_ends_a_run_in_one_sentence(project, hub):
     def said(**settings):
         text = finished(start(project, "runs/full.sh", hub, GPUS="1", **settings), status=1)
         assert "Traceback" not in text and text.count("error: ") == 1, text
-        assert text.endswith("The same command goes on from there: bash runs/full.sh\n")
+        assert text.endswith("goes on from there: bash runs/full.sh\n")
         return text[text.index("error: ") :]
 
     assert "HF_TOKEN" in said(UPLOAD="some/model")
@@ -200,6 +201,11 @@ def test_what_is_missing_ends_a_run_in_one_sentence(project, hub):
     (project / "toy.json").write_text(json.dumps([toy]))
     text = said(GPU="toy", PLAN="--gpus=toy.json", OUT="out/toy")
     assert "pretrain does not fit GPU='toy'" in text
+    chats = project / "data/public/chats"
+    chats.mkdir(parents=True)
+    (chats.parent / "chats.args").write_text("--dataset=other")
+    assert "was prepared with '--dataset=other', not '--dataset=Magpie" in said()
+    chats.rmdir()
     hub.gated.add("Magpie-Align/Magpie-Phi3-Pro-1M-v0.1")
     assert "ask for access" in said()
     hub.gated.clear()
