@@ -58,7 +58,7 @@ make_plan() {
         echo "$wanted" > "$OUT/plan.args"
     }
     for name in pretrain sft vision_pretrain vision_sft; do
-        flags=$(planned "$name")
+        flags=$(planned "$name")  # alone: set -e does not see it fail inside an argument
         [ -f "$OUT/$name/report.md" ] || [ "$flags" != "does not fit" ] ||
             fail "$name does not fit GPU='$GPU', even row by row; $OUT/plan.md shows what it fits"
     done
@@ -149,7 +149,11 @@ finish() {
 run_all() {  # flags of the plan
     check_machine
     make_plan "$@"
-    if [ "${ONLY:-}" = pretrain ]; then stage pretrain --data="$TEXT"; return; fi
+    if [ "${ONLY:-}" = pretrain ]; then
+        stage pretrain --data="$TEXT"
+        echo "done: stage 1 is in $OUT/pretrain; without ONLY the same command goes on from there"
+        return
+    fi
     prepare_all
     train_all
     finish
